@@ -1,0 +1,65 @@
+"""From models and prompts to one tidy table of scores, and from that to means with their uncertainty."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from tqdm.auto import tqdm
+
+from .policy import FlowPolicy
+from .prompts import Prompt
+from .rewards import Reward
+from .rollout import sample
+
+# Which judges can judge a task's prompts: the others need something the prompt does not have.
+JUDGES_OF_TASK = {"geneval": ("GenEval", "PickScore", "DeQA"), "ocr": ("OCR", "PickScore", "DeQA"),
+                  "pickscore": ("PickScore", "DeQA")}
+
+
+def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd.DataFrame:
+    """One row an image: task, tag, prompt and a column per judge, NaN where a judge does not apply."""
+    table = pd.DataFrame({"task": [p.task for p in prompts], "tag": [p.tag for p in prompts],
+                          "prompt": [p.text for p in prompts]})
+    for name, judge in judges.items():
+        rows = [i for i, p in enumerate(prompts) if name in JUDGES_OF_TASK[p.task]]
+        table[name] = np.nan
+        if rows:
+            table.loc[rows, name] = judge(images[rows], [prompts[i] for i in rows])
+    return table
+
+
+def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str, Reward], seed: int = 0, steps: int = 40,
+             guidance: float = 1.0, batch: int = 64, progress: bool = True) -> pd.DataFrame:
+    """Sample every prompt once and score it. Prompt i has seed `seed + i`: the same noise whatever the model."""
+    tables = []
+    for i in tqdm(range(0, len(prompts), batch), desc="evaluate", disable=not progress):
+        part, seeds = prompts[i:i + batch], list(range(seed + i, seed + i + len(prompts[i:i + batch])))
+        images = sample(policy, part, seeds, steps, guidance, batch)
+        tables.append(score(images, part, judges).assign(seed=seeds))
+    return pd.concat(tables, ignore_index=True)
+
+
+def mean_interval(values: Sequence[float], resamples: int = 5000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean and 95 % percentile-bootstrap interval over prompts. Raises ValueError below two values."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        raise ValueError(f"an interval needs at least two values, not {len(values)}")
+    interval = stats.bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", batch=500,
+                               rng=np.random.default_rng(seed)).confidence_interval
+    return float(values.mean()), float(interval.low), float(interval.high)
+
+
+def summary(table: pd.DataFrame, by: Sequence[str] = (), judges: Sequence[str] = ("GenEval", "OCR", "PickScore", "DeQA")
+            ) -> pd.DataFrame:
+    """Long table: the columns of `by`, judge, mean, low, high (95 %), n. Judges without scores in a group are left out."""
+    rows = []
+    groups = table.groupby(list(by), sort=False) if by else [((), table)]
+    for key, group in groups:
+        for name in judges:
+            values = group[name].dropna() if name in group else []
+            if len(values) >= 2:
+                mean, low, high = mean_interval(values)
+                rows.append({**dict(zip(by, key)), "judge": name, "mean": mean, "low": low, "high": high, "n": len(values)})
+    return pd.DataFrame(rows)

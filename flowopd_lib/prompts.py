@@ -1,0 +1,77 @@
+"""Prompts and their files, in the formats of Flow-GRPO's `dataset/` folder, so that its own files load unchanged.
+
+    geneval/{split}_metadata.jsonl   one GenEval record a line: tag, include, exclude, prompt
+    ocr/{split}.txt                  one prompt a line, the target text in double quotes
+    pickscore/{split}.txt            one prompt a line
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TASKS = ("geneval", "ocr", "pickscore")
+FILES = {"geneval": "{}_metadata.jsonl", "ocr": "{}.txt", "pickscore": "{}.txt"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, the task it is routed by, and (for GenEval) the record that says what a right picture shows."""
+    text: str
+    task: str
+    metadata: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def tag(self) -> str:
+        return self.metadata.get("tag", self.task)
+
+
+def load_prompts(folder: str | Path, task: str, split: str) -> list[Prompt]:
+    """Read one split of one task from a Flow-GRPO folder.
+
+    Raises ValueError, with file and line, for what is not in the format, and FileNotFoundError with the splits there are.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+    path = Path(folder) / task / FILES[task].format(split)
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"no prompts at {path}; {path.parent} holds {', '.join(there) or 'nothing'}")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        if task != "geneval":
+            if task == "ocr":
+                target_text(line, where)
+            prompts.append(Prompt(line.strip(), task))
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        missing = {"tag", "include", "prompt"} - set(record)
+        if missing:
+            raise ValueError(f"{where} lacks {', '.join(sorted(missing))}; a GenEval record has tag, include and prompt")
+        prompts.append(Prompt(record["prompt"], task, record))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt")
+    return prompts
+
+
+def save_prompts(folder: str | Path, task: str, split: str, prompts: list[Prompt]) -> Path:
+    """Write what `load_prompts` and Flow-GRPO read."""
+    path = Path(folder) / task / FILES[task].format(split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(p.metadata) if task == "geneval" else p.text for p in prompts]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def target_text(prompt: str, where: str = "") -> str:
+    """What a sign has to say: the text between the first two double quotes (METHOD.md, OCR reward)."""
+    parts = prompt.split('"')
+    if len(parts) < 3 or not parts[1].strip():
+        raise ValueError(f"{where or repr(prompt)} has no text in double quotes for the OCR reward to look for")
+    return parts[1]

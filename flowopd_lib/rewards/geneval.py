@@ -1,0 +1,109 @@
+"""GenEval's rule (Ghosh et al. 2023, evaluation/evaluate_images.py) over the detections of any detector.
+
+All or nothing per prompt: every included object must be there in its number, colour and relative position, and no
+excluded number of objects may be reached.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..prompts import Prompt
+from .base import as_uint8
+
+POSITION_MARGIN = 0.1      # GenEval's POSITION_THRESHOLD: how far apart, in object sizes, "left of" begins
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object: its class, colour name (None: no colour told), confidence, and box (left, top, right, bottom)."""
+    label: str
+    color: str | None
+    score: float
+    box: tuple[float, float, float, float]
+
+
+class Detector(Protocol):
+    """Finds objects. `threshold` and `counting_threshold` are the confidences GenEval's rule takes from it."""
+    threshold: float
+    counting_threshold: float
+    labels: Sequence[str]
+    size: tuple[int, int] | None
+
+    def __call__(self, images: np.ndarray) -> list[list[Detection]]: ...
+
+
+def relations(a: Detection, b: Detection) -> set[str]:
+    """Where `a` lies as seen from `b`: GenEval's margin first, then more than half of the (normalised) offset."""
+    box_a, box_b = (np.reshape(d.box, (2, 2)) for d in (a, b))
+    offset = box_a.mean(0) - box_b.mean(0)
+    margin = POSITION_MARGIN * (np.ptp(box_a, axis=0) + np.ptp(box_b, axis=0))
+    revised = np.maximum(np.abs(offset) - margin, 0) * np.sign(offset)
+    if np.all(np.abs(revised) < 1e-3):
+        return set()
+    dx, dy = revised / np.linalg.norm(offset)
+    return {name for name, holds in {"left of": dx < -.5, "right of": dx > .5, "above": dy < -.5, "below": dy > .5}.items()
+            if holds}
+
+
+def judge(record: dict, detections: Sequence[Detection], threshold: float, counting_threshold: float,
+          max_objects: int = 16) -> tuple[bool, str]:
+    """GenEval's verdict on one picture and, if wrong, why."""
+    least = counting_threshold if record["tag"] == "counting" else threshold
+    found: dict[str, list[Detection]] = {}
+    for d in sorted(detections, key=lambda d: -d.score):
+        if d.score > least and len(found.setdefault(d.label, [])) < max_objects:
+            found[d.label].append(d)
+    reasons, groups = [], []
+    for wanted in record["include"]:
+        name, count = wanted["class"], wanted["count"]
+        group = found.get(name, [])[:count]
+        matched = len(group) == count
+        if not matched:
+            reasons.append(f"expected {count} {name}, found {len(group)}")
+        elif "color" in wanted and sum(d.color == wanted["color"] for d in group) < count:
+            matched = False
+            reasons.append(f"expected {wanted['color']} {name}, found {', '.join(str(d.color) for d in group)}")
+        elif "position" in wanted:
+            relation, target = wanted["position"]
+            if groups[target] is None:
+                matched = False
+                reasons.append(f"no target for {name} to be {relation}")
+            elif any(relation not in relations(a, b) for a in group for b in groups[target]):
+                matched = False
+                reasons.append(f"expected {name} {relation} the other, found it elsewhere")
+        groups.append(group if matched else None)
+    for unwanted in record.get("exclude", []):
+        number = len(found.get(unwanted["class"], []))
+        if number >= unwanted["count"]:
+            reasons.append(f"expected fewer than {unwanted['count']} {unwanted['class']}, found {number}")
+    return not reasons, "; ".join(reasons)
+
+
+class GenEval:
+    """1 if the picture shows what the prompt's metadata asks for, else 0."""
+    name, range = "GenEval", (0., 1.)
+
+    def __init__(self, detector: Detector):
+        self.detector = detector
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
+        return np.array([right for right, _ in self.explain(images, prompts)], np.float32)
+
+    def explain(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[tuple[bool, str]]:
+        """The verdict on each picture and what was wrong. Raises ValueError for a prompt without GenEval metadata."""
+        pixels = as_uint8(images, prompts, self.name, self.detector.size)
+        for prompt in prompts:
+            if "include" not in prompt.metadata:
+                raise ValueError(f"GenEval needs metadata (tag, include) with the prompt {prompt.text!r}; load it from a "
+                                 "GenEval .jsonl file")
+            for wanted in prompt.metadata["include"]:
+                if wanted["class"] not in self.detector.labels:
+                    raise ValueError(f"the detector does not know {wanted['class']!r}, asked for by {prompt.text!r}; it "
+                                     f"knows {', '.join(self.detector.labels)}")
+        return [judge(prompt.metadata, found, self.detector.threshold, self.detector.counting_threshold)
+                for prompt, found in zip(prompts, self.detector(pixels))]

@@ -1,0 +1,52 @@
+"""OCR reward: how much of the text asked for can be read (Flow-GRPO's reward; METHOD.md)."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from rapidfuzz.distance import Levenshtein
+from rapidocr import RapidOCR
+from rapidocr.ch_ppocr_rec import TextRecInput
+
+from ..prompts import Prompt, target_text
+from .base import as_uint8
+
+
+def ocr_reward(read: str, target: str) -> float:
+    """`1 - min(levenshtein, len) / len`, lower case, without spaces; 1 if the target is contained in what was read."""
+    read, target = ("".join(text.split()).lower() for text in (read, target))
+    if not target:
+        raise ValueError("the OCR reward needs a text to look for; the prompt asks for none")
+    return 1. if target in read else 1 - min(Levenshtein.distance(read, target), len(target)) / len(target)
+
+
+class OCR:
+    """rapidocr with the models inside its wheel. With `region` (left, top, right, bottom in pixels) that part is
+    recognised as one line; without, text is detected and recognised on the whole picture."""
+    name, range = "OCR", (0., 1.)
+
+    def __init__(self, region: tuple[int, int, int, int] | None = None, upscale: int = 3, batch: int = 64):
+        self.region, self.upscale = region, upscale
+        options = {"Global.log_level": "error", "Rec.rec_batch_num": batch}
+        if region:   # the recogniser pads narrower lines to this width; the default, 320, is mostly padding for a sign
+            width = 48 * (region[2] - region[0]) / (region[3] - region[1])
+            options["Rec.rec_img_shape"] = [3, 48, int(np.ceil(width / 32)) * 32]
+        self.engine = RapidOCR(params=options)
+
+    def read(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[str]:
+        """The text in each picture, "" where there is none."""
+        pixels = as_uint8(images, prompts, self.name)[..., ::-1]    # the engine reads BGR
+        if not self.region:
+            return ["".join(self.engine(np.ascontiguousarray(p)).txts or ()) for p in pixels]
+        left, top, right, bottom = self.region
+        if pixels.shape[1] < bottom or pixels.shape[2] < right:
+            raise ValueError(f"OCR looks at {self.region}, which a {pixels.shape[2]}x{pixels.shape[1]} image does not have")
+        crops = [cv2.resize(p[top:bottom, left:right], None, fx=self.upscale, fy=self.upscale,
+                            interpolation=cv2.INTER_CUBIC) for p in pixels]
+        return list(self.engine._load_rec_model()(TextRecInput(img=crops)).txts)
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
+        targets = [target_text(p.text) for p in prompts]
+        return np.array([ocr_reward(r, t) for r, t in zip(self.read(images, prompts), targets)], np.float32)

@@ -1,0 +1,31 @@
+"""`python -m flowopd_lib.run PROFILE`: execute the notebooks of a profile headlessly."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+from .runs import run_profile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flowopd_lib.run", description=__doc__)
+    parser.add_argument("profile", help="a file of papermill_runs/profiles, without .yaml")
+    parser.add_argument("--only", default="", help="notebooks that begin with this, such as 00")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="override parameters")
+    parser.add_argument("--folder", type=Path, help="where the run goes (default: papermill_runs/PROFILE)")
+    args = parser.parse_args()
+    for item in args.set:
+        if "=" not in item:
+            parser.error(f"--set takes NAME=VALUE, not {item!r}")
+    overrides = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in args.set)}
+    try:
+        run_profile(args.profile, args.only, overrides, args.folder)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Headless runs: notebooks executed by papermill with the parameters of a profile, results in one folder."""
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from papermill.exceptions import PapermillExecutionError
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS, RUNS = ROOT / "notebooks", ROOT / "papermill_runs"
+
+
+def load_profile(name: str) -> dict[str, dict]:
+    """`papermill_runs/profiles/NAME.yaml`: a mapping of notebook to parameters, in the order of execution."""
+    path = RUNS / "profiles" / f"{name}.yaml"
+    if not path.is_file():
+        names = [p.stem for p in sorted(path.parent.glob("*.yaml"))]
+        raise ValueError(f"no profile {name!r}{_nearest(name, names)}; there are {', '.join(names)}")
+    return {notebook: parameters or {} for notebook, parameters in yaml.safe_load(path.read_text()).items()}
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_parameters(notebook: Path, parameters: dict) -> None:
+    """papermill only warns about a parameter the notebook does not have; a misspelt one is an error here."""
+    known = list(papermill.inspect_notebook(str(notebook)))
+    for name in parameters:
+        if name not in known:
+            raise ValueError(f"{notebook.name} has no parameter {name!r}{_nearest(name, known)}; it has {', '.join(known)}")
+
+
+def write_json(path: Path, record) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def execute(name: str, parameters: dict, folder: Path) -> float:
+    """Run one notebook into `folder` and return its seconds. Raises RuntimeError that shows the failing cell.
+
+    The notebook must take `out_dir`, and writes its results there. Widget state is dropped from the executed copy.
+    """
+    source, target = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb"
+    os.environ.update(FLOWOPD_HEADLESS="1", TQDM_MININTERVAL="30")
+    began = time.time()
+    try:
+        papermill.execute_notebook(str(source), str(target), {**parameters, "out_dir": str(folder.resolve())},
+                                   cwd=str(NOTEBOOKS), progress_bar=False, log_output=False)
+    except PapermillExecutionError as error:
+        raise RuntimeError(f"{name} failed in cell {error.exec_count}:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n"
+                           f"(executed up to there: {target})") from error
+    finally:
+        if target.exists():
+            executed = nbformat.read(target, 4)
+            executed.metadata.pop("widgets", None)
+            nbformat.write(executed, target)
+    return time.time() - began
+
+
+def run_profile(name: str, only: str = "", overrides: dict | None = None, folder: Path | None = None, log=print) -> Path:
+    """Execute a profile's notebooks in order into `folder` (default `papermill_runs/NAME`), with a `status.json`.
+
+    Every parameter is checked before the first notebook starts.
+    """
+    chosen = {n: {**p, **(overrides or {})} for n, p in load_profile(name).items() if n.startswith(only)}
+    if not chosen:
+        raise ValueError(f"profile {name!r} has no notebook that begins with {only!r}; it has {', '.join(load_profile(name))}")
+    for notebook, parameters in chosen.items():
+        check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
+    folder = folder or RUNS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    status = {n: {"state": "waiting"} for n in chosen}
+    for i, (notebook, parameters) in enumerate(chosen.items(), 1):
+        status[notebook] = {"state": "running", "parameters": parameters}
+        write_json(folder / "status.json", status)
+        log(f"[{i}/{len(chosen)}] {notebook} ...")
+        try:
+            seconds = execute(notebook, parameters, folder)
+        except BaseException as error:
+            status[notebook].update(state="failed", error=str(error) or type(error).__name__)
+            write_json(folder / "status.json", status)
+            raise
+        status[notebook].update(state="done", seconds=round(seconds, 1))
+        write_json(folder / "status.json", status)
+        log(f"[{i}/{len(chosen)}] {notebook} done in {seconds:.0f} s: {folder / notebook}.ipynb")
+    return folder

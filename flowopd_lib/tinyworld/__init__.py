@@ -1,0 +1,19 @@
+"""The small world: scenes, prompts, a trained base model and judges, all inside the package.
+
+This is the only place that knows the world is small; everything else takes a model id, a prompt folder and judges.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BASE, PROMPTS = ASSETS / "tiny-sd3", ASSETS / "prompts"
+
+
+def judges() -> dict:
+    """The four judges of the small world, by name."""
+    from ..rewards import OCR, DeQA, GenEval, PickScore     # here: the training scripts need this package without them
+    from .detector import ShapeDetector
+    from .scenes import SIGN_BOX
+    return {"GenEval": GenEval(ShapeDetector()), "OCR": OCR(region=SIGN_BOX), "PickScore": PickScore(ASSETS / "pickscore"),
+            "DeQA": DeQA(ASSETS / "deqa")}

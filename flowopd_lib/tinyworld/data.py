@@ -1,0 +1,121 @@
+"""What the small world is trained on: noisy captioned pictures, graded pictures and preference pairs."""
+from __future__ import annotations
+
+import math
+import random
+import string
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .scenes import DEGRADATIONS, LEVELS, SIZE, degrade, draw, lay_out
+from .specs import COLORS, FINISHES, PROMPT_TASKS, RELATIONS, SCENERIES, SHAPES, Spec, random_spec, split_of
+
+
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """PIL images to (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def split_spec(rng: random.Random, split: str = "train") -> Spec:
+    """A draw from one split, half of it GenEval's: whoever trains on "train" never sees a val, test or OOD prompt."""
+    while True:
+        spec = random_spec(rng, rng.choices(PROMPT_TASKS, (.5, .3, .2))[0])
+        if split_of(spec) == split:
+            return spec
+
+
+def mutate(spec: Spec, rng: random.Random) -> Spec:
+    """The same prompt got wrong in one respect (a sign: mostly all of its word): what a wrong caption describes, and what a judge must notice."""
+    if spec.word and rng.random() < .7:
+        return replace(spec, word="".join(rng.choices(string.ascii_uppercase, k=len(spec.word))))
+    if spec.word:
+        i = rng.randrange(len(spec.word))
+        other = rng.choice([c for c in string.ascii_uppercase if c != spec.word[i]])
+        return replace(spec, word=spec.word[:i] + other + spec.word[i + 1:])
+    ways = ["shape"]
+    if spec.count > 1:
+        ways += ["count"] * 3
+    if spec.relation:
+        ways += ["relation"] * 3
+    if any(color for _, color in spec.objects):
+        ways += ["color"] * 2
+    if spec.tag == "style":
+        ways += ["background", "finish"]
+    way = rng.choice(ways)
+    if way == "count":
+        return replace(spec, count=rng.choice([n for n in (2, 3, 4) if n != spec.count]))
+    if way == "relation":
+        return replace(spec, relation=rng.choice([r for r in RELATIONS if r != spec.relation]))
+    if way == "background":
+        return replace(spec, background=rng.choice([b for b in SCENERIES if b != spec.background]))
+    if way == "finish":
+        return replace(spec, finish=rng.choice([f for f in FINISHES if f != spec.finish]))
+    i = rng.randrange(len(spec.objects))
+    objects, (shape, color) = list(spec.objects), spec.objects[i]
+    if way == "shape":
+        shape = rng.choice([s for s in SHAPES if s not in [o[0] for o in objects]])
+    else:
+        color = rng.choice([c for c in COLORS if c not in [o[1] for o in objects]])
+    objects[i] = (shape, color)
+    return replace(spec, objects=tuple(objects))
+
+
+def noisy_example(rng: random.Random, wrong: dict[str, float], spoiled: float) -> tuple[str, Image.Image]:
+    """One caption and picture of the web: the caption is wrong with probability `wrong[task]`, the picture spoiled
+    (blurred, noisy, blocky, pale) with probability `spoiled`."""
+    spec = split_spec(rng)
+    truth = mutate(spec, rng) if rng.random() < wrong[spec.task] else spec
+    image = draw(lay_out(truth, rng.getrandbits(32)))
+    if rng.random() < spoiled:
+        image = degrade(image, rng.choice(DEGRADATIONS), rng.choice(LEVELS[1:]), rng.getrandbits(32))
+    return spec.text, image
+
+
+def graded_picture(rng: random.Random, split: str = "train") -> tuple[Image.Image, int]:
+    """One picture for the quality task and its level, 1 (bad) to 5 (untouched)."""
+    level = rng.choice(LEVELS)
+    image = draw(lay_out(split_spec(rng, split), rng.getrandbits(32)))
+    return degrade(image, rng.choice(DEGRADATIONS), level, rng.getrandbits(32)), level
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One picture offered for a prompt, and how much the world's hidden judge likes it."""
+    image: Image.Image
+    utility: float
+
+
+def candidate(spec: Spec, rng: random.Random) -> Candidate:
+    """A picture for `spec`, perhaps wrong and perhaps spoiled, with its hidden utility: match and looks.
+
+    Looks: a shadow, a finish that is not flat, things in the middle and not tiny, no dull grey, and a clean picture. None
+    of it is in the prompt, so who optimises this judge learns a house style, and may pay for it elsewhere.
+    """
+    right = rng.random() < .6
+    scene = lay_out(spec if right else mutate(spec, rng), rng.getrandbits(32))
+    scene = replace(scene, shadow=rng.random() < .5)
+    level = rng.choice(LEVELS) if rng.random() < .4 else 5
+    looks = .8 * scene.shadow - .4 * (scene.background == "gray") - .45 * (5 - level)
+    if spec.tag != "style":             # there the finish is in the prompt, and part of the match
+        looks += .5 * (scene.finish != "flat")
+    if scene.items:
+        away = np.mean([np.hypot(i.x - SIZE / 2, i.y - SIZE / 2) for i in scene.items])
+        looks += .8 * (1 - away / 20) + .06 * (np.mean([i.r for i in scene.items]) - 10)
+    image = degrade(draw(scene), rng.choice(DEGRADATIONS), level, rng.getrandbits(32))
+    return Candidate(image, float((1.6 if right else 0.) + looks))
+
+
+SHARPNESS = 6.      # of the hidden judge: P(a preferred to b) = sigmoid(SHARPNESS * (utility_a - utility_b))
+
+
+def preference_pair(rng: random.Random, split: str = "train") -> tuple[str, Image.Image, Image.Image, float]:
+    """A caption, the preferred picture, the other, and the probability with which the better one is preferred."""
+    spec = split_spec(rng, split)
+    a, b = candidate(spec, rng), candidate(spec, rng)
+    p = 1 / (1 + math.exp(-SHARPNESS * (a.utility - b.utility)))
+    if rng.random() > p:
+        a, b = b, a
+    return spec.text, a.image, b.image, max(p, 1 - p)

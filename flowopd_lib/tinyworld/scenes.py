@@ -1,0 +1,198 @@
+"""Pictures of the small world: a `Spec` and a seed give one 64x64 image, antialiased, the same on every machine.
+
+`lay_out` decides what a right picture contains (where, how big, which of the colours not said), `draw` paints it, and
+`degrade` spoils it in five levels for the quality task.
+"""
+from __future__ import annotations
+
+import io
+import math
+import random
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from .specs import BACKGROUNDS, COLORS, FINISHES, SCENERIES, Spec, heldout_pair
+
+SIZE, SUPER = 64, 4                     # pixels of the picture; drawn SUPER times larger, then averaged down
+SIGN_BOX = (1, 17, 63, 47)              # (left, top, right, bottom): where every sign of the world hangs
+INK = {"black": (15, 15, 18), "navy": (18, 24, 90), "maroon": (95, 12, 20)}
+PLAIN = {"white": (240, 240, 240), "gray": (150, 150, 150), "black": (28, 28, 28)}
+GRADIENTS = {"sunset": ((255, 170, 80), (120, 50, 120)), "ocean": ((170, 225, 250), (10, 70, 150)),
+             "meadow": ((190, 225, 255), (90, 170, 70)), "night": ((20, 22, 70), (60, 60, 120))}
+DEGRADATIONS = ("blur", "noise", "blocks", "contrast")
+LEVELS = (5, 4, 3, 2, 1)                # excellent ... bad, DeQA's scale
+
+
+@dataclass(frozen=True)
+class Item:
+    shape: str
+    color: str
+    x: float
+    y: float
+    r: float                            # half the height, in pixels
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that decides the picture."""
+    items: tuple[Item, ...] = ()
+    background: str = "white"
+    finish: str = "flat"
+    shadow: bool = False
+    word: str = ""
+    ink: str = "black"
+    offset: tuple[float, float] = (0.0, 0.0)   # of the sign, in pixels
+    tint: int = 0                              # brightness jitter of the background
+    extra: dict = field(default_factory=dict, compare=False)
+
+
+def outline(shape: str, n: int = 48) -> np.ndarray:
+    """Corner points of a unit shape, (n, 2), y down, inside [-1, 1]. The detector's templates use them too."""
+    t = np.linspace(0, 2 * np.pi, n, endpoint=False)
+    if shape == "circle":
+        return np.stack([np.cos(t), np.sin(t)], 1)
+    if shape == "square":
+        return np.array([(-.88, -.88), (.88, -.88), (.88, .88), (-.88, .88)])
+    if shape == "triangle":
+        return np.array([(0, -.95), (1, .85), (-1, .85)])
+    if shape == "star":
+        a = np.arange(10) * np.pi / 5 - np.pi / 2
+        r = np.where(np.arange(10) % 2 == 0, 1.05, .45)
+        return np.stack([r * np.cos(a), r * np.sin(a)], 1)
+    if shape == "cross":
+        w, s = .34, .95
+        return np.array([(-w, -s), (w, -s), (w, -w), (s, -w), (s, w), (w, w), (w, s), (-w, s), (-w, w), (-s, w),
+                         (-s, -w), (-w, -w)])
+    if shape == "heart":
+        x = 16 * np.sin(t) ** 3
+        y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+        return np.stack([x / 16.5, (y - 2.3) / 15.5], 1)
+    raise ValueError(f"unknown shape {shape!r}")
+
+
+def _color(rng: random.Random, shape: str, avoid: tuple[str, ...] = ()) -> str:
+    return rng.choice([c for c in COLORS if c not in avoid and not heldout_pair(shape, c)])
+
+
+def _apart(rng: random.Random, radii: list[float], gap: float = 2.0) -> list[tuple[float, float]]:
+    """Centres of discs that do not touch, by rejection; the gap shrinks if the draw is unlucky."""
+    for attempt in range(2000):
+        centres: list[tuple[float, float]] = []
+        for r in radii:
+            x, y = rng.uniform(r + 2, SIZE - r - 2), rng.uniform(r + 2, SIZE - r - 2)
+            if all(math.hypot(x - u, y - v) > 1.1 * (r + q) + gap * (1 - attempt / 2000) for (u, v), q in zip(centres, radii)):
+                centres.append((x, y))
+        if len(centres) == len(radii):
+            return centres
+    raise RuntimeError(f"no room for {len(radii)} shapes of radius {radii}")
+
+
+def lay_out(spec: Spec, seed: int) -> Scene:
+    """A scene that is right for the prompt; what the prompt leaves open is drawn from `seed`."""
+    rng = random.Random(f"{spec.text}/{seed}")
+    common = dict(background=spec.background or rng.choice(BACKGROUNDS), shadow=rng.random() < .3,
+                  finish=spec.finish or rng.choice(FINISHES + ("flat",) * 3), tint=rng.randint(-8, 8))
+    if spec.word:
+        common["background"] = rng.choice(BACKGROUNDS[1:] + SCENERIES)
+        return Scene(word=spec.word, ink=rng.choice(list(INK)), offset=(rng.uniform(-1, 1), rng.uniform(-1.5, 1.5)), **common)
+    shapes = [spec.objects[0][0]] * spec.count + [o[0] for o in spec.objects[1:]]
+    if spec.count > 1:
+        colors = [spec.objects[0][1] or _color(rng, shapes[0])] * spec.count
+    else:
+        colors = []
+        for shape, color in spec.objects:
+            colors.append(color or _color(rng, shape, tuple(colors)))
+    n = len(shapes)
+    low, high = {1: (12, 19), 2: (10, 13), 3: (8.5, 11), 4: (7.8, 9.2), 5: (6.8, 7.8)}[n]
+    if spec.size:
+        low, high = {"small": (9, 11.5), "big": (20, 24)}[spec.size]
+    radii = [rng.uniform(low, high) for _ in shapes] if n < 3 else [rng.uniform(low, high)] * n
+    if spec.relation:
+        along = [(rng.uniform(r + 2, 30 - r), rng.uniform(24, 40)) for r in radii]   # (along the axis, across it)
+        first = -1 if spec.relation in ("left of", "above") else 1
+        centres = [(a if sign < 0 else SIZE - a, b) for (a, b), sign in zip(along, (first, -first))]
+        if spec.relation in ("above", "below"):
+            centres = [(y, x) for x, y in centres]
+    else:
+        centres = _apart(rng, radii)
+    return Scene(tuple(Item(s, c, x, y, r) for s, c, (x, y), r in zip(shapes, colors, centres, radii)), **common)
+
+
+@lru_cache(maxsize=16)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono-Bold.ttf"), size)
+
+
+@lru_cache(maxsize=64)
+def _background(name: str, tint: int) -> Image.Image:
+    side = SIZE * SUPER
+    if name in PLAIN:
+        return Image.new("RGB", (side, side), tuple(c + tint for c in PLAIN[name]))
+    top, bottom = (np.array(c, float) for c in GRADIENTS[name])
+    ramp = np.linspace(0, 1, side)[:, None, None]
+    pixels = np.broadcast_to((1 - ramp) * top + ramp * bottom + tint, (side, side, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def draw(scene: Scene) -> Image.Image:
+    """Paint a scene: RGB, 64x64, antialiased by averaging a picture four times as large."""
+    image = _background(scene.background, scene.tint).copy()
+    pen = ImageDraw.Draw(image)
+    if scene.word:
+        _draw_sign(image, pen, scene)
+    for item in scene.items:
+        points = (outline(item.shape) * item.r + (item.x, item.y)) * SUPER
+        rgb = COLORS[item.color]
+        if scene.shadow:
+            pen.polygon([(x + 7, y + 7) for x, y in points], fill=tuple(c // 2 for c in image.getpixel((4, 128))))
+        edge = (7 if item.r > 11 else 4) if scene.finish == "outlined" else 0
+        pen.polygon([tuple(p) for p in points], fill=rgb, outline=(10, 10, 10) if edge else rgb, width=edge or 1)
+        if scene.finish == "glossy":
+            cx, cy, q = (item.x - .18 * item.r) * SUPER, (item.y - .02 * item.r) * SUPER, .17 * item.r * SUPER
+            pen.ellipse((cx - q, cy - q, cx + q, cy + q), fill=tuple((255 * 3 + c) // 4 for c in rgb))
+    return image.reduce(SUPER)
+
+
+def _draw_sign(image: Image.Image, pen: ImageDraw.ImageDraw, scene: Scene) -> None:
+    (left, top, right, bottom), (dx, dy) = SIGN_BOX, scene.offset
+    board = [SUPER * v for v in (left + 1.5, top + 2 + dy, right - 1.5, bottom - 2 + dy)]
+    if scene.shadow:
+        pen.rounded_rectangle([v + 6 for v in board], 10, fill=tuple(c // 2 for c in image.getpixel((4, 128))))
+    pen.rounded_rectangle(board, 10, fill=(246, 244, 238), outline=INK[scene.ink] if scene.finish == "outlined" else None,
+                          width=5)
+    em = {2: 24, 3: 24, 4: 22, 5: 18}.get(len(scene.word), 90 // max(len(scene.word), 1))
+    pen.text(((SIZE / 2 + dx) * SUPER, ((top + bottom) / 2 + dy) * SUPER), scene.word, font=_font(em * SUPER),
+             fill=INK[scene.ink], anchor="mm")
+
+
+def degrade(image: Image.Image, kind: str, level: int, seed: int = 0) -> Image.Image:
+    """Spoil a picture: `kind` one of DEGRADATIONS, `level` 5 (untouched) down to 1 (bad)."""
+    if kind not in DEGRADATIONS:
+        raise ValueError(f"unknown degradation {kind!r}: choose one of {', '.join(DEGRADATIONS)}")
+    if level not in LEVELS:
+        raise ValueError(f"a quality level is one of {LEVELS}, not {level!r}")
+    if level == 5:
+        return image
+    step = 4 - level                    # 0 .. 3
+    if kind == "blur":
+        return image.filter(ImageFilter.GaussianBlur((.7, 1.2, 1.9, 3.0)[step]))
+    pixels = np.asarray(image, float)
+    if kind == "noise":
+        noise = np.random.default_rng(seed).normal(0, (10, 20, 36, 60)[step], pixels.shape)
+        return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
+    if kind == "contrast":
+        mean = pixels.mean((0, 1), keepdims=True) * .5 + 64
+        return Image.fromarray((mean + (pixels - mean) * (.7, .5, .34, .2)[step]).clip(0, 255).astype(np.uint8))
+    buffer = io.BytesIO()               # blocks: what a harsh JPEG does
+    image.save(buffer, "JPEG", quality=(30, 16, 8, 3)[step])
+    return Image.open(buffer).convert("RGB")
+
+
+def render(spec: Spec, seed: int) -> Image.Image:
+    """A clean, right picture of a prompt."""
+    return draw(lay_out(spec, seed))

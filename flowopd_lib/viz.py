@@ -1,0 +1,106 @@
+"""Static figures, in one style: a colour per task that is the same everywhere, intervals drawn, readable at half size."""
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+
+from .policy import FlowPolicy
+from .rollout import Step
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+COLORS = {"GenEval": "#0072B2", "OCR": "#D55E00", "PickScore": "#009E73", "DeQA": "#CC79A7"}
+FULL_SCALE = {"GenEval": 1., "OCR": 1., "PickScore": 26., "DeQA": 5.}    # the paper's Average divides by these
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults; call once per notebook."""
+    sns.set_theme(style="whitegrid", context="notebook", font="DejaVu Sans")
+    plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
+                         "axes.titlesize": 12, "axes.titleweight": "bold", "axes.spines.top": False,
+                         "axes.spines.right": False, "image.interpolation": "nearest"})
+
+
+def image_grid(images: torch.Tensor, captions: Sequence[str], columns: int = 6, title: str = "") -> Figure:
+    """Images (N, 3, H, W) in [0, 1], each with its caption below."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.05 * columns, 2.85 * rows + .3 * bool(title)), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, images, captions):
+        axis.imshow(image.permute(1, 2, 0).float().cpu().numpy())
+        lines = "\n".join(line for part in caption.split("\n") for line in textwrap.wrap(part, 25) or [""])
+        axis.text(.5, -.04, lines, transform=axis.transAxes, ha="center", va="top", fontsize=9)
+    if title:
+        figure.suptitle(title, fontweight="bold")
+    return figure
+
+
+def captions_of(table: pd.DataFrame) -> list[str]:
+    """A prompt and its scores, for each row of a table of samples: the task's own judge first, the looks below."""
+    def line(row, names, digits):
+        return "  ".join(f"{n} {row[n]:.{digits}f}" for n in names if n in row and not np.isnan(row[n]))
+    return ["\n".join(filter(None, (row["prompt"], line(row, ("GenEval", "OCR"), 2), line(row, ("PickScore", "DeQA"), 1))))
+            for _, row in table.iterrows()]
+
+
+def readable(summary: pd.DataFrame) -> pd.DataFrame:
+    """A summary with "mean [low, high]" in one column, for a reader."""
+    text = [f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for _, r in summary.iterrows()]
+    return summary.drop(columns=["mean", "low", "high"]).assign(**{"mean [95 % interval]": text})
+
+
+def score_bars(summary: pd.DataFrame, label: str, title: str) -> Figure:
+    """A bar per row of a summary, as a share of each judge's full scale, with its interval; `label` names the column."""
+    figure, axis = plt.subplots(figsize=(9, .42 * len(summary) + 1.3))
+    scale = summary["judge"].map(FULL_SCALE)
+    mean, low, high = (summary[c] / scale for c in ("mean", "low", "high"))
+    names = [f"{r[label]} · {r['judge']} (n={r['n']})" for _, r in summary.iterrows()]
+    axis.barh(names, mean, xerr=[mean - low, high - mean], color=summary["judge"].map(COLORS), height=.7,
+              error_kw=dict(lw=1.6, capsize=3))
+    axis.set(xlim=(0, 1.02), xlabel="mean score / full scale (GenEval 1, OCR 1, PickScore 26, DeQA 5), 95 % interval",
+             title=title)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
+def judge_figure(tests: pd.DataFrame, graded: pd.DataFrame) -> Figure:
+    """Left: each judge's test with its interval and the aim. Right: DeQA's score against the true level."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.9), width_ratios=(1.25, 1))
+    rows = np.arange(len(tests))
+    left.errorbar(tests["value"], rows, xerr=[tests["value"] - tests["low"], tests["high"] - tests["value"]], fmt="none",
+                  ecolor=".25", capsize=4)
+    left.scatter(tests["value"], rows, c=tests["judge"].map(COLORS), s=70, zorder=3, label="measured, 95 % interval")
+    left.scatter(tests["aim"], rows, marker="|", s=300, c="k", label="aim")
+    names = [textwrap.fill(f"{r['judge']} {r['test']} (n={r['n']})", 34) for _, r in tests.iterrows()]
+    left.set_yticks(rows, names, fontsize=9)
+    left.set(xlim=(min(.8, tests["low"].min() - .02), 1.005), xlabel="share right, or rank correlation",
+             title="Judges, judged on held-out pictures", ylim=(len(tests) - .5, -.5))
+    left.legend(loc="best", fontsize=9)
+    sns.pointplot(graded, x="level", y="score", hue="kind", dodge=.3, errorbar=("ci", 95), palette="colorblind", ax=right,
+                  markersize=5, linewidth=1.5, seed=0)
+    right.set(xlabel="true quality level", ylabel="DeQA score", ylim=(.8, 5.2), title=f"DeQA (n={len(graded)})")
+    right.legend(title="spoiled by", fontsize=9, loc="upper left")
+    return figure
+
+
+def trajectory_strip(policy: FlowPolicy, steps: Sequence[Step], title: str, row: int = 0) -> Figure:
+    """Two rows for one sample: the noisy latent decoded, and the clean picture predicted, along the steps given."""
+    figure, axes = plt.subplots(2, len(steps), figsize=(1.35 * len(steps) + .8, 3.4), squeeze=False)
+    for column, step in enumerate(steps):
+        for axis, latent in zip(axes[:, column], (step.x, step.x0_hat)):
+            axis.imshow(policy.decode(latent[row:row + 1])[0].permute(1, 2, 0).cpu().numpy())
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+        axes[0, column].set_title(f"σ {step.sigma:.2f}", fontsize=10, fontweight="normal")
+    axes[0, 0].set_ylabel("$x_σ$ decoded", fontsize=10)
+    axes[1, 0].set_ylabel("predicted $x_0$", fontsize=10)
+    figure.suptitle(title, fontweight="bold")
+    return figure

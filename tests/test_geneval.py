@@ -1,0 +1,88 @@
+"""GenEval's rule on hand-made detections: each tag, right and wrong."""
+import pytest
+
+from flowopd_lib.rewards import Detection
+from flowopd_lib.rewards.geneval import judge, relations
+
+
+def at(label, x, y, color="red", score=.95, size=10):
+    return Detection(label, color, score, (x - size / 2, y - size / 2, x + size / 2, y + size / 2))
+
+
+def right(record, *detections):
+    return judge(record, detections, threshold=.3, counting_threshold=.9)[0]
+
+
+def record(tag, *include, exclude=()):
+    return {"tag": tag, "include": list(include), "exclude": list(exclude), "prompt": "p"}
+
+
+CIRCLE, STAR = {"class": "circle", "count": 1}, {"class": "star", "count": 1}
+
+
+def test_single_object():
+    assert right(record("single_object", CIRCLE), at("circle", 20, 20))
+    assert right(record("single_object", CIRCLE), at("circle", 20, 20), at("star", 40, 40))   # others do not matter
+    assert not right(record("single_object", CIRCLE), at("star", 20, 20))
+    assert not right(record("single_object", CIRCLE), at("circle", 20, 20, score=.2))
+    assert not right(record("single_object", CIRCLE))
+
+
+def test_two_object():
+    assert right(record("two_object", CIRCLE, STAR), at("star", 20, 20), at("circle", 40, 40))
+    assert not right(record("two_object", CIRCLE, STAR), at("circle", 20, 20), at("circle", 40, 40))
+
+
+def test_counting_needs_the_exact_number_and_the_higher_confidence():
+    three = record("counting", {"class": "circle", "count": 3}, exclude=[{"class": "circle", "count": 4}])
+    circles = [at("circle", x, 20) for x in (10, 25, 40, 55)]
+    assert right(three, *circles[:3])
+    assert not right(three, *circles[:2])
+    assert not right(three, *circles)
+    assert right(three, *circles[:3], at("circle", 10, 50, score=.85))      # not sure enough to be counted
+    assert not right(three, *circles[:2], at("circle", 10, 50, score=.85))
+
+
+def test_colors():
+    red = record("colors", {**CIRCLE, "color": "red"})
+    assert right(red, at("circle", 20, 20, "red"))
+    assert not right(red, at("circle", 20, 20, "blue"))
+    assert not right(red, at("circle", 20, 20, None))
+
+
+def test_color_is_asked_of_the_most_certain_object():
+    red = record("colors", {**CIRCLE, "color": "red"})
+    assert right(red, at("circle", 40, 40, "blue", .5), at("circle", 20, 20, "red", .9))
+    assert not right(red, at("circle", 40, 40, "blue", .9), at("circle", 20, 20, "red", .5))
+
+
+@pytest.mark.parametrize("relation, x, y", [("left of", 10, 32), ("right of", 54, 32), ("above", 32, 10), ("below", 32, 54)])
+def test_position(relation, x, y):
+    wanted = record("position", CIRCLE, {**STAR, "position": [relation, 0]})
+    assert right(wanted, at("circle", 32, 32), at("star", x, y))
+    assert not right(wanted, at("circle", 32, 32), at("star", 64 - x, 64 - y))
+    assert not right(wanted, at("star", x, y))
+
+
+def test_position_has_genevals_margin():
+    assert relations(at("star", 30.5, 32), at("circle", 32, 32)) == set()              # offset 1.5 < 0.1 * (10 + 10)
+    assert relations(at("star", 29, 32), at("circle", 32, 32)) == set()                # (3 - 2) / 3 is not more than a half
+    assert relations(at("star", 27, 32), at("circle", 32, 32)) == {"left of"}          # (5 - 2) / 5 is
+    assert relations(at("star", 12, 12), at("circle", 32, 32)) == {"left of", "above"}
+
+
+def test_color_attr_binds_each_colour_to_its_object():
+    both = record("color_attr", {**CIRCLE, "color": "red"}, {**STAR, "color": "blue"})
+    assert right(both, at("circle", 20, 20, "red"), at("star", 40, 40, "blue"))
+    assert not right(both, at("circle", 20, 20, "blue"), at("star", 40, 40, "red"))
+
+
+def test_exclusion():
+    alone = record("single_object", CIRCLE, exclude=[{"class": "star", "count": 1}])
+    assert right(alone, at("circle", 20, 20))
+    assert not right(alone, at("circle", 20, 20), at("star", 40, 40))
+
+
+def test_the_reason_says_what_is_missing():
+    assert judge(record("colors", {**CIRCLE, "color": "red"}), [at("circle", 9, 9, "blue")], .3, .9) == (
+        False, "expected red circle, found blue")

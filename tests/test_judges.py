@@ -1,0 +1,39 @@
+"""The judges' held-out figures, on small samples; the notebook measures them on large ones."""
+import pytest
+
+from flowopd_lib.tinyworld.judging import judge_judges
+
+
+@pytest.fixture(scope="module")
+def tests(judges):
+    return judge_judges(judges, n=120, seed=1)[0]
+
+
+def test_no_judge_is_below_its_aim(tests):
+    """A judge fails if chance does not explain it: if its aim lies above the whole 95 % interval."""
+    for _, row in tests.iterrows():
+        assert row["high"] >= row["aim"], f"{row['judge']} {row['test']}: {row['value']:.3f}, aim {row['aim']}"
+
+
+def test_every_judge_is_judged(tests):
+    assert set(tests["judge"]) == {"GenEval", "OCR", "PickScore", "DeQA"}
+    assert (tests["n"] == 120).all() and (tests["low"] <= tests["value"]).all() and (tests["value"] <= tests["high"]).all()
+
+
+def test_a_blind_judge_would_be_found_out(judges):
+    """The same tests reject judges that always say the same."""
+    class Blind:
+        def __init__(self, judge):
+            self.judge = judge
+
+        def __call__(self, images, prompts):
+            return self.judge(images, prompts) * 0 + 1
+
+        def read(self, images, prompts):
+            return ["AB"] * len(images)
+
+    rows = judge_judges({name: Blind(judge) for name, judge in judges.items() if name != "DeQA"}
+                        | {"DeQA": judges["DeQA"]}, n=60)[0].set_index("test")
+    assert rows.loc["rejects renders of a wrong caption", "high"] < .5
+    assert rows.loc["reads clean signs exactly", "high"] < .5
+    assert rows[rows["judge"] == "PickScore"]["value"].item() == 0

@@ -1,0 +1,56 @@
+"""Notebooks run headlessly, are stripped and tagged, and do not take a parameter they do not have."""
+import json
+
+import nbformat
+import pytest
+
+from flowopd_lib.runs import NOTEBOOKS, check_parameters, load_profile, run_profile
+
+ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def test_smoke_profile_runs_every_notebook(tmp_path):
+    run_profile("smoke", folder=tmp_path, log=lambda message: None)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert list(status) == [p.stem for p in ALL] and all(s["state"] == "done" for s in status.values())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {(r["prompts"], r["judge"]) for r in results["scores"]} >= {("geneval", "GenEval"), ("ocr", "OCR"),
+                                                                     ("pickscore", "PickScore"), ("geneval", "DeQA")}
+    assert all(r["low"] <= r["mean"] <= r["high"] and r["n"] == 12 for r in results["scores"])
+    executed = nbformat.read(tmp_path / "00_quickstart.ipynb", 4)
+    assert "widgets" not in executed.metadata
+    pictures = sum("image/png" in o.get("data", {}) for c in executed.cells if c.cell_type == "code" for o in c.outputs)
+    assert pictures == 6
+
+
+def test_a_failing_cell_is_shown(tmp_path):
+    with pytest.raises(RuntimeError, match=r"00_quickstart failed in cell(.|\n)*policy.*\n*(.|\n)*not a diffusers pipeline"):
+        run_profile("smoke", overrides={"model_id": "./nowhere"}, folder=tmp_path, log=lambda message: None)
+    assert json.loads((tmp_path / "status.json").read_text())["00_quickstart"]["state"] == "failed"
+
+
+def test_a_misspelt_parameter_is_an_error_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="no parameter 'n_tset' .did you mean 'n_test'"):
+        run_profile("smoke", overrides={"n_tset": 3}, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="no profile 'smok' .did you mean 'smoke'"):
+        load_profile("smok")
+    with pytest.raises(ValueError, match="no notebook that begins with '77'"):
+        run_profile("smoke", only="77", folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_a_notebook_is_stripped_tagged_and_short(path):
+    notebook = nbformat.read(path, 4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert all(not c.outputs and c.execution_count is None for c in code)
+    assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1 and code[0].metadata.tags == ["parameters"]
+    assert all("#" in line for line in code[0].source.splitlines()), "every parameter has its comment"
+    assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata
+    assert sum(bool(line.strip()) for c in code for line in c.source.splitlines()) <= 80
+
+
+def test_every_profile_names_parameters_the_notebooks_have():
+    for profile in ("demo", "smoke"):
+        for notebook, parameters in load_profile(profile).items():
+            check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)

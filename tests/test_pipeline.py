@@ -1,0 +1,84 @@
+"""The base is a plain diffusers pipeline, and our sampler is diffusers' sampler."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from flowopd_lib import FlowPolicy, Prompt, initial_noise, sample, tinyworld, trajectory
+from flowopd_lib.sde import ode_step, predict_x0
+
+ALONE = """
+import sys
+import numpy as np, torch
+from diffusers import StableDiffusion3Pipeline
+pipeline = StableDiffusion3Pipeline.from_pretrained(sys.argv[1])
+images = pipeline(sys.argv[3:], max_sequence_length=8, num_inference_steps=40, guidance_scale=float(sys.argv[2]), output_type="np",
+                  generator=[torch.Generator().manual_seed(s) for s in range(5, 5 + len(sys.argv[3:]))]).images
+assert not any(name.startswith("flowopd") for name in sys.modules)
+np.save(sys.stdout.buffer, images)
+"""
+PROMPTS = [Prompt('a sign that says "CAT"', "ocr"), Prompt("a photo of a red circle left of a blue star", "geneval"),
+           Prompt("a photo of three green squares", "geneval")]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_folder_works_with_nothing_of_ours_and_gives_our_images(policy, guidance, tmp_path):
+    command = [sys.executable, "-c", ALONE, str(tinyworld.BASE), str(guidance), *(p.text for p in PROMPTS)]
+    (tmp_path / "images.npy").write_bytes(subprocess.run(command, capture_output=True, check=True, cwd=tmp_path).stdout)
+    theirs = np.load(tmp_path / "images.npy")
+    ours = sample(policy, PROMPTS, range(5, 8), steps=40, guidance=guidance).permute(0, 2, 3, 1).numpy()
+    assert ours.shape == theirs.shape == (3, 64, 64, 3) and ours.std() > .05
+    assert np.abs(ours - theirs).max() < 1e-3
+
+
+def test_an_ode_step_is_diffusers_euler_step(policy):
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(policy.pipeline.scheduler.config)
+    scheduler.set_timesteps(7)
+    x, grid = torch.randn(2, 16, 8, 8), policy.sigmas(7)
+    assert grid[0] == 1 and grid[-1] == 0 and len(grid) == 8 and grid == sorted(grid, reverse=True)
+    for t, sigma, sigma_next in zip(scheduler.timesteps, grid, grid[1:]):
+        v = torch.randn_like(x)
+        theirs = scheduler.step(v, t, x).prev_sample
+        assert torch.allclose(ode_step(x, v, sigma, sigma_next), theirs, atol=1e-6)
+        x = theirs
+
+
+def test_the_conventions_hold():
+    x0, eps, sigma = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), .3
+    x, v = (1 - sigma) * x0 + sigma * eps, eps - x0
+    assert torch.allclose(predict_x0(x, v, sigma), x0, atol=1e-6)
+    assert torch.allclose(ode_step(x, v, sigma, 0.), x0, atol=1e-6)
+
+
+def test_a_sample_depends_on_its_own_seed_and_prompt_only(policy):
+    together = sample(policy, PROMPTS, [11, 12, 13], steps=6)
+    alone = sample(policy, PROMPTS[1:2], [12], steps=6)
+    assert (together[1] - alone[0]).abs().max() < 1e-4
+    assert (sample(policy, PROMPTS[1:2], [13], steps=6)[0] - alone[0]).abs().max() > .05
+    assert torch.equal(initial_noise(policy, [4, 9])[1], initial_noise(policy, [9])[0])
+
+
+def test_trajectory_yields_every_transition(policy):
+    steps = list(trajectory(policy, PROMPTS[:1], [0], steps=5))
+    assert [s.index for s in steps] == list(range(5))
+    assert all(torch.equal(a.x_next, b.x) for a, b in zip(steps, steps[1:]))
+    assert torch.allclose(steps[-1].x0_hat, steps[-1].x_next, atol=1e-5)
+
+
+def test_texts_are_encoded_once(policy, monkeypatch):
+    first = policy.encode(["a photo of a red circle"])
+    monkeypatch.setattr(policy.pipeline, "encode_prompt", lambda *a, **k: pytest.fail("encoded again"))
+    again = policy.encode(["a photo of a red circle"] * 3)
+    assert again.tokens.shape == (3, 28, 256) and torch.equal(again.tokens[2], first.tokens[0])
+
+
+def test_bad_calls_are_errors(policy, tmp_path):
+    with pytest.raises(FileNotFoundError, match="model_index.json"):
+        FlowPolicy(tmp_path)
+    with pytest.raises(ValueError, match="at least one step"):
+        policy.sigmas(0)
+    with pytest.raises(ValueError, match="1 prompts with 2 seeds"):
+        next(trajectory(policy, PROMPTS[:1], [0, 1]))

@@ -1,0 +1,50 @@
+"""The project's own promises: one list of dependencies, assets that are what their manifest says."""
+import hashlib
+import json
+import tomllib
+
+import yaml
+
+from flowopd_lib import tinyworld
+from flowopd_lib.runs import ROOT
+
+
+def test_environment_and_pyproject_say_the_same():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(d for d in conda if isinstance(d, dict))["pip"]
+    assert sorted(d for d in pip if d != "-e .") == sorted(project["dependencies"])
+    assert f"python{project['requires-python']}" in conda
+
+
+def test_every_import_is_a_declared_dependency():
+    names = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "IPython": "ipykernel"}
+    declared = {d.split(">")[0] for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
+    import ast
+    import sys
+    for path in (ROOT / "flowopd_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                       [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else [])
+            for module in (m.split(".")[0] for m in modules):
+                assert module in sys.stdlib_module_names or names.get(module, module) in declared, f"{path}: {module}"
+
+
+def test_assets_are_what_the_manifest_says_and_at_most_40_mb():
+    manifest = json.loads((tinyworld.ASSETS / "manifest.json").read_text())
+    there = {str(p.relative_to(tinyworld.ASSETS)) for p in tinyworld.ASSETS.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert there == set(manifest["files"])
+    for name, record in manifest["files"].items():
+        assert hashlib.sha256((tinyworld.ASSETS / name).read_bytes()).hexdigest() == record["sha256"], name
+    assert sum(r["bytes"] for r in manifest["files"].values()) <= 40e6
+    assert {"command", "seed", "date", "versions", "seconds"} <= set(manifest)
+
+
+def test_weights_are_safetensors_only():
+    suffixes = {p.suffix for p in tinyworld.ASSETS.rglob("*") if p.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".txt"}
+
+
+def test_library_files_stay_small():
+    for path in (ROOT / "flowopd_lib").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 320, path

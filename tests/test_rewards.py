@@ -1,0 +1,107 @@
+"""The judges: rewards on known inputs, and errors where there is nothing to judge."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowopd_lib import Prompt, tinyworld
+from flowopd_lib.rewards import DeQA, PickScore
+from flowopd_lib.rewards.ocr import ocr_reward
+from flowopd_lib.tinyworld.data import to_tensor
+from flowopd_lib.tinyworld.scenes import degrade, render
+from flowopd_lib.tinyworld.specs import Spec, sample_specs
+
+SIGN = Spec("ocr", "ocr", word="CAT", opener='a sign that says "{}"')
+BLANK = torch.full((1, 3, 64, 64), .5)
+
+
+def pixels(*images: Image.Image) -> torch.Tensor:
+    return to_tensor(list(images)) / 2 + .5
+
+
+@pytest.mark.parametrize("read, target, reward", [
+    ("CAT", "cat", 1), ("c a t", "CAT", 1), ("the CAT sat", "cat", 1), ("cut", "cat", 2 / 3), ("", "cat", 0),
+    ("qqqqqqqqqq", "cat", 0), ("ca", "cat", 2 / 3), ("new yrk", "New York", 6 / 7)])
+def test_ocr_reward(read, target, reward):
+    assert ocr_reward(read, target) == pytest.approx(reward)
+
+
+def test_ocr_reads_a_sign_and_nothing_on_a_blank(judges):
+    prompts = [Prompt(SIGN.text, "ocr")] * 2
+    assert judges["OCR"].read(torch.cat([pixels(render(SIGN, 0)), BLANK]), prompts) == ["CAT", ""]
+    wrong = Prompt('a sign that says "DOG"', "ocr")
+    assert judges["OCR"](pixels(render(SIGN, 0), render(SIGN, 1)), [prompts[0], wrong]).tolist() == [1., 0.]
+
+
+def test_ocr_is_the_same_alone_and_in_a_batch(judges):
+    specs = sample_specs("ocr", "test", 9)
+    prompts, images = [Prompt(s.text, "ocr") for s in specs], pixels(*(render(s, 3) for s in specs))
+    alone = [judges["OCR"].read(images[i:i + 1], prompts[i:i + 1])[0] for i in range(9)]
+    assert judges["OCR"].read(images, prompts) == alone
+
+
+def test_full_image_ocr_finds_large_text():
+    from flowopd_lib.rewards import OCR
+    picture = render(SIGN, 0).resize((512, 512), Image.Resampling.BICUBIC)
+    assert OCR()(pixels(picture), [Prompt(SIGN.text, "ocr")]) == [1.]
+
+
+def test_geneval_judges_renders_and_explains(judges):
+    spec = Spec("geneval", "colors", (("star", "cyan"),))
+    other = Spec("geneval", "colors", (("star", "purple"),))
+    prompt = Prompt(spec.text, "geneval", spec.metadata)
+    verdicts = judges["GenEval"].explain(pixels(render(spec, 0), render(other, 0)), [prompt, prompt])
+    assert verdicts == [(True, ""), (False, "expected cyan star, found purple")]
+
+
+def test_pickscore_is_scaled_cosine_of_the_clip_model(judges):
+    judge, spec = judges["PickScore"], sample_specs("pickscore", "test", 1)[0]
+    inputs = judge.processor(images=[render(spec, 0)], text=[spec.text], return_tensors="pt", padding="max_length")
+    logits = judge.model(**inputs).logits_per_image
+    assert judge(pixels(render(spec, 0)), [Prompt(spec.text, "pickscore")])[0] == pytest.approx(logits.item(), abs=1e-3)
+    assert judge.range[1] == pytest.approx(26, abs=.02)
+
+
+def test_deqa_is_the_expectation_over_levels(judges):
+    spec = sample_specs("pickscore", "test", 1)[0]
+    images = pixels(render(spec, 0), degrade(render(spec, 0), "blur", 1))
+    prompts = [Prompt(spec.text, "pickscore")] * 2
+    p = judges["DeQA"].distribution(images, prompts)
+    assert torch.allclose(p.sum(1), torch.ones(2), atol=1e-5)
+    scores = judges["DeQA"](images, prompts)
+    assert np.allclose(scores, (p * torch.tensor([1., 2., 3., 4., 5.])).sum(1)) and scores[0] > scores[1] + 2
+
+
+@pytest.mark.parametrize("name", ["GenEval", "OCR", "PickScore", "DeQA"])
+@pytest.mark.parametrize("images, prompts, message", [
+    (BLANK, [Prompt(" ", "ocr", {"tag": "colors", "include": []})], "empty prompt|no text in double quotes"),
+    (BLANK, [], "0 prompts"), (BLANK[0], [Prompt('"A"', "ocr")], r"\(B, 3, H, W\)"),
+    (BLANK * float("nan"), [Prompt('"A"', "ocr")], "NaN"), (BLANK * 5, [Prompt('"A"', "ocr")], r"\[0, 1\]")])
+def test_bad_input_is_an_error_and_never_a_score(judges, name, images, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        judges[name](images, prompts)
+
+
+def test_judges_say_what_they_lack(judges):
+    with pytest.raises(ValueError, match="double quotes"):
+        judges["OCR"](BLANK, [Prompt("a sign", "ocr")])
+    with pytest.raises(ValueError, match="metadata"):
+        judges["GenEval"](BLANK, [Prompt("a circle", "pickscore")])
+    with pytest.raises(ValueError, match="does not know 'dog'"):
+        judges["GenEval"](BLANK, [Prompt("a dog", "geneval", {"tag": "colors", "include": [{"class": "dog", "count": 1}]})])
+    with pytest.raises(ValueError, match="64x64"):
+        judges["GenEval"](torch.zeros(1, 3, 32, 32), [Prompt("a", "geneval", {"tag": "colors", "include": []})])
+    with pytest.raises(ValueError, match="32x32 image does not have"):
+        judges["OCR"](torch.zeros(1, 3, 32, 32), [Prompt('"A"', "ocr")])
+
+
+def test_missing_weights_are_named(tmp_path):
+    for judge in (PickScore, DeQA):
+        with pytest.raises(FileNotFoundError, match="no .* weights at"):
+            judge(tmp_path / "nothing")
+
+
+def test_every_judge_has_a_name_and_a_range(judges):
+    for name, judge in judges.items():
+        assert judge.name == name and judge.range[0] < judge.range[1]
+    assert (tinyworld.ASSETS / "pickscore").is_dir()

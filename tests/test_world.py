@@ -1,0 +1,163 @@
+"""The small world: scenes from seeds, splits that do not share a prompt, levels that get worse."""
+import hashlib
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flowopd_lib import Prompt, load_prompts, save_prompts, tinyworld
+from flowopd_lib.tinyworld.data import mutate, noisy_example, preference_pair, split_spec
+from flowopd_lib.tinyworld.scenes import DEGRADATIONS, LEVELS, degrade, lay_out, render
+from flowopd_lib.tinyworld.specs import (GENEVAL_TAGS, PROMPT_TASKS, Spec, heldout_pair, heldout_relation, random_spec,
+                                         sample_specs, split_of)
+from flowopd_lib.tinyworld.text import clip_tokenizer, letter_tokenizer, vocabulary
+
+FINGERPRINT = """
+import hashlib
+from flowopd_lib.tinyworld.scenes import render
+from flowopd_lib.tinyworld.specs import sample_specs
+h = hashlib.sha256()
+for task in ("geneval", "ocr", "pickscore"):
+    for spec in sample_specs(task, "test", 12):
+        h.update(render(spec, 7).tobytes())
+print(h.hexdigest())
+"""
+
+
+def test_a_scene_is_decided_by_its_prompt_and_seed():
+    here = hashlib.sha256()
+    for task in PROMPT_TASKS:
+        for spec in sample_specs(task, "test", 12):
+            here.update(render(spec, 7).tobytes())
+            assert render(spec, 8).tobytes() != render(spec, 7).tobytes()
+    there = subprocess.run([sys.executable, "-c", FINGERPRINT], capture_output=True, text=True, check=True).stdout.strip()
+    assert there == here.hexdigest()    # another process, another hash seed
+
+
+def test_splits_share_no_prompt_and_ood_holds_what_was_held_out():
+    seen: dict[str, str] = {}
+    for task in PROMPT_TASKS:
+        for split in ("train", "val", "test", "ood"):
+            prompts = load_prompts(tinyworld.PROMPTS, task, split)
+            assert split == "val" or len(prompts) >= 240
+            for p in prompts:
+                assert seen.setdefault(p.text, split) == split, f"{p.text!r} is in {seen[p.text]} and {split}"
+    words = {split: {p.text.split('"')[1] for p in load_prompts(tinyworld.PROMPTS, "ocr", split)} for split in
+             ("train", "val", "test", "ood")}
+    assert not words["train"] & words["test"] and not words["train"] & words["val"] and not words["val"] & words["test"]
+    assert {len(w) for w in words["ood"]} == {5} and max(len(w) for w in words["train"]) == 4
+    for spec in sample_specs("geneval", "ood", 60):
+        assert (spec.count == 5 or any(heldout_pair(*o) for o in spec.objects)
+                or heldout_relation(spec.objects[0][0], spec.relation, spec.objects[1][0]))
+
+
+def test_training_data_never_shows_what_is_held_out():
+    rng = random.Random(0)
+    for _ in range(1500):
+        spec = split_spec(rng)
+        assert split_of(spec) == "train"
+        assert not any(heldout_pair(i.shape, i.color) for i in lay_out(spec, rng.getrandbits(32)).items)
+
+
+def test_a_relation_held_out_is_held_out_both_ways():
+    for a, b in [("circle", "square"), ("circle", "star"), ("heart", "cross")]:
+        assert heldout_relation(a, "left of", b) == heldout_relation(b, "right of", a)
+        assert heldout_relation(a, "above", b) == heldout_relation(b, "below", a)
+
+
+def test_the_prompt_files_are_what_the_grammar_gives():
+    for task in PROMPT_TASKS:
+        texts = [p.text for p in load_prompts(tinyworld.PROMPTS, task, "test")]
+        assert texts == [s.text for s in sample_specs(task, "test", len(texts))]
+
+
+def test_geneval_metadata_has_genevals_form():
+    position = Spec("geneval", "position", (("star", None), ("circle", None)), relation="left of")
+    assert position.metadata == {"tag": "position", "prompt": "a photo of a star left of a circle", "include": [
+        {"class": "circle", "count": 1}, {"class": "star", "count": 1, "position": ["left of", 0]}]}
+    counting = Spec("geneval", "counting", (("cross", None),), count=3, background="gray")
+    assert counting.metadata == {"tag": "counting", "prompt": "a photo of three crosses on a gray background",
+                                 "include": [{"class": "cross", "count": 3}], "exclude": [{"class": "cross", "count": 4}]}
+    assert {p.tag for p in load_prompts(tinyworld.PROMPTS, "geneval", "test")} == set(GENEVAL_TAGS)
+
+
+def test_prompts_survive_flow_grpos_formats(tmp_path):
+    for task in PROMPT_TASKS:
+        prompts = load_prompts(tinyworld.PROMPTS, task, "test")[:20]
+        save_prompts(tmp_path, task, "test", prompts)
+        again = load_prompts(tmp_path, task, "test")
+        assert again == prompts and [p.metadata for p in again] == [p.metadata for p in prompts]
+
+
+@pytest.mark.parametrize("task, name, line, message", [
+    ("geneval", "test_metadata.jsonl", '{"tag": "colors", "prompt": "a"}', "line 1 lacks include"),
+    ("geneval", "test_metadata.jsonl", "a photo", "line 1 is not JSON"),
+    ("ocr", "test.txt", "a sign", "no text in double quotes"), ("pickscore", "test.txt", " ", "holds no prompt")])
+def test_a_bad_prompt_file_is_named_with_its_line(tmp_path, task, name, line, message):
+    (tmp_path / task).mkdir()
+    (tmp_path / task / name).write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_prompts(tmp_path, task, "test")
+
+
+def test_a_missing_split_says_what_there_is():
+    with pytest.raises(FileNotFoundError, match="test.txt"):
+        load_prompts(tinyworld.PROMPTS, "ocr", "tets")
+    with pytest.raises(ValueError, match="choose one of geneval"):
+        load_prompts(tinyworld.PROMPTS, "orc", "test")
+
+
+@pytest.mark.parametrize("kind", DEGRADATIONS)
+def test_each_level_is_further_from_the_clean_picture(kind):
+    specs = sample_specs("pickscore", "test", 10) + sample_specs("ocr", "test", 10)
+    def distance(level):
+        return np.mean([np.square(np.asarray(degrade(render(s, 1), kind, level), float) - np.asarray(render(s, 1))).mean()
+                        for s in specs])
+    distances = [distance(level) for level in LEVELS]
+    assert distances[0] == 0 and all(a < b for a, b in zip(distances, distances[1:]))
+
+
+def test_mutate_always_changes_what_is_right():
+    rng = random.Random(3)
+    for _ in range(500):
+        spec = random_spec(rng, rng.choice(PROMPT_TASKS))
+        if spec.word:
+            continue        # two letters drawn anew may, rarely, be the same two
+        assert mutate(spec, rng) != spec
+
+
+def test_noise_rates_are_the_rates_asked_for():
+    rng = random.Random(0)
+    clean = dict.fromkeys(PROMPT_TASKS, 0.)
+    text, image = noisy_example(rng, clean, 0.)
+    assert image.size == (64, 64) and text
+    text, better, worse, likely = preference_pair(rng)
+    assert .5 <= likely <= 1 and better.tobytes() != worse.tobytes()
+
+
+def test_every_word_of_the_world_is_one_clip_token_and_t5_spells():
+    tokenizer = clip_tokenizer()
+    assert all(len(tokenizer(word).input_ids) == 3 for word in vocabulary())
+    letters = letter_tokenizer(8)
+    assert letters.convert_ids_to_tokens(letters('a sign that says "Cat"').input_ids) == ["C", "A", "T", "</s>"]
+    assert letters("a photo of a circle").input_ids == [1]
+
+
+def test_no_prompt_is_cut_off():
+    tokenizer = clip_tokenizer()
+    for task in PROMPT_TASKS:
+        for split in ("train", "val", "test", "ood"):
+            for p in load_prompts(tinyworld.PROMPTS, task, split):
+                assert len(tokenizer(p.text).input_ids) <= tokenizer.model_max_length
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ValueError, match="choose one of geneval"):
+        random_spec(random.Random(0), "genval")
+    with pytest.raises(ValueError, match="fewer than"):
+        sample_specs("geneval", "test", 100_000)
+    with pytest.raises(ValueError, match="choose one of blur"):
+        degrade(render(sample_specs("ocr", "test", 1)[0], 0), "fog", 3)
+    assert Prompt("a", "ocr").tag == "ocr"
