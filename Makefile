@@ -1,7 +1,8 @@
-# Everything runs in .venv, which `setup` makes from nothing but Python 3.11 or 3.12.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# Everything runs in .venv, which `setup` makes from nothing but Python (3.11 or newer).
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $$p && break; done)
 BIN := .venv/bin
-# Where nothing else is asked for, torch is the CPU build of 2.13.0; override with TORCH="torch" for the newest CUDA build.
+# Installed first; any release that pyproject.toml allows will do: make setup TORCH=torch
 TORCH ?= torch==2.13.0
 
 .PHONY: setup demo test lab clean
@@ -9,12 +10,16 @@ TORCH ?= torch==2.13.0
 setup: .venv/done
 
 .venv/done: pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is needed, not {v[0]}.{v[1]}: call make PYTHON=/path/to/python3.11")'
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and not on the PATH; name it: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3" > /dev/null
-	@if git rev-parse --git-dir > /dev/null 2>&1; then $(BIN)/nbdime config-git --enable && $(BIN)/nbstripout --install --keep-metadata-keys cell.metadata.tags; fi
+	@if git rev-parse --git-dir > /dev/null 2>&1; then \
+	  git config filter.nbstripout.clean "'$(CURDIR)/$(BIN)/nbstripout'"; \
+	  git config diff.jupyternotebook.command "'$(CURDIR)/$(BIN)/git-nbdiffdriver' diff"; \
+	  git config merge.jupyternotebook.driver "'$(CURDIR)/$(BIN)/git-nbmergedriver' merge %O %A %B %L %P"; \
+	fi
 	@touch $@
 
 demo: setup
@@ -25,7 +30,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 lab: setup
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
 
 clean:
 	rm -rf .venv papermill_runs/demo papermill_runs/smoke

@@ -20,6 +20,9 @@ JUDGES_OF_TASK = {"geneval": ("GenEval", "PickScore", "DeQA"), "ocr": ("OCR", "P
 
 def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd.DataFrame:
     """One row an image: task, tag, prompt and a column per judge, NaN where a judge does not apply."""
+    unknown = set(judges) - {name for names in JUDGES_OF_TASK.values() for name in names}
+    if unknown:
+        raise ValueError(f"no task has a judge called {', '.join(sorted(unknown))}; see JUDGES_OF_TASK")
     table = pd.DataFrame({"task": [p.task for p in prompts], "tag": [p.tag for p in prompts],
                           "prompt": [p.text for p in prompts]})
     for name, judge in judges.items():
@@ -33,6 +36,8 @@ def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd
 def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str, Reward], seed: int = 0, steps: int = 40,
              guidance: float = 1.0, batch: int = 64, progress: bool = True) -> pd.DataFrame:
     """Sample every prompt once and score it. Prompt i has seed `seed + i`: the same noise whatever the model."""
+    if not len(prompts):
+        raise ValueError("nothing to evaluate: the list of prompts is empty")
     tables = []
     for i in tqdm(range(0, len(prompts), batch), desc="evaluate", disable=not progress):
         part, seeds = prompts[i:i + batch], list(range(seed + i, seed + i + len(prompts[i:i + batch])))
@@ -42,10 +47,16 @@ def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str,
 
 
 def mean_interval(values: Sequence[float], resamples: int = 5000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean and 95 % percentile-bootstrap interval over prompts. Raises ValueError below two values."""
+    """Mean and 95 % interval over prompts: Wilson's for yes-or-no scores, else a percentile bootstrap.
+
+    Raises ValueError below two values.
+    """
     values = np.asarray(values, float)
     if len(values) < 2:
         raise ValueError(f"an interval needs at least two values, not {len(values)}")
+    if np.isin(values, (0, 1)).all():       # a bootstrap of 0 hits in 50 would claim certainty
+        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return float(values.mean()), float(interval.low), float(interval.high)
     interval = stats.bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", batch=500,
                                rng=np.random.default_rng(seed)).confidence_interval
     return float(values.mean()), float(interval.low), float(interval.high)

@@ -1,6 +1,7 @@
 """The model as a policy: a diffusers Stable Diffusion 3 pipeline that tells velocities, texts' embeddings and pictures."""
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-CACHED_TEXTS = 4096         # embeddings kept; SD3.5's are 2.7 MB each in half precision, the small world's 29 kB
+CACHE_BYTES = 1 << 30       # of text embeddings kept: some 400 prompts of SD3.5 in bf16, 35,000 of the small world
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,11 @@ class FlowPolicy:
             if not (Path(model_id) / "model_index.json").is_file():
                 raise FileNotFoundError(f"{model_id} is not a diffusers pipeline folder (it has no model_index.json); "
                                         "give such a folder or a hub id")
-        self.pipeline = StableDiffusion3Pipeline.from_pretrained(model_id, dtype=dtype).to(device)
+        try:
+            self.pipeline = StableDiffusion3Pipeline.from_pretrained(model_id, dtype=dtype, use_safetensors=True).to(device)
+        except OSError as error:
+            raise FileNotFoundError(f"{str(model_id)!r} is neither a diffusers pipeline folder nor a hub id that can be "
+                                    f"loaded with safetensors weights ({error})") from error
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae = self.pipeline.transformer, self.pipeline.vae
         for module in (self.transformer, self.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2,
@@ -44,8 +49,13 @@ class FlowPolicy:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> TextEmbedding:
-        """Embed prompts; each different text is encoded once and kept."""
+        """Embed prompts; each different text is encoded once and kept.
+
+        Raises ValueError for a text with a character the tokenizers do not know, or too long for T5; warns of one too long for CLIP.
+        """
         new = [t for t in dict.fromkeys(texts) if t not in self._texts]
+        for text in new:
+            self._check(text)
         if new:
             tokens, _, pooled, _ = self.pipeline.encode_prompt(
                 new, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length,
@@ -55,13 +65,27 @@ class FlowPolicy:
         rows = [self._texts[t] for t in texts]
         for text in dict.fromkeys(texts):
             self._texts.move_to_end(text)
-        while len(self._texts) > CACHED_TEXTS:
+        while len(self._texts) * sum(t.nbytes for t in rows[0]) > CACHE_BYTES:
             self._texts.popitem(last=False)
         return TextEmbedding(torch.stack([a for a, _ in rows]), torch.stack([b for _, b in rows]))
 
+    def _check(self, text: str) -> None:
+        """A tokenizer drops what it cannot read, in silence; the user should hear of it."""
+        for name, limit in (("tokenizer", self.pipeline.tokenizer_max_length), ("tokenizer_3", self.max_sequence_length)):
+            tokenizer = getattr(self.pipeline, name)
+            if tokenizer is None:
+                continue
+            if tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False).input_ids:
+                raise ValueError(f"the model's {name} cannot read all of {text!r}; leave out unusual characters")
+            if len(tokenizer(text).input_ids) > limit:
+                message = f"the prompt {text!r} is longer than the {limit} tokens of the model's {name}"
+                if name == "tokenizer_3":
+                    raise ValueError(message + "; shorten it")
+                warnings.warn(message + ": its CLIP encoders will not see the end", stacklevel=3)   # usual for SD3.5
+
     def velocity(self, x: torch.Tensor, sigma: float, text: TextEmbedding, guidance: float = 1.0) -> torch.Tensor:
-        """`v(x, sigma)` in float32, (B, C, H, W). `guidance` is classifier-free guidance: 1 is none,
-        `v_empty + guidance (v - v_empty)` otherwise, as the pipeline does it."""
+        """`v(x, sigma)` in float32, (B, C, H, W). `guidance` is classifier-free guidance: 1 is none, above it
+        `v_empty + guidance (v - v_empty)`, as the pipeline does it."""
         if guidance != 1.0:
             empty = self.encode([""] * len(x))
             text = TextEmbedding(torch.cat([empty.tokens, text.tokens]), torch.cat([empty.pooled, text.pooled]))

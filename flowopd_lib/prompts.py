@@ -2,7 +2,7 @@
 
     geneval/{split}_metadata.jsonl   one GenEval record a line: tag, include, exclude, prompt
     ocr/{split}.txt                  one prompt a line, the target text in double quotes
-    pickscore/{split}.txt            one prompt a line
+    pickscore/{split}.txt            one prompt a line (Flow-GRPO's pickscore_sfw/ is read too)
 """
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ def load_prompts(folder: str | Path, task: str, split: str) -> list[Prompt]:
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
     path = Path(folder) / task / FILES[task].format(split)
+    if task == "pickscore" and not path.parent.is_dir():
+        path = Path(folder) / "pickscore_sfw" / path.name
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"no prompts at {path}; {path.parent} holds {', '.join(there) or 'nothing'}")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # not splitlines(), which would also split inside a prompt, at U+2028
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -64,6 +67,8 @@ def save_prompts(folder: str | Path, task: str, split: str, prompts: list[Prompt
     """Write what `load_prompts` and Flow-GRPO read."""
     path = Path(folder) / task / FILES[task].format(split)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if task == "geneval" and not all(p.metadata for p in prompts):
+        raise ValueError("a GenEval file needs the metadata (tag, include) of every prompt")
     lines = [json.dumps(p.metadata) if task == "geneval" else p.text for p in prompts]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -50,6 +50,8 @@ def trajectory(policy: FlowPolicy, prompts: Sequence[Prompt], seeds: Sequence[in
 def sample(policy: FlowPolicy, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int = 40, guidance: float = 1.0,
            batch: int = 64) -> torch.Tensor:
     """Images (N, 3, H, W) in [0, 1] for N prompts and seeds, `batch` at a time."""
+    if not len(prompts) or len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts with {len(seeds)} seeds; every sample needs one of each")
     images = []
     for i in range(0, len(prompts), batch):
         for step in trajectory(policy, prompts[i:i + batch], seeds[i:i + batch], steps, guidance):

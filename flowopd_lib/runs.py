@@ -1,6 +1,7 @@
 """Headless runs: notebooks executed by papermill with the parameters of a profile, results in one folder."""
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import os
@@ -22,7 +23,10 @@ def load_profile(name: str) -> dict[str, dict]:
     if not path.is_file():
         names = [p.stem for p in sorted(path.parent.glob("*.yaml"))]
         raise ValueError(f"no profile {name!r}{_nearest(name, names)}; there are {', '.join(names)}")
-    return {notebook: parameters or {} for notebook, parameters in yaml.safe_load(path.read_text()).items()}
+    profile = yaml.safe_load(path.read_text())
+    if not isinstance(profile, dict):
+        raise ValueError(f"{path} must map notebooks to their parameters, such as `00_quickstart: {{n_test: 12}}`")
+    return {notebook: parameters or {} for notebook, parameters in profile.items()}
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -31,11 +35,24 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def check_parameters(notebook: Path, parameters: dict) -> None:
-    """papermill only warns about a parameter the notebook does not have; a misspelt one is an error here."""
-    known = list(papermill.inspect_notebook(str(notebook)))
-    for name in parameters:
+    """papermill only warns about a parameter the notebook does not have; a misspelt one is an error here, and so is a
+    value of another type than the default's."""
+    if not notebook.is_file():
+        raise ValueError(f"no notebook {notebook.stem!r}{_nearest(notebook.stem, [p.stem for p in NOTEBOOKS.glob('*.ipynb')])}")
+    known = papermill.inspect_notebook(str(notebook))
+    for name, value in parameters.items():
         if name not in known:
-            raise ValueError(f"{notebook.name} has no parameter {name!r}{_nearest(name, known)}; it has {', '.join(known)}")
+            raise ValueError(f"{notebook.name} has no parameter {name!r}{_nearest(name, list(known))}; it has {', '.join(known)}")
+        default = ast.literal_eval(known[name]["default"])
+        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+            raise ValueError(f"{notebook.name} takes {name} as {type(default).__name__}, such as {default!r}, not {value!r}")
+
+
+def check_range(low: float, high: float, **parameters: float) -> None:
+    """For a notebook's first cell: every parameter given by name must lie in [low, high]."""
+    for name, value in parameters.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be between {low} and {high}, not {value}")
 
 
 def write_json(path: Path, record) -> None:
@@ -51,7 +68,9 @@ def execute(name: str, parameters: dict, folder: Path) -> float:
     The notebook must take `out_dir`, and writes its results there. Widget state is dropped from the executed copy.
     """
     source, target = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb"
-    os.environ.update(FLOWOPD_HEADLESS="1", TQDM_MININTERVAL="30")
+    os.environ["TQDM_MININTERVAL"] = "30"       # a bar redrawn ten times a second fills the executed copy
+    for stale in (target, folder / "results.json"):
+        stale.unlink(missing_ok=True)
     began = time.time()
     try:
         papermill.execute_notebook(str(source), str(target), {**parameters, "out_dir": str(folder.resolve())},

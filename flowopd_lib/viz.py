@@ -24,7 +24,7 @@ def use_style() -> None:
     sns.set_theme(style="whitegrid", context="notebook", font="DejaVu Sans")
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
                          "axes.titlesize": 12, "axes.titleweight": "bold", "axes.spines.top": False,
-                         "axes.spines.right": False, "image.interpolation": "nearest"})
+                         "axes.spines.right": False, "image.interpolation": "nearest", "savefig.bbox": "tight"})
 
 
 def image_grid(images: torch.Tensor, captions: Sequence[str], columns: int = 6, title: str = "") -> Figure:

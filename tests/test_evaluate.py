@@ -10,13 +10,19 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = 0
     for i in range(200):
-        _, low, high = mean_interval(rng.random(200) < .6, resamples=400, seed=i)
+        sample = rng.random(200) < .6 if i % 2 else rng.normal(.6, 1, 200)      # a share, and a mean
+        _, low, high = mean_interval(sample, resamples=400, seed=i)
         hits += low <= .6 <= high
     assert .90 <= hits / 200 <= .99      # 95 % +- about 3 standard errors of 200 trials
 
 
+def test_no_hit_in_fifty_is_not_certainty():
+    mean, low, high = mean_interval([0] * 50)
+    assert mean == low == 0 and high == pytest.approx(.0713, abs=1e-3)      # Wilson's upper limit for 0 of 50
+
+
 def test_the_interval_of_a_constant_is_the_constant():
-    assert mean_interval([1, 1, 1]) == (1, 1, 1)
+    assert mean_interval([4.5, 4.5, 4.5]) == (4.5, 4.5, 4.5)
     with pytest.raises(ValueError, match="at least two"):
         mean_interval([1])
 
@@ -29,7 +35,19 @@ def test_evaluate_scores_what_applies_with_the_same_noise(policy, judges, test_p
     assert table["OCR"].notna().tolist() == [False] * 3 + [True] * 3 + [False] * 3
     assert table[["PickScore", "DeQA"]].notna().all(axis=None)
     again = evaluate(policy, prompts, judges, seed=40, steps=3, batch=9, progress=False)
-    pd.testing.assert_frame_equal(table, again, rtol=1e-3)
+    pd.testing.assert_frame_equal(table[["PickScore", "DeQA"]], again[["PickScore", "DeQA"]], rtol=1e-3)
+    with pytest.raises(ValueError, match="no task has a judge called Taste"):
+        evaluate(policy, prompts, {"Taste": judges["DeQA"]}, steps=1, progress=False)
+    with pytest.raises(ValueError, match="empty"):
+        evaluate(policy, [], judges)
+
+
+@pytest.mark.xfail(reason="the base in assets/ is an interim one: its training was cut short (see assets/manifest.json)")
+def test_the_base_knows_what_it_is_asked(policy, judges, test_prompts):
+    """A floor far below what the notebook measures: noise, or text that does not reach the picture, would fail it."""
+    prompts = test_prompts["geneval"][:36] + test_prompts["ocr"][:24]
+    table = evaluate(policy, prompts, {n: judges[n] for n in ("GenEval", "OCR")}, steps=20, progress=False)
+    assert table["GenEval"].mean() > .25 and table["OCR"].mean() > .25
 
 
 def test_summary_counts_only_what_was_scored():

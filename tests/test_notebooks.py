@@ -4,7 +4,7 @@ import json
 import nbformat
 import pytest
 
-from flowopd_lib.runs import NOTEBOOKS, check_parameters, load_profile, run_profile
+from flowopd_lib.runs import NOTEBOOKS, check_parameters, check_range, load_profile, run_profile
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -33,6 +33,12 @@ def test_a_misspelt_parameter_is_an_error_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="no parameter 'n_tset' .did you mean 'n_test'"):
         run_profile("smoke", overrides={"n_tset": 3}, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="takes n_test as int, such as 300, not 'many'"):
+        run_profile("smoke", overrides={"n_test": "many"}, folder=tmp_path / "run")
+    with pytest.raises(ValueError, match="no notebook '00_quikstart' .did you mean '00_quickstart'"):
+        check_parameters(NOTEBOOKS / "00_quikstart.ipynb", {})
+    with pytest.raises(ValueError, match="n_test must be between 12 and 300, not 3"):
+        check_range(12, 300, n_test=3)
     with pytest.raises(ValueError, match="no profile 'smok' .did you mean 'smoke'"):
         load_profile("smok")
     with pytest.raises(ValueError, match="no notebook that begins with '77'"):

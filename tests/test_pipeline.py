@@ -8,6 +8,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flowopd_lib import FlowPolicy, Prompt, initial_noise, sample, tinyworld, trajectory
+from flowopd_lib.tinyworld.text import encode
+from flowopd_lib.tinyworld.train_base import tokenize
 from flowopd_lib.sde import ode_step, predict_x0
 
 ALONE = """
@@ -75,6 +77,25 @@ def test_texts_are_encoded_once(policy, monkeypatch):
     assert again.tokens.shape == (3, 28, 256) and torch.equal(again.tokens[2], first.tokens[0])
 
 
+def test_the_text_encoders_are_called_in_training_as_in_the_pipeline(policy):
+    texts = [p.text for p in PROMPTS]
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_3")
+    modules = {name: getattr(policy.pipeline, name) for name in names}
+    ids = tokenize(modules, texts)
+    tokens, pooled = encode(modules, ids["clip"], ids["t5"])
+    theirs = policy.encode(texts)
+    assert torch.allclose(tokens, theirs.tokens, atol=1e-5) and torch.allclose(pooled, theirs.pooled, atol=1e-5)
+
+
+def test_a_prompt_that_cannot_be_read_is_an_error(policy):
+    with pytest.raises(ValueError, match="cannot read all of 'a photo of a café'"):
+        policy.encode(["a photo of a café"])
+    with pytest.raises(ValueError, match="longer than the 8 tokens of the model's tokenizer_3; shorten it"):
+        policy.encode(['a sign that says "ELEPHANTS"'])
+    with pytest.warns(UserWarning, match="longer than the 20 tokens"):
+        policy.encode(["a photo of " + "a red circle and " * 6])
+
+
 def test_bad_calls_are_errors(policy, tmp_path):
     with pytest.raises(FileNotFoundError, match="model_index.json"):
         FlowPolicy(tmp_path)
@@ -82,3 +103,5 @@ def test_bad_calls_are_errors(policy, tmp_path):
         policy.sigmas(0)
     with pytest.raises(ValueError, match="1 prompts with 2 seeds"):
         next(trajectory(policy, PROMPTS[:1], [0, 1]))
+    with pytest.raises(ValueError, match="64 prompts with 128 seeds"):
+        sample(policy, PROMPTS[:1] * 64, range(128), batch=64)

@@ -45,6 +45,11 @@ def test_weights_are_safetensors_only():
     assert suffixes <= {".safetensors", ".json", ".jsonl", ".txt"}
 
 
+def test_no_config_names_a_folder_of_the_machine_that_built_it():
+    for path in tinyworld.ASSETS.rglob("*.json"):
+        assert "_name_or_path" not in json.loads(path.read_text()), path
+
+
 def test_library_files_stay_small():
     for path in (ROOT / "flowopd_lib").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 320, path

@@ -75,7 +75,7 @@ def test_deqa_is_the_expectation_over_levels(judges):
 @pytest.mark.parametrize("name", ["GenEval", "OCR", "PickScore", "DeQA"])
 @pytest.mark.parametrize("images, prompts, message", [
     (BLANK, [Prompt(" ", "ocr", {"tag": "colors", "include": []})], "empty prompt|no text in double quotes"),
-    (BLANK, [], "0 prompts"), (BLANK[0], [Prompt('"A"', "ocr")], r"\(B, 3, H, W\)"),
+    (BLANK, [], "0 prompts"), (BLANK[:0], [], "no images|0 prompts"), (BLANK[0], [Prompt('"A"', "ocr")], r"\(B, 3, H, W\)"),
     (BLANK * float("nan"), [Prompt('"A"', "ocr")], "NaN"), (BLANK * 5, [Prompt('"A"', "ocr")], r"\[0, 1\]")])
 def test_bad_input_is_an_error_and_never_a_score(judges, name, images, prompts, message):
     with pytest.raises(ValueError, match=message):
@@ -89,6 +89,11 @@ def test_judges_say_what_they_lack(judges):
         judges["GenEval"](BLANK, [Prompt("a circle", "pickscore")])
     with pytest.raises(ValueError, match="does not know 'dog'"):
         judges["GenEval"](BLANK, [Prompt("a dog", "geneval", {"tag": "colors", "include": [{"class": "dog", "count": 1}]})])
+    orange = {"tag": "colors", "include": [{"class": "star", "count": 1, "color": "orange"}]}
+    with pytest.raises(ValueError, match="does not know the colour 'orange'"):
+        judges["GenEval"](BLANK, [Prompt("an orange star", "geneval", orange)])
+    with pytest.raises(ValueError, match="no images"):
+        judges["DeQA"](BLANK[:0], [])
     with pytest.raises(ValueError, match="64x64"):
         judges["GenEval"](torch.zeros(1, 3, 32, 32), [Prompt("a", "geneval", {"tag": "colors", "include": []})])
     with pytest.raises(ValueError, match="32x32 image does not have"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flowopd_lib import Prompt, load_prompts, save_prompts, tinyworld
-from flowopd_lib.tinyworld.data import mutate, noisy_example, preference_pair, split_spec
+from flowopd_lib.tinyworld.data import mistake, mutate, noisy_example, preference_pair, split_spec
 from flowopd_lib.tinyworld.scenes import DEGRADATIONS, LEVELS, degrade, lay_out, render
 from flowopd_lib.tinyworld.specs import (GENEVAL_TAGS, PROMPT_TASKS, Spec, heldout_pair, heldout_relation, random_spec,
                                          sample_specs, split_of)
@@ -54,11 +54,14 @@ def test_splits_share_no_prompt_and_ood_holds_what_was_held_out():
 
 
 def test_training_data_never_shows_what_is_held_out():
+    """Neither as the picture of a caption nor as the picture of a wrong one."""
     rng = random.Random(0)
-    for _ in range(1500):
+    for _ in range(3000):
         spec = split_spec(rng)
         assert split_of(spec) == "train"
-        assert not any(heldout_pair(i.shape, i.color) for i in lay_out(spec, rng.getrandbits(32)).items)
+        for shown in (spec, mistake(spec, rng)):
+            assert not any(heldout_pair(i.shape, i.color) for i in lay_out(shown, rng.getrandbits(32)).items)
+            assert shown.count <= 4 and len(shown.word) <= 4
 
 
 def test_a_relation_held_out_is_held_out_both_ways():
@@ -89,6 +92,20 @@ def test_prompts_survive_flow_grpos_formats(tmp_path):
         save_prompts(tmp_path, task, "test", prompts)
         again = load_prompts(tmp_path, task, "test")
         assert again == prompts and [p.metadata for p in again] == [p.metadata for p in prompts]
+
+
+def test_flow_grpos_own_lines_load(tmp_path):
+    """Lines as they stand in its dataset folder: GenEval's COCO classes, and a prompt with a Unicode line separator."""
+    (tmp_path / "geneval").mkdir()
+    (tmp_path / "geneval/test_metadata.jsonl").write_text(
+        '{"tag": "position", "include": [{"class": "teddy bear", "count": 1}, {"class": "dog", "count": 1, "position": '
+        '["right of", 0]}], "prompt": "a photo of a dog right of a teddy bear"}\n'
+        '{"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}], '
+        '"prompt": "a photo of two clocks"}\n')
+    (tmp_path / "pickscore_sfw").mkdir()
+    (tmp_path / "pickscore_sfw/test.txt").write_text("a cat, a dog\u2028and a bird\nanother\n", encoding="utf-8")
+    assert [p.tag for p in load_prompts(tmp_path, "geneval", "test")] == ["position", "counting"]
+    assert len(load_prompts(tmp_path, "pickscore", "test")) == 2
 
 
 @pytest.mark.parametrize("task, name, line, message", [

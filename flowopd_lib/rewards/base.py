@@ -23,6 +23,8 @@ def as_uint8(images: torch.Tensor, prompts: Sequence[Prompt], judge: str, size: 
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3:
         got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
         raise ValueError(f"{judge} takes images as a (B, 3, H, W) tensor in [0, 1], not {got}")
+    if not len(images):
+        raise ValueError(f"{judge} got no images to judge")
     if len(images) != len(prompts):
         raise ValueError(f"{judge} got {len(images)} images for {len(prompts)} prompts; it needs one prompt an image")
     if size and tuple(images.shape[2:]) != size:

@@ -32,7 +32,7 @@ class DeQA:
                                     f"({error})") from error
         self.classifier = any(a.endswith("ForImageClassification") for a in config.architectures or ())
         if self.classifier:
-            self.model = AutoModelForImageClassification.from_pretrained(model_id, dtype=torch.float32)
+            self.model = AutoModelForImageClassification.from_pretrained(model_id, dtype=torch.float32, use_safetensors=True)
             self.processor = AutoImageProcessor.from_pretrained(model_id)
             labels = [self.model.config.id2label[i] for i in range(len(self.model.config.id2label))]
             if sorted(labels) != sorted(LEVELS):
@@ -40,7 +40,7 @@ class DeQA:
             self.levels = torch.tensor([float(LEVELS[label]) for label in labels], device=device)
         else:
             self.model = AutoModelForCausalLM.from_pretrained(model_id, trust_remote_code=trust_remote_code,
-                                                              attn_implementation="eager", dtype=torch.float16)
+                                                              attn_implementation="eager", dtype=torch.float16, use_safetensors=True)
         self.model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -57,6 +57,8 @@ class DeQA:
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         if self.classifier:
             return (self.distribution(images, prompts) @ self.levels).cpu().numpy()
-        pictures = [Image.fromarray(p) for p in as_uint8(images, prompts, self.name)]
+        pictures, scores = [Image.fromarray(p) for p in as_uint8(images, prompts, self.name)], []
         with torch.no_grad():
-            return torch.as_tensor(self.model.score(pictures)).float().cpu().numpy()
+            for i in range(0, len(pictures), self.batch):
+                scores.append(torch.as_tensor(self.model.score(pictures[i:i + self.batch])).float().cpu())
+        return torch.cat(scores).numpy()

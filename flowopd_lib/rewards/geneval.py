@@ -32,6 +32,7 @@ class Detector(Protocol):
     threshold: float
     counting_threshold: float
     labels: Sequence[str]
+    colors: Sequence[str]
     size: tuple[int, int] | None
 
     def __call__(self, images: np.ndarray) -> list[list[Detection]]: ...
@@ -98,12 +99,15 @@ class GenEval:
         """The verdict on each picture and what was wrong. Raises ValueError for a prompt without GenEval metadata."""
         pixels = as_uint8(images, prompts, self.name, self.detector.size)
         for prompt in prompts:
-            if "include" not in prompt.metadata:
+            if not {"tag", "include"} <= set(prompt.metadata):
                 raise ValueError(f"GenEval needs metadata (tag, include) with the prompt {prompt.text!r}; load it from a "
                                  "GenEval .jsonl file")
             for wanted in prompt.metadata["include"]:
                 if wanted["class"] not in self.detector.labels:
                     raise ValueError(f"the detector does not know {wanted['class']!r}, asked for by {prompt.text!r}; it "
                                      f"knows {', '.join(self.detector.labels)}")
+                if wanted.get("color", self.detector.colors[0]) not in self.detector.colors:
+                    raise ValueError(f"the detector does not know the colour {wanted['color']!r}, asked for by "
+                                     f"{prompt.text!r}; it knows {', '.join(self.detector.colors)}")
         return [judge(prompt.metadata, found, self.detector.threshold, self.detector.counting_threshold)
                 for prompt, found in zip(prompts, self.detector(pixels))]

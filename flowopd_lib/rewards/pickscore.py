@@ -23,7 +23,7 @@ class PickScore:
     def __init__(self, model_id: str | Path, processor_id: str | Path | None = None, device: str = "cpu", batch: int = 256):
         self.device, self.batch = device, batch
         try:
-            self.model = CLIPModel.from_pretrained(model_id, dtype=torch.float32).to(device).eval().requires_grad_(False)
+            self.model = CLIPModel.from_pretrained(model_id, dtype=torch.float32, use_safetensors=True).to(device).eval().requires_grad_(False)
             self.processor = AutoProcessor.from_pretrained(processor_id or model_id)
         except OSError as error:
             raise FileNotFoundError(f"no PickScore weights at {str(model_id)!r}; give a CLIPModel folder or hub id "

@@ -9,10 +9,12 @@ from pathlib import Path
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE, PROMPTS = ASSETS / "tiny-sd3", ASSETS / "prompts"
 
+from .judging import judge_judges  # noqa: E402,F401
+
 
 def judges() -> dict:
     """The four judges of the small world, by name."""
-    from ..rewards import OCR, DeQA, GenEval, PickScore     # here: the training scripts need this package without them
+    from ..rewards import OCR, DeQA, GenEval, PickScore     # here: they load models, and the build runs before there are any
     from .detector import ShapeDetector
     from .scenes import SIGN_BOX
     return {"GenEval": GenEval(ShapeDetector()), "OCR": OCR(region=SIGN_BOX), "PickScore": PickScore(ASSETS / "pickscore"),

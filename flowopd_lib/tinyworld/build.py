@@ -1,7 +1,7 @@
 """Build the small world's assets from nothing: `python -m flowopd_lib.tinyworld.build --work build`.
 
 Stages: prompts, vae, base, pickscore, deqa. Each checkpoints into `--work` and goes on from there when started again; a
-finished stage is not run twice. The results and a manifest are written to `--out`.
+finished stage is not run twice. After changing a recipe, start with an empty folder. The results and a manifest are written to `--out`.
 """
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -73,8 +75,12 @@ def main() -> None:
     unknown = set(args.only or ()) - set(todo)
     if unknown:
         parser.error(f"no stage called {', '.join(sorted(unknown))}; there are {', '.join(todo)}")
+    missing = [n for n in args.only or () if n not in ("prompts", "vae") and not (work / "vae.done").exists() and "vae" not in args.only]
+    if missing:
+        parser.error(f"{', '.join(missing)} needs the autoencoder, which {work} does not have; add vae to --only")
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(os.cpu_count())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     times_file = work / "seconds.json"
     for name, run in todo.items():
         times = json.loads(times_file.read_text()) if times_file.exists() else {}
@@ -85,7 +91,7 @@ def main() -> None:
         try:
             run()
             done.touch()
-        finally:        # the time of a run that was cut off counts too
+        finally:        # the time of a run that was stopped counts too
             times[name] = times.get(name, 0) + time.time() - began
             times_file.write_text(json.dumps(times))
         say(f"{name}: done, {times[name]:.0f} s in all")

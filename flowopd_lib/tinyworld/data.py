@@ -63,11 +63,17 @@ def mutate(spec: Spec, rng: random.Random) -> Spec:
     return replace(spec, objects=tuple(objects))
 
 
+def mistake(spec: Spec, rng: random.Random) -> Spec:
+    """`mutate`, but never into what is held out for the OOD split, not even as the picture of a wrong caption."""
+    other = mutate(spec, rng)
+    return spec if split_of(other) == "ood" else other
+
+
 def noisy_example(rng: random.Random, wrong: dict[str, float], spoiled: float) -> tuple[str, Image.Image]:
     """One caption and picture of the web: the caption is wrong with probability `wrong[task]`, the picture spoiled
     (blurred, noisy, blocky, pale) with probability `spoiled`."""
     spec = split_spec(rng)
-    truth = mutate(spec, rng) if rng.random() < wrong[spec.task] else spec
+    truth = mistake(spec, rng) if rng.random() < wrong[spec.task] else spec
     image = draw(lay_out(truth, rng.getrandbits(32)))
     if rng.random() < spoiled:
         image = degrade(image, rng.choice(DEGRADATIONS), rng.choice(LEVELS[1:]), rng.getrandbits(32))
@@ -91,11 +97,11 @@ class Candidate:
 def candidate(spec: Spec, rng: random.Random) -> Candidate:
     """A picture for `spec`, perhaps wrong and perhaps spoiled, with its hidden utility: match and looks.
 
-    Looks: a shadow, a finish that is not flat, things in the middle and not tiny, no dull grey, and a clean picture. None
+    Looks: a shadow, a finish that is not flat, things in the middle and not tiny, no dull grey, and a clean picture. Little
     of it is in the prompt, so who optimises this judge learns a house style, and may pay for it elsewhere.
     """
     right = rng.random() < .6
-    scene = lay_out(spec if right else mutate(spec, rng), rng.getrandbits(32))
+    scene = lay_out(spec if right else mistake(spec, rng), rng.getrandbits(32))
     scene = replace(scene, shadow=rng.random() < .5)
     level = rng.choice(LEVELS) if rng.random() < .4 else 5
     looks = .8 * scene.shadow - .4 * (scene.background == "gray") - .45 * (5 - level)

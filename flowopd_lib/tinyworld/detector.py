@@ -35,8 +35,8 @@ def _hue(rgb: np.ndarray) -> np.ndarray:
 
 class ShapeDetector:
     """Detections of the world's shapes on plain backgrounds; confidence is the overlap (IoU) with the best template."""
-    labels, size = SHAPES, (SIZE, SIZE)
-    threshold = counting_threshold = .6
+    labels, colors, size = SHAPES, tuple(COLORS), (SIZE, SIZE)
+    threshold = counting_threshold = .7
 
     def __init__(self):
         self.templates = _templates()

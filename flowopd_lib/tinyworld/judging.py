@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 
 from ..prompts import Prompt
@@ -19,7 +20,7 @@ def _prompt(spec: Spec) -> Prompt:
     return Prompt(spec.text, spec.task, spec.metadata)
 
 
-def _pixels(images) -> "torch.Tensor":  # noqa: F821
+def _pixels(images) -> torch.Tensor:
     return to_tensor(list(images)) / 2 + .5
 
 

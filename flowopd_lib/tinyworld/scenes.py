@@ -1,4 +1,4 @@
-"""Pictures of the small world: a `Spec` and a seed give one 64x64 image, antialiased, the same on every machine.
+"""Pictures of the small world: a `Spec` and a seed give one 64x64 image, antialiased, the same every time.
 
 `lay_out` decides what a right picture contains (where, how big, which of the colours not said), `draw` paints it, and
 `degrade` spoils it in five levels for the quality task.
@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from .specs import BACKGROUNDS, COLORS, FINISHES, SCENERIES, Spec, heldout_pair
 
 SIZE, SUPER = 64, 4                     # pixels of the picture; drawn SUPER times larger, then averaged down
+CELL = 8                                # centres lie on a lattice of the autoencoder's cells: fewer pictures to learn
+RADII = {1: 15., 2: 11., 3: 9.5, 4: 8.5, 5: 7.}     # by the number of shapes, in pixels
 SIGN_BOX = (1, 17, 63, 47)              # (left, top, right, bottom): where every sign of the world hangs
 INK = {"black": (15, 15, 18), "navy": (18, 24, 90), "maroon": (95, 12, 20)}
 PLAIN = {"white": (240, 240, 240), "gray": (150, 150, 150), "black": (28, 28, 28)}
@@ -46,9 +48,7 @@ class Scene:
     shadow: bool = False
     word: str = ""
     ink: str = "black"
-    offset: tuple[float, float] = (0.0, 0.0)   # of the sign, in pixels
-    tint: int = 0                              # brightness jitter of the background
-    extra: dict = field(default_factory=dict, compare=False)
+    tint: int = 0                       # brightness of the background, -8 to 8
 
 
 def outline(shape: str, n: int = 48) -> np.ndarray:
@@ -79,17 +79,15 @@ def _color(rng: random.Random, shape: str, avoid: tuple[str, ...] = ()) -> str:
     return rng.choice([c for c in COLORS if c not in avoid and not heldout_pair(shape, c)])
 
 
-def _apart(rng: random.Random, radii: list[float], gap: float = 2.0) -> list[tuple[float, float]]:
-    """Centres of discs that do not touch, by rejection; the gap shrinks if the draw is unlucky."""
+def _apart(rng: random.Random, r: float, n: int, gap: float = 2.0) -> list[tuple[int, int]]:
+    """`n` centres on the lattice whose discs of radius `r` do not touch, by rejection; the gap shrinks if luck is bad."""
+    inside = [c for c in range(0, SIZE + 1, CELL) if r + 1 <= c <= SIZE - r - 1]
     for attempt in range(2000):
-        centres: list[tuple[float, float]] = []
-        for r in radii:
-            x, y = rng.uniform(r + 2, SIZE - r - 2), rng.uniform(r + 2, SIZE - r - 2)
-            if all(math.hypot(x - u, y - v) > 1.1 * (r + q) + gap * (1 - attempt / 2000) for (u, v), q in zip(centres, radii)):
-                centres.append((x, y))
-        if len(centres) == len(radii):
+        centres = [(rng.choice(inside), rng.choice(inside)) for _ in range(n)]
+        nearest = min((math.dist(a, b) for i, a in enumerate(centres) for b in centres[:i]), default=math.inf)
+        if nearest > 2.2 * r + gap * (1 - attempt / 2000):
             return centres
-    raise RuntimeError(f"no room for {len(radii)} shapes of radius {radii}")
+    raise RuntimeError(f"no room for {n} shapes of radius {r}")
 
 
 def lay_out(spec: Spec, seed: int) -> Scene:
@@ -99,7 +97,7 @@ def lay_out(spec: Spec, seed: int) -> Scene:
                   finish=spec.finish or rng.choice(FINISHES + ("flat",) * 3), tint=rng.randint(-8, 8))
     if spec.word:
         common["background"] = rng.choice(BACKGROUNDS[1:] + SCENERIES)
-        return Scene(word=spec.word, ink=rng.choice(list(INK)), offset=(rng.uniform(-1, 1), rng.uniform(-1.5, 1.5)), **common)
+        return Scene(word=spec.word, ink=rng.choice(list(INK)), **common)
     shapes = [spec.objects[0][0]] * spec.count + [o[0] for o in spec.objects[1:]]
     if spec.count > 1:
         colors = [spec.objects[0][1] or _color(rng, shapes[0])] * spec.count
@@ -107,20 +105,15 @@ def lay_out(spec: Spec, seed: int) -> Scene:
         colors = []
         for shape, color in spec.objects:
             colors.append(color or _color(rng, shape, tuple(colors)))
-    n = len(shapes)
-    low, high = {1: (12, 19), 2: (10, 13), 3: (8.5, 11), 4: (7.8, 9.2), 5: (6.8, 7.8)}[n]
-    if spec.size:
-        low, high = {"small": (9, 11.5), "big": (20, 24)}[spec.size]
-    radii = [rng.uniform(low, high) for _ in shapes] if n < 3 else [rng.uniform(low, high)] * n
+    r = {"small": 10., "big": 21.}.get(spec.size) or RADII[len(shapes)]
     if spec.relation:
-        along = [(rng.uniform(r + 2, 30 - r), rng.uniform(24, 40)) for r in radii]   # (along the axis, across it)
-        first = -1 if spec.relation in ("left of", "above") else 1
-        centres = [(a if sign < 0 else SIZE - a, b) for (a, b), sign in zip(along, (first, -first))]
+        first = 16 if spec.relation in ("left of", "above") else 48
+        centres = [(first, rng.choice((24, 32, 40))), (SIZE - first, rng.choice((24, 32, 40)))]
         if spec.relation in ("above", "below"):
             centres = [(y, x) for x, y in centres]
     else:
-        centres = _apart(rng, radii)
-    return Scene(tuple(Item(s, c, x, y, r) for s, c, (x, y), r in zip(shapes, colors, centres, radii)), **common)
+        centres = _apart(rng, r, len(shapes))
+    return Scene(tuple(Item(s, c, x, y, r) for s, c, (x, y) in zip(shapes, colors, centres)), **common)
 
 
 @lru_cache(maxsize=16)
@@ -159,14 +152,14 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def _draw_sign(image: Image.Image, pen: ImageDraw.ImageDraw, scene: Scene) -> None:
-    (left, top, right, bottom), (dx, dy) = SIGN_BOX, scene.offset
-    board = [SUPER * v for v in (left + 1.5, top + 2 + dy, right - 1.5, bottom - 2 + dy)]
+    left, top, right, bottom = SIGN_BOX
+    board = [SUPER * v for v in (left + 1.5, top + 2, right - 1.5, bottom - 2)]
     if scene.shadow:
         pen.rounded_rectangle([v + 6 for v in board], 10, fill=tuple(c // 2 for c in image.getpixel((4, 128))))
     pen.rounded_rectangle(board, 10, fill=(246, 244, 238), outline=INK[scene.ink] if scene.finish == "outlined" else None,
                           width=5)
     em = {2: 24, 3: 24, 4: 22, 5: 18}.get(len(scene.word), 90 // max(len(scene.word), 1))
-    pen.text(((SIZE / 2 + dx) * SUPER, ((top + bottom) / 2 + dy) * SUPER), scene.word, font=_font(em * SUPER),
+    pen.text((SIZE / 2 * SUPER, (top + bottom) / 2 * SUPER), scene.word, font=_font(em * SUPER),
              fill=INK[scene.ink], anchor="mm")
 
 

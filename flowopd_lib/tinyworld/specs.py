@@ -78,7 +78,7 @@ class Spec:
 
 
 def heldout_pair(shape: str, color: str | None) -> bool:
-    """One colour per shape is never drawn in training, named or not."""
+    """One colour per shape is never drawn in training, named or not, nor as the picture of a wrong caption."""
     return color is not None and SHAPES.index(shape) == list(COLORS).index(color)
 
 
@@ -90,7 +90,11 @@ def heldout_relation(a: str, relation: str, b: str) -> bool:
 
 
 def split_of(spec: Spec) -> str:
-    """`ood` by content; else `test` (20 %), `val` (10 %) or `train` by a hash of the text."""
+    """`ood` by content; else `test` (20 %), `val` (10 %) or `train` by a hash of the text (signs: of the word).
+
+    So a test sentence is new, but what it describes may stand in other words in a training sentence: new content is
+    what the OOD split asks for.
+    """
     if (any(heldout_pair(*o) for o in spec.objects) or spec.count > MAX_TRAIN_COUNT
             or len(spec.word) > MAX_TRAIN_LETTERS
             or (spec.relation and heldout_relation(spec.objects[0][0], spec.relation, spec.objects[1][0]))):

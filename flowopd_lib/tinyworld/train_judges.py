@@ -1,6 +1,6 @@
 """The learned judges of the small world: PickScore (CLIP, contrastive and then Bradley-Terry) and DeQA (classifier).
 
-Half of the pictures pass through the autoencoder first, so that a judge answers to the scene and not to the decoder.
+Part of the pictures pass through the autoencoder first, so that a judge answers to the scene and not to the decoder.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, ResNetConfig,
                           ResNetForImageClassification)
 
@@ -52,7 +53,7 @@ def train(name: str, model: nn.Module, loss_of, steps: int, lr: float, work: Pat
     model.train()
     began, seen = time.time(), 0.
     for step in range(first, steps):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):   # see train_base.py
             loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
@@ -73,8 +74,8 @@ def normalise(pixels: torch.Tensor, processor) -> torch.Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int = 1200, preference: int = 1800,
-                    batch: int = 128, pool: int = 30_000, seed: int = 0, log=print) -> None:
+def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int = 800, preference: int = 2000,
+                    batch: int = 128, pool: int = 24_000, seed: int = 0, log=print) -> None:
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE), tokenizer)
@@ -115,12 +116,12 @@ def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int 
         good, bad = (SCALE * (t * i).sum(-1)).chunk(2)
         return -F.logsigmoid(good - bad).mean()
 
-    train("pickscore", model, preference_loss, preference, 8e-4, work, log)
+    train("pickscore", model, preference_loss, preference, 2e-4, work, log)
     model.half().save_pretrained(out)
     processor.save_pretrained(out)
 
 
-def train_deqa(vae: AutoencoderKL, out: Path, work: Path, steps: int = 1500, batch: int = 64, seed: int = 0,
+def train_deqa(vae: AutoencoderKL, out: Path, work: Path, steps: int = 1200, batch: int = 64, seed: int = 0,
                log=print) -> None:
     torch.manual_seed(seed)
     labels = dict(enumerate(LEVELS))
