@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 from .policy import FlowPolicy
 from .prompts import Prompt
 from .rewards import Reward
-from .rollout import sample
+from .rollout import Sampler, sample
 
 # Which judges can judge a task's prompts: the others need something the prompt does not have.
 JUDGES_OF_TASK = {"geneval": ("GenEval", "PickScore", "DeQA"), "ocr": ("OCR", "PickScore", "DeQA"),
@@ -33,16 +34,27 @@ def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd
     return table
 
 
-def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str, Reward], seed: int = 0, steps: int = 40,
-             guidance: float = 1.0, batch: int = 64, progress: bool = True) -> pd.DataFrame:
-    """Sample every prompt once and score it. Prompt i has seed `seed + i`: the same noise whatever the model."""
+def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str, Reward], seed: int = 0,
+             sampler: Sampler = Sampler(), models: Mapping[str, str | None] = MappingProxyType({"base": None}), repeats: int = 1,
+             batch: int = 64, progress: bool = True) -> pd.DataFrame:
+    """Sample every prompt `repeats` times under every model and score it: one row an image.
+
+    `models` maps a name to an adapter (None: the base). Image j of prompt i has seed `seed + j * len(prompts) + i` under every
+    model: the same noise, so that models can be compared prompt by prompt. Columns: model, task, tag, prompt, repeat, seed,
+    and one per judge.
+    """
     if not len(prompts):
         raise ValueError("nothing to evaluate: the list of prompts is empty")
-    tables = []
-    for i in tqdm(range(0, len(prompts), batch), desc="evaluate", disable=not progress):
-        part, seeds = prompts[i:i + batch], list(range(seed + i, seed + i + len(prompts[i:i + batch])))
-        images = sample(policy, part, seeds, steps, guidance, batch)
-        tables.append(score(images, part, judges).assign(seed=seeds))
+    every, tables = list(prompts) * repeats, []
+    with tqdm(total=len(models) * len(every), desc="evaluate", disable=not progress) as bar:
+        for model, adapter in models.items():
+            for i in range(0, len(every), batch):
+                part = every[i:i + batch]
+                seeds = list(range(seed + i, seed + i + len(part)))
+                images = sample(policy, part, seeds, sampler, adapter, batch)
+                repeat = [j // len(prompts) for j in range(i, i + len(part))]
+                tables.append(score(images, part, judges).assign(model=model, repeat=repeat, seed=seeds))
+                bar.update(len(part))
     return pd.concat(tables, ignore_index=True)
 
 

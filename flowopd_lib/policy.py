@@ -1,6 +1,10 @@
-"""The model as a policy: a diffusers Stable Diffusion 3 pipeline that tells velocities, texts' embeddings and pictures."""
+"""The model as a policy: a diffusers Stable Diffusion 3 pipeline that tells velocities, texts' embeddings and pictures.
+
+One backbone, any number of PEFT adapters by name: the student, its teachers, the anchor; `None` is the base alone.
+"""
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -9,8 +13,13 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 
 CACHE_BYTES = 1 << 30       # of text embeddings kept: some 400 prompts of SD3.5 in bf16, 35,000 of the small world
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")    # Flow-GRPO's
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,9 @@ class TextEmbedding:
     """`tokens` (B, S, D) for the joint attention and `pooled` (B, P) for the modulation."""
     tokens: torch.Tensor
     pooled: torch.Tensor
+
+    def __getitem__(self, rows) -> TextEmbedding:
+        return TextEmbedding(self.tokens[rows], self.pooled[rows])
 
 
 class FlowPolicy:
@@ -46,6 +58,9 @@ class FlowPolicy:
         side = self.pipeline.default_sample_size
         self.latent_shape = (self.transformer.config.in_channels, side, side)
         self._texts: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.peft: PeftModel | None = None
+        self._used: str | None = None
+        self._trained: list[torch.nn.Parameter] = []
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> TextEmbedding:
@@ -83,16 +98,119 @@ class FlowPolicy:
                     raise ValueError(message + "; shorten it")
                 warnings.warn(message + ": its CLIP encoders will not see the end", stacklevel=3)   # usual for SD3.5
 
-    def velocity(self, x: torch.Tensor, sigma: float, text: TextEmbedding, guidance: float = 1.0) -> torch.Tensor:
-        """`v(x, sigma)` in float32, (B, C, H, W). `guidance` is classifier-free guidance: 1 is none, above it
-        `v_empty + guidance (v - v_empty)`, as the pipeline does it."""
+    @property
+    def adapters(self) -> list[str]:
+        return list(self.peft.peft_config) if self.peft is not None else []
+
+    def add_adapter(self, name: str, rank: int = 32, alpha: int = 64, targets: Sequence[str] = ATTENTION + MLP, seed: int = 0) -> None:
+        """A new LoRA adapter that changes nothing yet (B = 0); A is drawn from `seed`, in float32 whatever the model's dtype."""
+        self._check_new(name)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if self.peft is None:
+                self.peft = get_peft_model(self.transformer, config, adapter_name=name)
+            else:
+                self.peft.add_adapter(name, config)
+        self._settle()
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """An adapter in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`) from a folder or the hub."""
+        self._check_new(name)
+        if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{path} is not a PEFT adapter folder: it has no adapter_config.json")
+        try:
+            if self.peft is None:
+                self.peft = PeftModel.from_pretrained(self.transformer, str(path), adapter_name=name, use_safetensors=True)
+            else:
+                self.peft.load_adapter(str(path), name, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"no adapter could be loaded from {str(path)!r}: {error}") from error
+        self._settle()
+
+    def save_adapter(self, name: str, path: str | Path) -> None:
+        """Write one adapter so that `load_adapter` and PEFT read it."""
+        config = self.peft.peft_config[self._known(name)]
+        config.inference_mode, config.base_model_name_or_path = True, None
+        weights = get_peft_model_state_dict(self.peft, adapter_name=name)
+        Path(path).mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(str(path))
+        save_file({key: w.detach().cpu().contiguous() for key, w in weights.items()}, Path(path) / "adapter_model.safetensors")
+
+    def delete_adapter(self, name: str) -> None:
+        self._trained = []
+        self.peft.delete_adapter(self._known(name))
+        self._settle()
+
+    def adapter_parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
+        """The weights of one adapter, named without the adapter's name, so that two adapters' can be matched."""
+        self._known(name)
+        return {key.replace(f".{name}.", "."): p for key, p in self.transformer.named_parameters() if f".{name}." in key}
+
+    def copy_adapter(self, source: str, name: str) -> None:
+        """A new adapter with the rank, the places and the weights of `source`."""
+        self._check_new(name)
+        self.peft.add_adapter(name, copy.deepcopy(self.peft.peft_config[self._known(source)]))
+        with torch.no_grad():
+            for new, old in zip(self.adapter_parameters(name).values(), self.adapter_parameters(source).values()):
+                new.copy_(old)
+        self._settle()
+
+    def train_adapter(self, name: str | None) -> list[torch.nn.Parameter]:
+        """Let gradients flow into one adapter and no other (None: into none); its weights."""
+        self._trained = list(self.adapter_parameters(name).values()) if name is not None else []
+        self._settle()
+        return self._trained
+
+    def _check_new(self, name: str) -> None:
+        if name in self.adapters or not name or "." in name:
+            raise ValueError(f"an adapter needs a new name without dots, not {name!r}; there are {', '.join(self.adapters) or 'none yet'}")
+
+    def _known(self, name: str) -> str:
+        if name not in self.adapters:
+            raise ValueError(f"no adapter {name!r}; there are {', '.join(self.adapters) or 'none'} (None is the base)")
+        return name
+
+    def _settle(self) -> None:
+        """After the set of adapters changed: nothing trains but what `train_adapter` named, and the base is in use."""
+        self.transformer.eval().requires_grad_(False)
+        self._used = self.adapters[0] if self.adapters else None
+        if self.peft is not None:
+            self.peft.base_model.enable_adapter_layers()
+        self._use(None)
+
+    def _use(self, name: str | None) -> None:
+        if name is not None:
+            self._known(name)
+        if name == self._used and all(p.requires_grad for p in self._trained[:1]):
+            return
+        if self.peft is not None:
+            if name is None:
+                self.peft.base_model.disable_adapter_layers()
+            else:
+                if self._used is None:
+                    self.peft.base_model.enable_adapter_layers()
+                self.peft.base_model.set_adapter(name, inference_mode=True)
+            # PEFT switches gradients with the adapter. A graph already built must not lose them when a teacher is asked.
+            for p in self._trained:
+                p.requires_grad_(True)
+        self._used = name
+
+    def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, text: TextEmbedding, guidance: float = 1.0,
+                 adapter: str | None = None) -> torch.Tensor:
+        """`v(x, sigma)` in float32, (B, C, H, W), under one adapter; `sigma` is a number or (B,). `guidance` is classifier-free guidance: 1 is none,
+        above it `v_empty + guidance (v - v_empty)`, as the pipeline does it."""
+        self._use(adapter)
         if guidance != 1.0:
             empty = self.encode([""] * len(x))
             text = TextEmbedding(torch.cat([empty.tokens, text.tokens]), torch.cat([empty.pooled, text.pooled]))
             x = torch.cat([x, x])
-        timestep = torch.full((len(x),), sigma * self.pipeline.scheduler.config.num_train_timesteps, device=self.device)
-        v = self.transformer(hidden_states=x.to(self.dtype), timestep=timestep, encoder_hidden_states=text.tokens,
-                             pooled_projections=text.pooled, return_dict=False)[0].float()
+        timestep = (torch.as_tensor(sigma, dtype=torch.float32, device=self.device)
+                    * self.pipeline.scheduler.config.num_train_timesteps).repeat(len(x) if not torch.is_tensor(sigma) else len(x) // len(sigma))
+        # Adapters are float32; under a half-precision backbone their products are taken in its dtype too.
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            v = self.transformer(hidden_states=x.to(self.dtype), timestep=timestep, encoder_hidden_states=text.tokens,
+                                 pooled_projections=text.pooled, return_dict=False)[0].float()
         if guidance != 1.0:
             unconditional, conditional = v.chunk(2)
             v = unconditional + guidance * (conditional - unconditional)

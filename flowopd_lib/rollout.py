@@ -1,4 +1,4 @@
-"""Sampling as a generator over steps, so that a caller may look, plot or stop at any of them."""
+"""Sampling as a generator over steps, so that a caller may look, learn or stop at any of them."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -8,53 +8,92 @@ import torch
 
 from .policy import FlowPolicy
 from .prompts import Prompt
-from .sde import ode_step, predict_x0
+from .sde import log_prob, predict_x0, transition
 
 
 @dataclass(frozen=True)
 class Step:
-    """One transition of a batch: from `x` at `sigma`, by velocity `v`, to `x_next` at `sigma_next`; all (B, C, H, W)."""
+    """One transition of a batch: from `x` at `sigma`, by velocity `v`, to `x_next ~ N(mean, std^2)` at `sigma_next`.
+
+    Latents are (B, C, H, W) and carry no graph; `std == 0` says the step is deterministic.
+    """
     index: int
     sigma: float
     sigma_next: float
     x: torch.Tensor
     v: torch.Tensor
     x_next: torch.Tensor
+    mean: torch.Tensor
+    std: float
 
     @property
     def x0_hat(self) -> torch.Tensor:
         """The clean latent predicted at this step."""
         return predict_x0(self.x, self.v, self.sigma)
 
+    def log_prob(self, reduction: str = "sum") -> torch.Tensor:
+        """(B,): log-probability of the action taken, under the policy that took it."""
+        return log_prob(self.x_next, self.mean, self.std, reduction)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a trajectory is drawn: steps, kind (`ode`, `sde`, `cps`), noise level (of the last two), guidance."""
+    steps: int = 40
+    kind: str = "ode"
+    noise_level: float = .7
+    guidance: float = 1.
+
+
+class NoiseStreams:
+    """Each sample's own stream of noise, drawn on the CPU: a seed gives the same noise in any batch, on any device."""
+
+    def __init__(self, policy: FlowPolicy, seeds: Sequence[int]):
+        self.shape, self.device = policy.latent_shape, policy.device
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw(self) -> torch.Tensor:
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
 
 def initial_noise(policy: FlowPolicy, seeds: Sequence[int]) -> torch.Tensor:
-    """(B, C, H, W): each sample's own stream, drawn on the CPU, so a seed gives the same noise in any batch, anywhere."""
-    return torch.stack([torch.randn(policy.latent_shape, generator=torch.Generator().manual_seed(seed))
-                        for seed in seeds]).to(policy.device)
+    """(B, C, H, W): where the trajectories of these seeds start."""
+    return NoiseStreams(policy, seeds).draw()
 
 
 @torch.no_grad()
-def trajectory(policy: FlowPolicy, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int = 40,
-               guidance: float = 1.0) -> Iterator[Step]:
-    """Yield the `steps` ODE transitions of one batch, from noise to data."""
+def trajectory(policy: FlowPolicy, prompts: Sequence[Prompt], seeds: Sequence[int], sampler: Sampler = Sampler(),
+               adapter: str | None = None) -> Iterator[Step]:
+    """Yield the transitions of one batch, from noise to data. A sample depends on its own prompt and seed alone."""
+    text = policy.encode([p.text for p in prompts])
+
+    def velocity(x: torch.Tensor, sigma: float, index: int) -> torch.Tensor:
+        return policy.velocity(x, sigma, text, sampler.guidance, adapter)
+    yield from walk(policy, velocity, prompts, seeds, sampler)
+
+
+def walk(policy: FlowPolicy, velocity, prompts: Sequence[Prompt], seeds: Sequence[int], sampler: Sampler) -> Iterator[Step]:
+    """`trajectory` by any `velocity(x, sigma, index)`. Where that carries a graph, the steps yielded do not."""
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts with {len(seeds)} seeds; every sample needs one of each")
-    text, x, grid = policy.encode([p.text for p in prompts]), initial_noise(policy, seeds), policy.sigmas(steps)
+    noise, grid = NoiseStreams(policy, seeds), policy.sigmas(sampler.steps)
+    x = noise.draw()
     for index, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):
-        v = policy.velocity(x, sigma, text, guidance)
-        x_next = ode_step(x, v, sigma, sigma_next)
-        yield Step(index, sigma, sigma_next, x, v, x_next)
+        v = velocity(x, sigma, index).detach()
+        mean, std = transition(x, v, sigma, sigma_next, sampler.kind, sampler.noise_level)
+        x_next = mean + std * noise.draw() if std else mean
+        yield Step(index, sigma, sigma_next, x, v, x_next, mean, std)
         x = x_next
 
 
-def sample(policy: FlowPolicy, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int = 40, guidance: float = 1.0,
-           batch: int = 64) -> torch.Tensor:
+def sample(policy: FlowPolicy, prompts: Sequence[Prompt], seeds: Sequence[int], sampler: Sampler = Sampler(),
+           adapter: str | None = None, batch: int = 64) -> torch.Tensor:
     """Images (N, 3, H, W) in [0, 1] for N prompts and seeds, `batch` at a time."""
     if not len(prompts) or len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts with {len(seeds)} seeds; every sample needs one of each")
     images = []
     for i in range(0, len(prompts), batch):
-        for step in trajectory(policy, prompts[i:i + batch], seeds[i:i + batch], steps, guidance):
+        for step in trajectory(policy, prompts[i:i + batch], seeds[i:i + batch], sampler, adapter):
             pass
         images.append(policy.decode(step.x_next).cpu())
     return torch.cat(images)

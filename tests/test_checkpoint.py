@@ -31,7 +31,7 @@ def test_a_base_cut_off_and_restarted_is_the_base_trained_in_one_go(tmp_path, mo
     monkeypatch.setattr(base, "SAVE_EVERY", 2)
 
     def train(name):
-        pipeline = base.train_base(vae, tmp_path / name / "out", tmp_path / name, steps=4, batch=8, pool_size=20,
+        pipeline = base.train_base(vae, tmp_path / name / "out", tmp_path / name, steps=4, batch=8, pool_size=20, compiled=False,
                                    log=lambda message: None)
         return pipeline.transformer.state_dict()
 

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flowopd_lib import evaluate, mean_interval, summary
+from flowopd_lib import Sampler, evaluate, mean_interval, summary
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -29,15 +29,15 @@ def test_the_interval_of_a_constant_is_the_constant():
 
 def test_evaluate_scores_what_applies_with_the_same_noise(policy, judges, test_prompts):
     prompts = [p for task in test_prompts.values() for p in task[:3]]
-    table = evaluate(policy, prompts, judges, seed=40, steps=3, batch=4, progress=False)
+    table = evaluate(policy, prompts, judges, seed=40, sampler=Sampler(3), batch=4, progress=False)
     assert table["seed"].tolist() == list(range(40, 49)) and table["prompt"].tolist() == [p.text for p in prompts]
     assert table["GenEval"].notna().tolist() == [True] * 3 + [False] * 6
     assert table["OCR"].notna().tolist() == [False] * 3 + [True] * 3 + [False] * 3
     assert table[["PickScore", "DeQA"]].notna().all(axis=None)
-    again = evaluate(policy, prompts, judges, seed=40, steps=3, batch=9, progress=False)
+    again = evaluate(policy, prompts, judges, seed=40, sampler=Sampler(3), batch=9, progress=False)
     pd.testing.assert_frame_equal(table[["PickScore", "DeQA"]], again[["PickScore", "DeQA"]], rtol=1e-3)
     with pytest.raises(ValueError, match="no task has a judge called Taste"):
-        evaluate(policy, prompts, {"Taste": judges["DeQA"]}, steps=1, progress=False)
+        evaluate(policy, prompts, {"Taste": judges["DeQA"]}, sampler=Sampler(1), progress=False)
     with pytest.raises(ValueError, match="empty"):
         evaluate(policy, [], judges)
 
@@ -46,7 +46,7 @@ def test_evaluate_scores_what_applies_with_the_same_noise(policy, judges, test_p
 def test_the_base_knows_what_it_is_asked(policy, judges, test_prompts):
     """A floor far below what the notebook measures: noise, or text that does not reach the picture, would fail it."""
     prompts = test_prompts["geneval"][:36] + test_prompts["ocr"][:24]
-    table = evaluate(policy, prompts, {n: judges[n] for n in ("GenEval", "OCR")}, steps=20, progress=False)
+    table = evaluate(policy, prompts, {n: judges[n] for n in ("GenEval", "OCR")}, sampler=Sampler(20), progress=False)
     assert table["GenEval"].mean() > .25 and table["OCR"].mean() > .25
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowopd_lib import FlowPolicy, Prompt, initial_noise, sample, tinyworld, trajectory
+from flowopd_lib import FlowPolicy, Prompt, Sampler, initial_noise, sample, tinyworld, trajectory
 from flowopd_lib.tinyworld.text import encode
 from flowopd_lib.tinyworld.train_base import tokenize
-from flowopd_lib.sde import ode_step, predict_x0
+from flowopd_lib.sde import predict_x0, transition
 
 ALONE = """
 import sys
@@ -31,7 +31,7 @@ def test_the_folder_works_with_nothing_of_ours_and_gives_our_images(policy, guid
     command = [sys.executable, "-c", ALONE, str(tinyworld.BASE), str(guidance), *(p.text for p in PROMPTS)]
     (tmp_path / "images.npy").write_bytes(subprocess.run(command, capture_output=True, check=True, cwd=tmp_path).stdout)
     theirs = np.load(tmp_path / "images.npy")
-    ours = sample(policy, PROMPTS, range(5, 8), steps=40, guidance=guidance).permute(0, 2, 3, 1).numpy()
+    ours = sample(policy, PROMPTS, range(5, 8), Sampler(40, guidance=guidance)).permute(0, 2, 3, 1).numpy()
     assert ours.shape == theirs.shape == (3, 64, 64, 3) and ours.std() > .05
     assert np.abs(ours - theirs).max() < 1e-3
 
@@ -44,7 +44,7 @@ def test_an_ode_step_is_diffusers_euler_step(policy):
     for t, sigma, sigma_next in zip(scheduler.timesteps, grid, grid[1:]):
         v = torch.randn_like(x)
         theirs = scheduler.step(v, t, x).prev_sample
-        assert torch.allclose(ode_step(x, v, sigma, sigma_next), theirs, atol=1e-6)
+        assert torch.allclose(transition(x, v, sigma, sigma_next, "ode")[0], theirs, atol=1e-6)
         x = theirs
 
 
@@ -52,19 +52,19 @@ def test_the_conventions_hold():
     x0, eps, sigma = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), .3
     x, v = (1 - sigma) * x0 + sigma * eps, eps - x0
     assert torch.allclose(predict_x0(x, v, sigma), x0, atol=1e-6)
-    assert torch.allclose(ode_step(x, v, sigma, 0.), x0, atol=1e-6)
+    assert torch.allclose(transition(x, v, sigma, 0., "ode")[0], x0, atol=1e-6)
 
 
 def test_a_sample_depends_on_its_own_seed_and_prompt_only(policy):
-    together = sample(policy, PROMPTS, [11, 12, 13], steps=6)
-    alone = sample(policy, PROMPTS[1:2], [12], steps=6)
+    together = sample(policy, PROMPTS, [11, 12, 13], Sampler(6))
+    alone = sample(policy, PROMPTS[1:2], [12], Sampler(6))
     assert (together[1] - alone[0]).abs().max() < 1e-4
-    assert (sample(policy, PROMPTS[1:2], [13], steps=6)[0] - alone[0]).abs().max() > .05
+    assert (sample(policy, PROMPTS[1:2], [13], Sampler(6))[0] - alone[0]).abs().max() > .05
     assert torch.equal(initial_noise(policy, [4, 9])[1], initial_noise(policy, [9])[0])
 
 
 def test_trajectory_yields_every_transition(policy):
-    steps = list(trajectory(policy, PROMPTS[:1], [0], steps=5))
+    steps = list(trajectory(policy, PROMPTS[:1], [0], Sampler(5)))
     assert [s.index for s in steps] == list(range(5))
     assert all(torch.equal(a.x_next, b.x) for a, b in zip(steps, steps[1:]))
     assert torch.allclose(steps[-1].x0_hat, steps[-1].x_next, atol=1e-5)

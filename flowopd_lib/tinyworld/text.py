@@ -74,9 +74,12 @@ def new_text_modules(t5_tokens: int) -> dict:
     t5 = T5Config(vocab_size=len(letters), d_model=WIDTH, d_kv=64, d_ff=WIDTH * 2, num_layers=2, num_heads=4,
                   feed_forward_proj="gated-gelu", dropout_rate=0., relative_attention_num_buckets=32,
                   relative_attention_max_distance=16)
+    speller = T5EncoderModel(t5)
+    # Only this bias tells the transformer the order of the letters, and it starts near 0: let the heads look apart at once.
+    torch.nn.init.normal_(speller.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
     return dict(text_encoder=CLIPTextModelWithProjection(clip), tokenizer=tokenizer,
                 text_encoder_2=CLIPTextModelWithProjection(clip), tokenizer_2=clip_tokenizer(),
-                text_encoder_3=T5EncoderModel(t5), tokenizer_3=letters)
+                text_encoder_3=speller, tokenizer_3=letters)
 
 
 def encode(modules: dict, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

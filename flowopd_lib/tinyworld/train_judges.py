@@ -74,7 +74,7 @@ def normalise(pixels: torch.Tensor, processor) -> torch.Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int = 800, preference: int = 2000,
+def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int = 1000, preference: int = 2000,
                     batch: int = 128, pool: int = 24_000, seed: int = 0, log=print) -> None:
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()

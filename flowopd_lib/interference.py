@@ -1,0 +1,155 @@
+"""Gradient interference (Flow-OPD 4.2): does training one capability move another?
+
+To first order a step of size lr along the gradient of J_i changes J_j by `lr <g_i, g_j>`. Inner products of noisy gradients are
+estimated from pairs of *different* batches (a U-statistic), so the noise of a batch never meets itself: unbiased, also for <g_i, g_i>.
+The cosine made of them is not pulled towards 0 as that of two noisy gradients is. Intervals: jackknife over batches.
+"""
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from .objectives import GRPO, Share
+from .policy import FlowPolicy
+from .rollout import sample
+
+ALL = "all"
+
+
+def reward_gradients(policy: FlowPolicy, objective: GRPO, adapter: str, iteration: int) -> dict[float, torch.Tensor]:
+    """One batch's estimate of the gradient of the mean reward by the adapter's weights, (P,) for each noise level (sigma) trained.
+
+    The objective must be plain: no normalisation, no penalty, one update, the sum as reduction; then the parts of all steps add up
+    to the gradient of E[reward], in units of the reward.
+    """
+    if objective.normalise != "none" or objective.beta or objective.updates != 1 or objective.reduction != "sum":
+        raise ValueError("gradients of the reward itself need GRPO(normalise='none', beta=0., updates=1, reduction='sum')")
+    parameters = policy.train_adapter(adapter)
+    data = objective.collect(policy, adapter, iteration, Share())
+    group = objective.schedule.repeats
+    found: dict[float, torch.Tensor] = {}
+    steps = [step for part in data.parts for step in part.steps]
+    for step, loss in zip(steps, objective.losses(policy, adapter, data, 0), strict=True):
+        # The loss is a mean over steps of minus the reward; a group's mean contains each of its own images, which costs 1/group.
+        scale = -len(data.parts[0].steps) * group / (group - 1)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).cpu() * scale
+        found[step.sigma] = found.get(step.sigma, 0) + gradient
+    return found
+
+
+def block_slices(policy: FlowPolicy, adapter: str) -> dict[str, slice]:
+    """Where each transformer block's weights lie in the flat gradient, and `all` of them."""
+    slices, start = {}, 0
+    for name, p in policy.adapter_parameters(adapter).items():
+        match = re.search(r"transformer_blocks\.(\d+)\.", name)
+        block = f"block {match.group(1)}" if match else "other"
+        slices[block] = slice(slices.get(block, slice(start, 0)).start, start + p.numel())
+        start += p.numel()
+    return {ALL: slice(0, start), **slices}
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Gram matrices (tasks * batches, tasks * batches) of the gradients, by block and noise level; `all` is their sum."""
+    tasks: list[str]
+    batches: int
+    grams: dict[tuple[str, float | str], np.ndarray]
+
+    def _inner(self, gram: np.ndarray, kept: list[int]) -> np.ndarray:
+        """(T, T): mean inner product over pairs of different batches."""
+        blocks = gram.reshape(len(self.tasks), self.batches, len(self.tasks), self.batches)[:, kept][..., kept]
+        n = len(kept)
+        return (blocks.sum((1, 3)) - np.einsum("ibjb->ij", blocks)) / (n * (n - 1))
+
+    @staticmethod
+    def _cosine(inner: np.ndarray) -> np.ndarray:
+        norms = np.sqrt(np.where(np.diag(inner) > 0, np.diag(inner), np.nan))       # not above its noise: no direction
+        return inner / np.outer(norms, norms)
+
+    def table(self) -> pd.DataFrame:
+        """A row per block, noise level and pair: inner product and cosine with 95 % intervals, the cosine of two noisy batches
+        (`raw`), and the noise floor of that, the raw cosine of a task with itself."""
+        rows = []
+        for (block, sigma), gram in self.grams.items():
+            everything = list(range(self.batches))
+            without = [[b for b in everything if b != left_out] for left_out in everything]
+            inner, inners = self._inner(gram, everything), np.stack([self._inner(gram, kept) for kept in without])
+            with np.errstate(invalid="ignore"):
+                cosine, cosines = self._cosine(inner), np.stack([self._cosine(i) for i in inners])
+            half = stats.t.ppf(.975, self.batches - 1) * np.sqrt(self.batches - 1)
+            size = np.sqrt(np.diag(gram).reshape(len(self.tasks), self.batches).mean(1))
+            for i, j in itertools.product(range(len(self.tasks)), repeat=2):
+                row = dict(block=block, sigma=sigma, task=self.tasks[i], on=self.tasks[j], raw=inner[i, j] / (size[i] * size[j]),
+                           floor=np.sqrt(max(inner[i, i], 0) * max(inner[j, j], 0)) / (size[i] * size[j]), batches=self.batches)
+                for name, value, values in (("inner", inner, inners), ("cosine", cosine, cosines)):
+                    error = half * values[:, i, j].std()
+                    row |= {name: value[i, j], f"{name}_low": value[i, j] - error, f"{name}_high": value[i, j] + error}
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+
+def interference(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: str, batches: int = 8) -> Interference:
+    """Gradients of every task at the adapter's present weights. Raises ValueError for fewer than three batches."""
+    if batches < 3:
+        raise ValueError(f"pairs of batches and a jackknife need at least three batches, not {batches}")
+    vectors = [reward_gradients(policy, objective, adapter, b) for objective in objectives.values() for b in range(batches)]
+    levels, grams = sorted(set().union(*vectors), reverse=True), {}
+    for sigma in (ALL, *levels):
+        rows = torch.stack([sum(v.values()) if sigma == ALL else v[sigma] for v in vectors])
+        for block, columns in block_slices(policy, adapter).items():
+            grams[block, sigma] = (rows[:, columns] @ rows[:, columns].T).double().numpy()
+    return Interference(list(objectives), batches, grams)
+
+
+def taylor_check(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: str, size: float, batches: int = 8, images: int = 256,
+                 ) -> pd.DataFrame:
+    """Predicted against measured change of every task's mean reward after a real step of length `size` along each task's gradient.
+
+    The direction comes from the first half of the batches, the prediction from the other; the change is measured on new prompts
+    and seeds, the same before and after (paired), `images` a task. A row per pair: predicted and measured with 95 % intervals.
+    """
+    if batches < 4 or batches % 2:
+        raise ValueError(f"half of the batches give the direction and half the prediction: take an even number from 4, not {batches}")
+    parameters = policy.train_adapter(adapter)
+    gradients = {task: torch.stack([sum(reward_gradients(policy, o, adapter, b).values()) for b in range(batches)])
+                 for task, o in objectives.items()}
+    parameters_before = [p.detach().clone() for p in parameters]
+    before = {task: _rewards(policy, o, adapter, batches, images) for task, o in objectives.items()}
+    rows = []
+    for task, rows_of_gradient in gradients.items():
+        direction = rows_of_gradient[:batches // 2].mean(0)
+        direction = direction / direction.norm()
+        with torch.no_grad():
+            for p, d in zip(parameters, direction.split([p.numel() for p in parameters])):
+                p.add_(size * d.view_as(p).to(p.device))
+        for on, objective in objectives.items():
+            predicted = size * (gradients[on][batches // 2:] @ direction).numpy()
+            measured = _rewards(policy, objective, adapter, batches, images) - before[on]
+            row = dict(task=task, on=on, size=size, n=len(measured))
+            for name, values in (("predicted", predicted), ("measured", measured)):
+                error = stats.t.ppf(.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+                row |= {name: values.mean(), f"{name}_low": values.mean() - error, f"{name}_high": values.mean() + error}
+            rows.append(row)
+        with torch.no_grad():
+            for p, saved in zip(parameters, parameters_before):
+                p.copy_(saved)
+    return pd.DataFrame(rows)
+
+
+def _rewards(policy: FlowPolicy, objective: GRPO, adapter: str, first: int, images: int) -> np.ndarray:
+    """(images,) weighted rewards of iterations from `first` on, whose prompts and seeds no gradient has seen."""
+    values: list[float] = []
+    iteration = first
+    while len(values) < images:
+        batch = objective.schedule.draw(iteration)
+        rewards, weights, _ = objective.score(sample(policy, batch.prompts, batch.seeds, objective.sampler, adapter, objective.micro), batch)
+        values += (rewards * weights).sum(1).tolist()
+        iteration += 1
+    return np.array(values[:images])

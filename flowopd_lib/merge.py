@@ -1,0 +1,45 @@
+"""Cold start by merging (Flow-OPD 5.1): one adapter out of several, through PEFT.
+
+An adapter changes a weight by `s B A`. The average of the *changes* is not the change made by the averages of B and of A,
+which is what the public code's `merge.py` builds: with n experts that has all n^2 cross products, over n^2.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .policy import FlowPolicy
+
+METHODS = ("cat", "svd", "ties", "dare", "factor_wise")
+
+
+def merge(policy: FlowPolicy, adapters: Sequence[str], name: str, method: str = "cat", weights: Sequence[float] | None = None,
+          rank: int | None = None, density: float = .5) -> None:
+    """Add adapter `name`, the weighted mean (equal weights by default) of `adapters`.
+
+    cat          the exact mean of the changes; its rank is the sum of the ranks
+    svd          the best approximation of that mean with `rank` (default: the largest of the adapters'; exact at the sum of the ranks)
+    ties, dare   TIES (2306.01708) and DARE with TIES' signs (2311.03099), keeping a share `density` of each change; `rank` as for svd
+    factor_wise  mean of the A, mean of the B: the public code's, kept to be compared
+
+    Raises ValueError for fewer than two adapters, unknown ones, or a method that does not exist.
+    """
+    adapters = list(adapters)
+    unknown = set(adapters) - set(policy.adapters)
+    if len(adapters) < 2 or unknown:
+        raise ValueError(f"merging takes at least two of the adapters {', '.join(policy.adapters) or '(none)'}, not {adapters}")
+    if method not in METHODS:
+        raise ValueError(f"unknown way to merge {method!r}: choose one of {', '.join(METHODS)}")
+    weights = list(weights) if weights is not None else [1 / len(adapters)] * len(adapters)
+    if len(weights) != len(adapters) or (method == "factor_wise" and min(weights) < 0):
+        raise ValueError(f"{len(adapters)} adapters need as many weights, not {weights} (positive ones, factor by factor)")
+    policy._check_new(name)
+    rank = rank or max(policy.peft.peft_config[a].r for a in adapters)
+    how = {"cat": dict(combination_type="cat"), "svd": dict(combination_type="svd", svd_rank=rank, svd_full_matrices=False),
+           "ties": dict(combination_type="ties_svd", density=density, svd_rank=rank, svd_full_matrices=False),
+           "dare": dict(combination_type="dare_ties_svd", density=density, svd_rank=rank, svd_full_matrices=False),
+           "factor_wise": dict(combination_type="linear")}[method]
+    if method == "factor_wise":         # PEFT's `linear` weighs A and B by sqrt(w s) each: w^2 gives the means of both
+        weights = [w ** 2 for w in weights]
+    policy.train_adapter(None)
+    policy.peft.base_model.add_weighted_adapter(adapters, weights, name, **how)
+    policy._settle()

@@ -1,0 +1,73 @@
+"""What the training loop asks of an objective."""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ..policy import FlowPolicy
+from ..schedule import Batch
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of every iteration: items `rank::world` of it, and a way to see everybody's numbers."""
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda values: values)
+
+    def of(self, batch: Batch, group: int = 1) -> Batch:
+        """Whole groups of `group` neighbours (the samples of one prompt) go to one process."""
+        groups, rest = divmod(len(batch), group)
+        if rest or groups % self.world:
+            raise ValueError(f"{groups} prompts cannot be shared out evenly among {self.world} processes; "
+                             "make the prompts per batch a multiple of the processes")
+        rows = [g * group + i for g in range(self.rank, groups, self.world) for i in range(group)]
+        return Batch([batch.prompts[r] for r in rows], [batch.seeds[r] for r in rows])
+
+
+class Objective(Protocol):
+    """Data collected once, then `updates` optimizer updates on it.
+
+    `losses` yields terms that the loop differentiates one by one, so no more than one graph is alive; their sum over all
+    processes is the update's loss. Everything random follows from `seed` and the iteration.
+    """
+    updates: int
+
+    def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Any: ...
+
+    def losses(self, policy: FlowPolicy, adapter: str, data: Any, update: int) -> Iterator[torch.Tensor]: ...
+
+    def metrics(self, data: Any) -> dict[str, float]:
+        """Means over this process's part, after the iteration's last update."""
+        ...
+
+
+def trained_steps(steps: int, which: int | tuple[int, ...] | None, iteration: int, seed: int) -> list[int]:
+    """The steps of a trajectory that are trained: None all but the deterministic last, a number that many of them drawn anew for every
+    iteration, a tuple exactly those.
+
+    Raises ValueError for steps that do not exist or have no noise.
+    """
+    noisy = range(steps - 1)
+    if which is None:
+        return list(noisy)
+    if isinstance(which, int):
+        if not 1 <= which <= len(noisy):
+            raise ValueError(f"of {steps} steps, between 1 and {len(noisy)} can be trained, not {which}")
+        return sorted(random.Random(f"steps/{seed}/{iteration}").sample(noisy, which))
+    if not which or not set(which) <= set(noisy):
+        raise ValueError(f"trained steps are numbers from 0 to {steps - 2} (the last step is deterministic), not {tuple(which)}")
+    return sorted(which)
+
+
+def chunks(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def mean_of(records: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Means of detached scalars collected along an iteration."""
+    return {key: torch.stack([r[key] for r in records if key in r]).mean().item() for key in {k: 0 for r in records for k in r}}

@@ -1,0 +1,158 @@
+"""GRPO on flow models (Flow-GRPO 2505.05470): the experts of stage 1, and the mixed-reward baselines.
+
+    A = (r - mean of the group) / std,   loss = -min(rho A, clip(rho, 1 - c, 1 + c) A) + beta KL(student || reference)
+
+with rho the ratio of the probabilities of an action now and when it was taken, averaged over images and trained steps.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..policy import FlowPolicy
+from ..prompts import Prompt
+from ..rewards import Reward
+from ..rollout import Sampler, Step, trajectory
+from ..schedule import Batch, Schedule
+from ..sde import log_prob, transition, velocity_weight
+from .base import Share, chunks, mean_of, trained_steps
+
+SCALES = {"PickScore": 26., "DeQA": 5.}        # the paper divides by these before it adds; GenEval and OCR lie in [0, 1]
+NORMALISATIONS = ("batch", "group", "gdpo", "none")
+
+
+def advantages(rewards: torch.Tensor, weights: torch.Tensor, group: int, normalise: str = "batch", share: Share = Share(),
+               limit: float = 5.) -> torch.Tensor:
+    """(B,) from rewards (B, R), groups of `group` neighbours, and weights (B, R).
+
+    batch   the weighted sum, centred in its group, over the standard deviation of the whole batch (Flow-GRPO)
+    group   the same over the group's own
+    gdpo    each reward normalised in its group first, then weighed and added, then over the batch's deviation (GDPO)
+    none    centred only: the gradient then is in units of the reward
+
+    A reward that does not vary gives no advantage. Clipped to +-`limit`.
+    """
+    if normalise not in NORMALISATIONS:
+        raise ValueError(f"unknown normalisation {normalise!r}: choose one of {', '.join(NORMALISATIONS)}")
+    if normalise == "gdpo":
+        grouped = rewards.unflatten(0, (-1, group))
+        rewards = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True, correction=0) + 1e-4)).flatten(0, 1)
+    total = (rewards * weights).sum(1).unflatten(0, (-1, group))
+    centred = total - total.mean(1, keepdim=True)
+    if normalise == "none":
+        return centred.flatten()
+    spread = centred.std(1, keepdim=True, correction=0) if normalise == "group" else share.gather(total.flatten()).std(correction=0)
+    return (centred / (spread + 1e-4)).flatten().clamp(-limit, limit)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One chunk of an iteration: its prompts, the trained steps, and (B,) advantages."""
+    prompts: list[Prompt]
+    steps: list[Step]
+    advantages: torch.Tensor
+
+
+@dataclass
+class Collected:
+    parts: list[Rollout]
+    images: int                             # of the iteration, over all processes
+    rewards: dict[str, float]
+    records: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class GRPO:
+    """`rewards` maps a judge's name to its weight, for every task or (nested) by task: `{"geneval": {"GenEval": .8, "DeQA": .2}}`.
+
+    `updates` optimizer updates an iteration, each on its own part of the images. `reduction` and `clip` belong together: the
+    mean over a latent (Flow-GRPO) brings ratios within 1e-4 of 1, the sum does not. `beta` weighs the KL to `reference` (an adapter;
+    None is the base). `micro`: images in one forward, in rollout and training alike, so that ratios are exact.
+    """
+    schedule: Schedule
+    judges: Mapping[str, Reward]
+    rewards: Mapping
+    sampler: Sampler = Sampler(10, "sde")
+    updates: int = 2
+    normalise: str = "batch"
+    reduction: str = "mean"
+    clip: float = 1e-4
+    beta: float = .04
+    reference: str | None = None
+    steps: int | tuple[int, ...] | None = None
+    micro: int = 64
+
+    def __post_init__(self):
+        if self.sampler.kind == "ode" or self.sampler.noise_level == 0:
+            raise ValueError("GRPO explores by noise: sample with sde or cps at a positive noise level")
+        if self.schedule.repeats < 2:
+            raise ValueError("GRPO compares the images of a prompt: images_per_prompt must be at least 2")
+        trained_steps(self.sampler.steps, self.steps, 0, 0)
+        for task in self.schedule.prompts:
+            unknown = set(self.weights_of(task)) - set(self.judges)
+            if unknown or not self.weights_of(task):
+                raise ValueError(f"the rewards of {task} name {', '.join(sorted(unknown)) or 'nothing'}; the judges are {', '.join(self.judges)}")
+
+    def weights_of(self, task: str) -> dict[str, float]:
+        nested = any(isinstance(w, Mapping) for w in self.rewards.values())
+        return dict(self.rewards.get(task, {}) if nested else self.rewards)
+
+    def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Collected:
+        batch = share.of(self.schedule.draw(iteration), self.schedule.repeats)
+        keep = trained_steps(self.sampler.steps, self.steps, iteration, self.schedule.seed)
+        walks, images = [], []
+        for rows in chunks(len(batch), self.micro):
+            steps = list(trajectory(policy, batch.prompts[rows], batch.seeds[rows], self.sampler, adapter))
+            images.append(policy.decode(steps[-1].x_next).cpu())
+            walks.append([steps[k] for k in keep])
+        if len(walks) < self.updates:
+            raise ValueError(f"{self.updates} updates need as many chunks of images, but {len(batch)} images in chunks of {self.micro} "
+                             f"make {len(walks)}; lower micro or updates")
+        rewards, weights, seen = self.score(torch.cat(images), batch)
+        advantage = advantages(rewards, weights, self.schedule.repeats, self.normalise, share).to(policy.device)
+        parts = [Rollout(batch.prompts[rows], steps, advantage[rows]) for rows, steps in zip(chunks(len(batch), self.micro), walks)]
+        return Collected(parts, len(batch) * share.world, seen)
+
+    def score(self, images: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        """Rewards (B, R) divided by `SCALES`, weights (B, R), and each judge's mean in its own units. A judge that fails raises."""
+        names = sorted({name for p in batch.prompts for name in self.weights_of(p.task)})
+        rewards, weights, seen = torch.zeros(len(batch), len(names)), torch.zeros(len(batch), len(names)), {}
+        for column, name in enumerate(names):
+            rows = [i for i, p in enumerate(batch.prompts) if name in self.weights_of(p.task)]
+            values = torch.as_tensor(self.judges[name](images[rows], [batch.prompts[i] for i in rows]), dtype=torch.float32)
+            if not values.isfinite().all():
+                raise ValueError(f"{name} gave a reward that is not a number; a failure is never turned into a reward")
+            rewards[rows, column] = values / SCALES.get(name, 1.)
+            weights[rows, column] = torch.tensor([float(self.weights_of(batch.prompts[i].task)[name]) for i in rows])
+            seen[name] = values.mean().item()
+        return rewards, weights, seen
+
+    def losses(self, policy: FlowPolicy, adapter: str, data: Collected, update: int) -> Iterator[torch.Tensor]:
+        parts = data.parts[update::self.updates]
+        images = data.images * sum(len(p.prompts) for p in parts) / sum(len(p.prompts) for p in data.parts)
+        for part in parts:
+            text = policy.encode([p.text for p in part.prompts])
+            for step in part.steps:
+                yield self._loss(policy, adapter, text, step, part.advantages, data.records).sum() / (images * len(part.steps))
+
+    def _loss(self, policy, adapter, text, step: Step, advantage, records) -> torch.Tensor:
+        """(B,): the clipped surrogate and the penalty of one step."""
+        s, size = self.sampler, step.x[0].numel()
+        v = policy.velocity(step.x, step.sigma, text, s.guidance, adapter)
+        mean, std = transition(step.x, v, step.sigma, step.sigma_next, s.kind, s.noise_level)
+        ratio = (log_prob(step.x_next, mean, std, self.reduction) - step.log_prob(self.reduction)).exp()
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
+        with torch.no_grad():
+            records.append({"ratio_error": (ratio - 1).abs().mean(), "clipped": ((ratio - 1).abs() > self.clip).float().mean()})
+        if self.beta:
+            with torch.no_grad():
+                reference = policy.velocity(step.x, step.sigma, text, s.guidance, self.reference)
+            kl = velocity_weight(step.sigma, step.sigma_next, "kl", s.kind, s.noise_level) * (v - reference).square().flatten(1).sum(1)
+            records[-1]["kl"] = kl.detach().mean()
+            loss = loss + self.beta * (kl / size if self.reduction == "mean" else kl)
+        return loss
+
+    def metrics(self, data: Collected) -> dict[str, float]:
+        return {**data.rewards, **mean_of(data.records)}

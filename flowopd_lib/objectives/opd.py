@@ -1,0 +1,192 @@
+"""On-policy distillation (Flow-OPD 5.1.1): the student walks, and at every state it visits is pulled to its prompt's teacher.
+
+With KL_k = w_k ||v_S(x_k) - v_T(x_k)||^2 the divergence of the two policies at one step and rho_k the ratio of the
+probabilities of the action x_{k+1} now and when it was taken, the readings of "minimise the KL along the student's walk" are
+
+    pathwise        sum_k KL_k, differentiated through the student's velocity: the gradient of each step's KL
+    paper           -rho_k r_k with r_k = -KL_k detached. r_k does not depend on the action, so it is a baseline: zero in expectation
+    as_coded        the public code: r_k still attached, and (B, 1) x (B,) broadcast to (B, B): pathwise plus zero-mean noise
+    log_ratio       -rho_k r_k with r_k = log pi_T(x_{k+1}) - log pi_S(x_{k+1}) at the action taken: pathwise's mean, noisier
+    return_to_go    -rho_k r_k with r_k = -(the KL at later steps): what pathwise drops, today's action moving tomorrow's states
+
+`pathwise` + `return_to_go` is the exact gradient of the whole trajectory's KL. Ratios are clipped as in the paper.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..policy import FlowPolicy, TextEmbedding
+from ..prompts import Prompt
+from ..rollout import Sampler, Step, trajectory, walk
+from ..schedule import Batch, Schedule
+from ..sde import log_prob, transition, velocity_weight
+from .base import Share, chunks, mean_of, trained_steps
+
+ESTIMATORS = ("pathwise", "paper", "as_coded", "log_ratio", "return_to_go")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A trained step of a rollout, what the teacher and the anchor say there, and the KL at later trained steps (B,)."""
+    step: Step
+    teacher: torch.Tensor
+    anchor: torch.Tensor | None
+    later: torch.Tensor
+
+
+@dataclass
+class Walks:
+    batch: Batch
+    trained: list[int]
+    images: int                             # of the iteration, over all processes
+    visits: list[tuple[slice, list[Visit]]] | None      # None: not walked yet, rollout and training are one
+    records: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class OPD:
+    """`teachers` maps a task to the adapter its prompts are routed to (None: the base). No reward is computed and nothing is decoded.
+
+    `estimator`: one of ESTIMATORS, or several joined by `+`. `weighting`: of the steps, see `velocity_weight`; its noise is the sampler's,
+    or for ODE rollouts that of the SDE with the same noise level. `mar` weighs Manifold Anchor Regularization towards `anchor` (an adapter; None
+    is the base) on all prompts. `guidance`: a teacher's own guidance scale, by adapter.
+    Pathwise with one update an iteration needs no second forward: the one that takes the step is differentiated.
+    """
+    schedule: Schedule
+    teachers: Mapping[str, str | None]
+    sampler: Sampler = Sampler(10, "sde")
+    estimator: str = "pathwise"
+    weighting: str = "kl"
+    mar: float = .04
+    anchor: str | None = None
+    guidance: Mapping[str | None, float] = field(default_factory=dict)
+    steps: int | tuple[int, ...] | None = None
+    updates: int = 1
+    reduction: str = "sum"
+    clip: float = 1e-4
+    micro: int = 64
+
+    def __post_init__(self):
+        self.readings = self.estimator.split("+")
+        unknown = set(self.readings) - set(ESTIMATORS)
+        if unknown:
+            raise ValueError(f"unknown estimator {', '.join(sorted(unknown))}: choose among {', '.join(ESTIMATORS)}, joined by +")
+        if self.readings != ["pathwise"] and (self.sampler.kind == "ode" or self.sampler.noise_level == 0):
+            raise ValueError(f"{self.estimator} needs the probabilities of actions: sample with sde or cps, or use pathwise")
+        missing = set(self.schedule.prompts) - set(self.teachers)
+        if missing:
+            raise ValueError(f"no teacher for the task {', '.join(sorted(missing))}; there are teachers for {', '.join(self.teachers)}")
+        trained_steps(self.sampler.steps, self.steps, 0, 0)
+        velocity_weight(.5, .4, self.weighting)
+
+    def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Walks:
+        batch = share.of(self.schedule.draw(iteration))
+        trained = trained_steps(self.sampler.steps, self.steps, iteration, self.schedule.seed)
+        data = Walks(batch, trained, len(batch) * share.world, None)
+        if self.readings == ["pathwise"] and self.updates == 1:
+            return data
+        data.visits = [(rows, self._visit(policy, adapter, batch.prompts[rows], batch.seeds[rows], trained))
+                       for rows in chunks(len(batch), self.micro)]
+        if len(data.visits) < self.updates:
+            raise ValueError(f"{self.updates} updates need as many chunks of images, but {len(batch)} images in chunks of {self.micro} "
+                             f"make {len(data.visits)}; lower micro or updates")
+        return data
+
+    def _visit(self, policy, adapter, prompts, seeds, trained) -> list[Visit]:
+        text, found = policy.encode([p.text for p in prompts]), []
+        for step in trajectory(policy, prompts, seeds, self.sampler, adapter):
+            if step.index in trained:
+                found.append((step, *self._targets(policy, step.x, step.sigma, text, prompts)))
+            if step.index == trained[-1]:
+                break
+        visits, later = [], torch.zeros(len(prompts), device=policy.device)
+        for step, teacher, anchor in reversed(found):
+            visits.append(Visit(step, teacher, anchor, later))
+            later = later + self._distance(step, step.v, teacher)
+        return visits[::-1]
+
+    @torch.no_grad()
+    def _targets(self, policy: FlowPolicy, x, sigma, text: TextEmbedding, prompts: Sequence[Prompt]
+                 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The velocities of each row's own teacher and of the anchor. One forward per adapter, never with a graph."""
+        wanted: dict[str | None, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            wanted.setdefault(self.teachers[prompt.task], []).append(row)
+        teacher = torch.empty_like(x)
+        for name, rows in wanted.items():
+            teacher[rows] = policy.velocity(x[rows], sigma, text[rows], self.guidance.get(name, 1.), name)
+        if not self.mar:
+            return teacher, None
+        if set(wanted) == {self.anchor} and self.guidance.get(self.anchor, 1.) == 1.:
+            return teacher, teacher
+        return teacher, policy.velocity(x, sigma, text, adapter=self.anchor)
+
+    def _distance(self, step: Step, v: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """(B,): `w ||v - other||^2` at one step."""
+        kind = "sde" if self.sampler.kind == "ode" else self.sampler.kind
+        weight = velocity_weight(step.sigma, step.sigma_next, self.weighting, kind, self.sampler.noise_level, v[0].numel())
+        return weight * (v - other).square().flatten(1).sum(1)
+
+    def losses(self, policy: FlowPolicy, adapter: str, data: Walks, update: int) -> Iterator[torch.Tensor]:
+        if data.visits is None:
+            yield from self._walk_and_learn(policy, adapter, data)
+            return
+        parts = data.visits[update::self.updates]
+        share = sum(rows.stop - rows.start for rows, _ in parts) / len(data.batch)
+        for rows, visits in parts:
+            text = policy.encode([p.text for p in data.batch.prompts[rows]])
+            for visit in visits:
+                v = policy.velocity(visit.step.x, visit.step.sigma, text, self.sampler.guidance, adapter)
+                yield self._loss(visit, v, data.records).sum() / (data.images * share)
+
+    def _walk_and_learn(self, policy: FlowPolicy, adapter: str, data: Walks) -> Iterator[torch.Tensor]:
+        for rows in chunks(len(data.batch), self.micro):
+            prompts = data.batch.prompts[rows]
+            text, kept = policy.encode([p.text for p in prompts]), []
+
+            def velocity(x: torch.Tensor, sigma: float, index: int) -> torch.Tensor:
+                with torch.set_grad_enabled(index in data.trained):
+                    kept[:] = [policy.velocity(x, sigma, text, self.sampler.guidance, adapter)]
+                return kept[0]
+
+            for step in walk(policy, velocity, prompts, data.batch.seeds[rows], self.sampler):
+                if step.index in data.trained:
+                    visit = Visit(step, *self._targets(policy, step.x, step.sigma, text, prompts), torch.zeros(()))
+                    yield self._loss(visit, kept.pop(), data.records).sum() / data.images
+                if step.index == data.trained[-1]:
+                    break
+
+    def _loss(self, visit: Visit, v: torch.Tensor, records: list) -> torch.Tensor:
+        """(B,): the chosen readings and the anchor at one step; `v` is the student's and carries the graph."""
+        step, kl = visit.step, self._distance(visit.step, v, visit.teacher)
+        loss = kl if "pathwise" in self.readings else torch.zeros_like(kl)
+        if self.readings != ["pathwise"]:
+            s = self.sampler
+            mean, std = transition(step.x, v, step.sigma, step.sigma_next, s.kind, s.noise_level)
+            ratio = (log_prob(step.x_next, mean, std, self.reduction) - step.log_prob(self.reduction)).exp()
+            for reading in self.readings:
+                if reading == "paper":
+                    loss = loss + self._surrogate(-kl.detach(), ratio)
+                elif reading == "as_coded":
+                    loss = loss + self._surrogate(-kl[:, None], ratio).mean(1)
+                elif reading == "return_to_go":
+                    loss = loss + self._surrogate(-visit.later, ratio)
+                elif reading == "log_ratio":
+                    target, _ = transition(step.x, visit.teacher, step.sigma, step.sigma_next, s.kind, s.noise_level)
+                    loss = loss + self._surrogate(log_prob(step.x_next, target, std, self.reduction) - step.log_prob(self.reduction), ratio)
+        records.append({"kl": kl.detach().mean()})
+        if self.mar:
+            anchor = self._distance(step, v, visit.anchor)
+            records[-1]["mar"] = anchor.detach().mean()
+            loss = loss + self.mar * anchor
+        return loss
+
+    def _surrogate(self, reward: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+        """`-min(rho r, clip(rho) r)`."""
+        return -torch.minimum(ratio * reward, ratio.clamp(1 - self.clip, 1 + self.clip) * reward)
+
+    def metrics(self, data: Walks) -> dict[str, float]:
+        return mean_of(data.records)

@@ -1,0 +1,87 @@
+"""Supervised fine-tuning by flow matching: the cold start of Flow-OPD that learns from the experts' samples."""
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..policy import FlowPolicy
+from ..prompts import Prompt
+from ..rollout import Sampler, trajectory
+from .base import Share, mean_of
+
+
+def teacher_samples(policy: FlowPolicy, prompts: Sequence[Prompt], seeds: Sequence[int], teachers: Mapping[str, str | None],
+                    sampler: Sampler = Sampler(), batch: int = 64) -> torch.Tensor:
+    """Latents (N, C, H, W) at sigma 0: each prompt sampled by its own task's teacher."""
+    unknown = {p.task for p in prompts} - set(teachers)
+    if unknown:
+        raise ValueError(f"no teacher for the task {', '.join(sorted(unknown))}; there are teachers for {', '.join(teachers)}")
+    latents = torch.empty(len(prompts), *policy.latent_shape, device=policy.device)
+    for task, adapter in teachers.items():
+        rows = [i for i, p in enumerate(prompts) if p.task == task]
+        for i in range(0, len(rows), batch):
+            part = rows[i:i + batch]
+            for step in trajectory(policy, [prompts[r] for r in part], [seeds[r] for r in part], sampler, adapter):
+                pass
+            latents[part] = step.x_next
+    return latents
+
+
+@dataclass
+class Examples:
+    prompts: list[Prompt]
+    x0: torch.Tensor
+    sigma: torch.Tensor
+    eps: torch.Tensor
+    images: int
+    records: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class SFT:
+    """`||v(x_sigma, sigma) - (eps - x0)||^2` on given latents, sigma from SD3's logit-normal with the model's shift."""
+    latents: torch.Tensor
+    prompts: Sequence[Prompt]
+    batch: int = 64
+    micro: int = 64
+    seed: int = 0
+    updates: int = 1
+
+    def __post_init__(self):
+        if len(self.latents) != len(self.prompts) or not len(self.prompts):
+            raise ValueError(f"SFT needs one prompt for every latent, not {len(self.prompts)} for {len(self.latents)}")
+
+    def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Examples:
+        if self.batch % share.world:
+            raise ValueError(f"a batch of {self.batch} cannot be shared out evenly among {share.world} processes")
+        g = torch.Generator().manual_seed((self.seed + 1 << 40) + iteration)
+        epoch, place = divmod(iteration * self.batch, len(self.prompts))
+        order = [row for e in range(-(-self.batch // len(self.prompts)) + 1) for row in self._order(epoch + e)]
+        sigma = torch.sigmoid(torch.randn(self.batch, generator=g))
+        shift = policy.pipeline.scheduler.config.shift
+        sigma = (shift * sigma / (1 + (shift - 1) * sigma))[:, None, None, None]
+        eps = torch.randn(self.batch, *policy.latent_shape, generator=g)
+        mine, rows = slice(share.rank, None, share.world), order[place:place + self.batch]
+        return Examples([self.prompts[r] for r in rows][mine], self.latents[rows][mine].to(policy.device).float(),
+                        sigma[mine].to(policy.device), eps[mine].to(policy.device), self.batch)
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.prompts)))
+        random.Random(f"sft/{self.seed}/{epoch}").shuffle(order)
+        return order
+
+    def losses(self, policy: FlowPolicy, adapter: str, data: Examples, update: int) -> Iterator[torch.Tensor]:
+        for i in range(0, len(data.prompts), self.micro):
+            rows = slice(i, i + self.micro)
+            x0, sigma, eps = data.x0[rows], data.sigma[rows], data.eps[rows]
+            text = policy.encode([p.text for p in data.prompts[rows]])
+            v = policy.velocity((1 - sigma) * x0 + sigma * eps, sigma.flatten(), text, adapter=adapter)
+            loss = (v - (eps - x0)).square().flatten(1).mean(1)
+            data.records.append({"loss": loss.detach().mean()})
+            yield loss.sum() / data.images
+
+    def metrics(self, data: Examples) -> dict[str, float]:
+        return mean_of(data.records)

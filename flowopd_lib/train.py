@@ -1,0 +1,171 @@
+"""One training loop for every objective: a generator that yields after each update.
+
+Everything random follows from the seed and the iteration, so a checkpoint is weights, optimizer and a count, and a resumed run
+continues to the bit. `accelerate launch` runs the same loop in several processes: each takes its share of an iteration, and the
+gradients of the adapter, which is all that trains, are added up.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from .checkpoint import load_state, save_state
+from .objectives import Objective, Share
+from .policy import FlowPolicy
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`iterations` of the objective (each makes its own number of updates). A checkpoint is written every `save_every`
+    iterations and after `save_seconds`, whichever comes first."""
+    iterations: int
+    lr: float = 3e-4
+    warmup: int = 0                     # updates
+    ema: float = .95                    # of the adapter, per update; 0 keeps none
+    clip_norm: float = 1.
+    betas: tuple[float, float] = (.9, .99)
+    weight_decay: float = 0.
+    save_every: int = 20
+    save_seconds: float = 120.
+
+    def __post_init__(self):
+        if self.iterations < 1 or self.save_every < 1:
+            raise ValueError("a training needs at least one iteration, and one between checkpoints")
+        if not self.lr > 0 or not self.clip_norm > 0 or not 0 <= self.ema < 1:
+            raise ValueError(f"lr {self.lr} and clip_norm {self.clip_norm} must be positive and ema {self.ema} in [0, 1)")
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One update. `metrics` are the objective's, with the last update of an iteration; empty before."""
+    iteration: int
+    update: int
+    loss: float
+    grad_norm: float
+    seconds: float                      # since this process began to train
+    metrics: dict[str, float]
+
+
+class _Run:
+    """What a checkpoint holds: the adapter, its average, the optimizer, and the count of iterations done."""
+
+    def __init__(self, policy: FlowPolicy, adapter: str, objective: Objective, config: TrainConfig, folder: Path):
+        self.config, self.folder, self.state = config, folder, folder / "state.safetensors"
+        self.parameters = policy.train_adapter(adapter)
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        self.iteration = self.updates = 0
+        settings = {k: v for k, v in asdict(config).items() if k not in ("iterations", "save_every", "save_seconds")}
+        plain = (int, float, str, bool, tuple, type(None))
+        objective_settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)
+                              if isinstance(getattr(objective, f.name), plain) and f.name != "micro"}
+        self.settings = json.loads(json.dumps({**settings, "objective": type(objective).__name__, **objective_settings}))
+
+    def resume(self) -> None:
+        state = load_state(self.state)
+        changed = {k for k in self.settings | state["settings"] if self.settings.get(k) != state["settings"].get(k)}
+        if changed:
+            raise ValueError(f"{self.folder} holds a training with another {', '.join(sorted(changed))}; give a new folder, or the settings "
+                             f"it was begun with: {({k: state['settings'].get(k) for k in sorted(changed)})}")
+        with torch.no_grad():
+            for mine, saved in zip([*self.parameters, *self.average], [*state["parameters"], *state["average"]], strict=True):
+                mine.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration, self.updates = state["iteration"], state["updates"]
+
+    def save(self) -> None:
+        save_state(self.state, {"parameters": [p.data for p in self.parameters], "average": self.average, "iteration": self.iteration,
+                                "updates": self.updates, "optimizer": self.optimizer.state_dict(), "settings": self.settings})
+
+    def step(self, accelerator: Accelerator) -> float:
+        """Add up the processes' gradients, clip, update, average; the gradient's norm before clipping."""
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        if accelerator.num_processes > 1:
+            flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+            for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
+                p.grad = part.view_as(p)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm).item()
+        if not math.isfinite(norm):
+            return norm
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * min(1., (self.updates + 1) / max(self.config.warmup, 1))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        decay = min(self.config.ema, self.updates / (self.updates + 9))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, [p.data for p in self.parameters], 1 - decay if self.config.ema else 1.)
+        return norm
+
+
+def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: TrainConfig, adapter: str = "student",
+          accelerator: Accelerator | None = None) -> Iterator[StepInfo]:
+    """Train one adapter of `policy`; yield a `StepInfo` after each update.
+
+    `folder` gets `state.safetensors` (resumed from, if it is there), `metrics.jsonl` (a line an iteration) and, at the end,
+    `adapter/`: the averaged weights in PEFT's format, which the policy then holds too.
+
+    Raises TrainingDiverged, with the last good state left in `folder`, and ValueError for a folder of another training.
+    """
+    accelerator = accelerator or Accelerator(cpu=policy.device.type == "cpu")
+    folder = Path(folder)
+    run = _Run(policy, adapter, objective, config, folder)
+    log = folder / "metrics.jsonl"
+    if run.state.exists():
+        run.resume()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = log.read_text().splitlines()[:run.iteration] if log.exists() else []
+        log.write_text("".join(line + "\n" for line in kept))
+    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.gather)
+    began = saved = time.time()
+    while run.iteration < config.iterations:
+        data = objective.collect(policy, adapter, run.iteration, share)
+        for update in range(objective.updates):
+            total = torch.zeros((), device=policy.device)
+            for loss in objective.losses(policy, adapter, data, update):
+                loss.backward()
+                total += loss.detach()
+            loss = accelerator.reduce(total, "sum").item()
+            norm = run.step(accelerator)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise TrainingDiverged(
+                    f"iteration {run.iteration}: loss {loss}, gradient norm {norm}; lower lr (now {config.lr}) or raise the KL or anchor weight. "
+                    + (f"The last good state is in {run.state}" if run.state.exists() else "No checkpoint had been written yet"))
+            last = update == objective.updates - 1
+            metrics = objective.metrics(data) if last else {}
+            if last and accelerator.num_processes > 1:
+                names = sorted(metrics)
+                mean = accelerator.reduce(torch.tensor([metrics[n] for n in names], device=policy.device), "mean")
+                metrics = dict(zip(names, mean.tolist()))
+            info = StepInfo(run.iteration, update, loss, norm, time.time() - began, metrics)
+            if last:
+                run.iteration += 1
+                if accelerator.is_main_process:
+                    with log.open("a") as file:
+                        file.write(json.dumps({"iteration": info.iteration, "loss": loss, "grad_norm": norm, "seconds": round(info.seconds, 2),
+                                               **metrics}) + "\n")
+                    if run.iteration % config.save_every == 0 or time.time() - saved > config.save_seconds or run.iteration == config.iterations:
+                        run.save()
+                        saved = time.time()
+            yield info
+    if config.ema:
+        with torch.no_grad():
+            for p, average in zip(run.parameters, run.average):
+                p.copy_(average)
+    policy.train_adapter(None)
+    if accelerator.is_main_process:
+        policy.save_adapter(adapter, folder / "adapter")
+    accelerator.wait_for_everyone()

@@ -1,0 +1,169 @@
+"""Group advantages, the clipped surrogate, the schedule of prompts."""
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from small_policy import SmallPolicy
+
+from flowopd_lib.objectives import GRPO, SFT, Share, advantages
+from flowopd_lib.prompts import Prompt
+from flowopd_lib.rollout import Sampler
+from flowopd_lib.schedule import Schedule
+from flowopd_lib.sde import log_prob, transition
+
+TASKS = {task: [Prompt(f"{task} {i}", task) for i in range(7)] for task in ("geneval", "ocr", "pickscore")}
+
+
+class Brightness:
+    """A judge of the small policy's pictures."""
+    name, range = "OCR", (-9., 9.)
+
+    def __call__(self, images, prompts):
+        return images[:, 0, 0, 0].numpy()
+
+
+def grpo(**options):
+    schedule = Schedule({"ocr": TASKS["ocr"]}, options.pop("prompts", 8), options.pop("images", 6))
+    return GRPO(schedule, {"OCR": Brightness()}, {"OCR": 1.}, **{"sampler": Sampler(5, "sde"), "micro": 12, "beta": 0., **options})
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[0.], [1.], [1.], [1.]])                    # two prompts, two images each
+    got = advantages(rewards, torch.ones(4, 1), 2)
+    std = rewards.std(correction=0).item()
+    torch.testing.assert_close(got, torch.tensor([-.5, .5, 0, 0]) / (std + 1e-4))
+    torch.testing.assert_close(advantages(rewards, torch.ones(4, 1), 2, "group"), torch.tensor([-1., 1., 0., 0.]), atol=1e-3, rtol=0)
+    assert not advantages(torch.ones(6, 1), torch.ones(6, 1), 3).any()   # a reward that does not vary teaches nothing
+
+
+def test_gdpo_weighs_rewards_of_any_size_alike():
+    rewards = torch.tensor([[0., 0.], [0., 100.], [1., 0.], [1., 100.]])
+    summed, gdpo = (advantages(rewards, torch.ones(4, 2), 4, how) for how in ("batch", "gdpo"))
+    assert summed[1] > 0 > summed[2]                                    # the large reward decides
+    assert gdpo[1] == pytest.approx(0, abs=1e-2) and gdpo[2] == pytest.approx(0, abs=1e-2)      # here each counts once
+
+
+def test_a_reward_is_scaled_weighed_by_task_and_left_out_where_it_does_not_apply():
+    class Constant:
+        def __init__(self, value):
+            self.value = value
+
+        def __call__(self, images, prompts):
+            return np.full(len(prompts), self.value, np.float32)
+    schedule = Schedule({t: TASKS[t] for t in ("geneval", "ocr")}, 4, 2)
+    o = GRPO(schedule, {"GenEval": Constant(1.), "OCR": Constant(.5), "DeQA": Constant(4.)},
+             {"geneval": {"GenEval": .8, "DeQA": .2}, "ocr": {"OCR": 1.}}, Sampler(5, "sde"))
+    batch = schedule.draw(0)
+    rewards, weights, seen = o.score(torch.zeros(len(batch), 3, 1, 1), batch)
+    total = (rewards * weights).sum(1)
+    for i, p in enumerate(batch.prompts):
+        assert total[i] == pytest.approx(.8 + .2 * 4 / 5 if p.task == "geneval" else .5)
+    assert seen == {"DeQA": 4., "GenEval": 1., "OCR": .5}
+    o.judges["DeQA"].value = float("nan")
+    with pytest.raises(ValueError, match="never turned into a reward"):
+        o.score(torch.zeros(len(batch), 3, 1, 1), batch)
+
+
+@pytest.mark.parametrize("kind", ["sde", "cps"])
+@pytest.mark.parametrize("reduction, clip", [("mean", 1e-4), ("sum", .2)])
+def test_grpo_raises_the_reward(kind, reduction, clip):
+    weights = torch.zeros(2, 2, requires_grad=True)
+    policy, o = SmallPolicy(2, student=weights), grpo(sampler=Sampler(5, kind), reduction=reduction, clip=clip)
+    optimizer, seen = torch.optim.Adam([weights], .05), []
+    before = np.mean([o.collect(policy, "student", 100 + i, Share()).rewards["OCR"] for i in range(10)])
+    for i in range(60):
+        data = o.collect(policy, "student", i, Share())
+        for update in range(o.updates):
+            for loss in o.losses(policy, "student", data, update):
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append(o.metrics(data)["OCR"])
+    assert np.mean(seen[-10:]) > before + .25                           # five standard errors of 480 images
+    assert weights[1, 0] < -.3                                          # v points away from the data
+
+
+def test_before_any_update_the_ratio_is_one_and_the_gradient_is_reinforces():
+    policy = SmallPolicy(2, student=torch.zeros(2, 2, requires_grad=True))
+    o = grpo(updates=1, reduction="sum")
+    data = o.collect(policy, "student", 0, Share())
+    losses = list(o.losses(policy, "student", data, 0))
+    assert o.metrics(data)["ratio_error"] < 1e-5
+    found = torch.autograd.grad(sum(losses), policy.weights["student"])[0]
+    total = 0.
+    for part in data.parts:
+        for step in part.steps:
+            v = policy.velocity(step.x, step.sigma, None, adapter="student")
+            mean, std = transition(step.x, v, step.sigma, step.sigma_next)
+            total = total - (log_prob(step.x_next, mean, std) * part.advantages).sum() / (data.images * len(part.steps))
+    torch.testing.assert_close(found, torch.autograd.grad(total, policy.weights["student"])[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_kl_penalty_holds_the_student_at_its_reference():
+    policy = SmallPolicy(2, student=torch.full((2, 2), .5, requires_grad=True), other=torch.full((2, 2), .5))
+    free, held, home = (grpo(updates=1, beta=beta, reference=name) for beta, name in ((0., None), (10., None), (10., "other")))
+    grads = []
+    for o in (free, held, home):
+        data = o.collect(policy, "student", 0, Share())
+        grads.append(torch.autograd.grad(sum(o.losses(policy, "student", data, 0)), policy.weights["student"])[0])
+    torch.testing.assert_close(grads[0], grads[2])                      # at its reference, there is nothing to hold
+    assert (grads[1] - grads[0])[1].min() > .1                          # above the base's bias: pulled down
+
+
+def test_each_update_has_its_own_images_and_processes_share_whole_groups():
+    o = grpo(updates=2)
+    data = o.collect(SmallPolicy(2, student=torch.zeros(2, 2, requires_grad=True)), "student", 0, Share())
+    assert [len(p.prompts) for p in data.parts] == [12] * 4
+    batch = o.schedule.draw(0)
+    mine, yours = Share(0, 2).of(batch, 6), Share(1, 2).of(batch, 6)
+    assert sorted(mine.seeds + yours.seeds) == batch.seeds and len(mine) == 24
+    assert all(count == 6 for count in Counter(p.text for p in mine.prompts).values())
+    with pytest.raises(ValueError, match="cannot be shared out evenly"):
+        Share(0, 3).of(batch, 6)
+
+
+def test_the_schedule_follows_its_shares_and_repeats_no_prompt_before_all_were_seen():
+    alternating = Schedule(TASKS, 2, 3, {"geneval": 3, "ocr": 1, "pickscore": 1}, alternate=True)
+    batches = [alternating.draw(i) for i in range(20)]
+    assert all(len({p.task for p in b.prompts}) == 1 and len(b) == 6 for b in batches)
+    assert Counter(b.prompts[0].task for b in batches) == {"geneval": 12, "ocr": 4, "pickscore": 4}
+    assert all(len({b.prompts[0].task for b in batches[i:i + 5]}) == 3 for i in range(0, 20, 5))
+    mixed = [p.text for i in range(7) for p in Schedule(TASKS, 3).draw(i).prompts]
+    assert len(set(mixed)) == 21                                        # 7 prompts a task, each once
+    seeds = [s for b in batches for s in b.seeds]
+    assert len(set(seeds)) == len(seeds)
+    assert alternating.draw(5) == Schedule(TASKS, 2, 3, {"geneval": 3, "ocr": 1, "pickscore": 1}, alternate=True).draw(5)
+    assert Schedule(TASKS, 3, seed=1).draw(0) != Schedule(TASKS, 3).draw(0)
+
+
+def test_sft_learns_the_latents_it_is_given():
+    weights = torch.zeros(2, 2, requires_grad=True)
+    policy = SmallPolicy(2, student=weights)
+    o = SFT(torch.full((10, 2, 1, 1), 3.), [Prompt(str(i), "ocr") for i in range(10)], batch=64)
+    seen = []
+    optimizer = torch.optim.Adam([weights], .05)
+    for i in range(150):
+        data = o.collect(policy, "student", i, Share())
+        for loss in o.losses(policy, "student", data, 0):
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(o.metrics(data)["loss"])
+    assert seen[-1] < seen[0] / 2
+    assert {p.text for p in o.collect(policy, "student", 4, Share()).prompts} == {str(i) for i in range(10)}
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(sampler=Sampler(5, "ode")), "explores by noise"), (dict(images=1), "at least 2"), (dict(steps=5), "between 1 and 4"),
+    (dict(normalise="z"), None), (dict(updates=9), "lower micro or updates")])
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        grpo(**options).collect(SmallPolicy(2, student=torch.zeros(2, 2)), "student", 0, Share())
+
+
+def test_rewards_without_a_judge_are_named():
+    with pytest.raises(ValueError, match="the rewards of ocr name Taste; the judges are OCR"):
+        GRPO(Schedule({"ocr": TASKS["ocr"]}, 2, 2), {"OCR": Brightness()}, {"Taste": 1.})
+    with pytest.raises(ValueError, match="shares must give a positive whole number"):
+        Schedule(TASKS, 3, shares={"ocr": 1})

@@ -1,0 +1,164 @@
+"""The five readings of on-policy distillation, on a policy whose expectations can be measured."""
+import math
+
+import pytest
+import torch
+from small_policy import SmallPolicy
+
+from flowopd_lib.objectives import OPD, Share
+from flowopd_lib.prompts import Prompt
+from flowopd_lib.rollout import Sampler, initial_noise
+from flowopd_lib.schedule import Schedule
+from flowopd_lib.sde import coefficients, velocity_weight
+
+STEPS = 5
+SAMPLER = Sampler(STEPS, "sde")
+
+
+def policy_of(size=2):
+    g = torch.Generator().manual_seed(7)
+    student, teacher = (torch.randn(2, size, generator=g) * .3 for _ in range(2))
+    return SmallPolicy(size, student=student.requires_grad_(True), teacher=teacher)
+
+
+def objective(estimator, batch=200, mar=0., seed=0, **options):
+    schedule = Schedule({"ocr": [Prompt("x", "ocr")]}, batch, seed=seed)
+    return OPD(schedule, {"ocr": "teacher"}, SAMPLER, estimator, mar=mar, micro=batch, **options)
+
+
+def gradients(policy, estimator, rounds=60, **options):
+    """(rounds, 2, D): the gradient of each of many independent batches."""
+    found, o = [], objective(estimator, **options)
+    for i in range(rounds):
+        for loss in o.losses(policy, "student", o.collect(policy, "student", i, Share()), 0):
+            loss.backward()
+        found.append(policy.weights["student"].grad.clone())
+        policy.weights["student"].grad = None
+    return torch.stack(found)
+
+
+def mean_and_error(samples):
+    return samples.mean(0), samples.std(0) / math.sqrt(len(samples))
+
+
+def whole_kl(policy, weights, n=100_000):
+    """E[sum_k KL_k] along the student's own walk, with the same noise whatever the weights."""
+    g, grid = torch.Generator().manual_seed(5), policy.sigmas(STEPS)
+    x, total = torch.randn(n, *policy.latent_shape, generator=g, dtype=torch.float64), 0.
+    for sigma, after in zip(grid[:-2], grid[1:-1]):
+        v, u = (w[0][:, None, None] * x + w[1][:, None, None] * (1 + sigma) for w in (weights, policy.weights["teacher"].double()))
+        total = total + velocity_weight(sigma, after) * (v - u).square().flatten(1).sum(1)
+        a, b, std = coefficients(sigma, after, "sde", .7)
+        x = a * x + b * v + std * torch.randn(x.shape, generator=g, dtype=torch.float64)
+    return total.mean().item()
+
+
+def test_pathwise_and_return_to_go_is_the_gradient_of_the_whole_trajectorys_kl():
+    policy = policy_of()
+    mean, error = mean_and_error(gradients(policy, "pathwise+return_to_go", rounds=150))
+    exact, h, weights = torch.zeros(2, 2), 1e-4, policy.weights["student"].detach().double()
+    for i in range(2):
+        for j in range(2):
+            nudge = torch.zeros(2, 2, dtype=torch.float64)
+            nudge[i, j] = h
+            exact[i, j] = (whole_kl(policy, weights + nudge) - whole_kl(policy, weights - nudge)) / (2 * h)
+    assert ((mean - exact).abs() < 4 * error + .01 * exact.abs()).all()
+    pathwise, noise = mean_and_error(gradients(policy, "pathwise"))
+    assert ((pathwise - exact).abs() > 8 * noise).any()                 # pathwise alone is another gradient
+
+
+def test_the_papers_reading_has_no_gradient_in_expectation():
+    policy = policy_of()
+    mean, error = mean_and_error(gradients(policy, "paper", rounds=150))
+    assert (mean.abs() < 4 * error).all()
+    pathwise, _ = mean_and_error(gradients(policy, "pathwise"))
+    assert (pathwise.abs() > 10 * error).any()                          # so "within its error" is not for want of precision
+
+
+def test_log_ratio_agrees_with_pathwise_and_is_noisier_the_more_dimensions_there_are():
+    excess = {}
+    for size in (2, 32):
+        policy = policy_of(size)
+        path, ratio = gradients(policy, "pathwise"), gradients(policy, "log_ratio", rounds=150)
+        (a, ea), (b, eb) = mean_and_error(path), mean_and_error(ratio)
+        away = (a - b).abs() / (ea ** 2 + eb ** 2).sqrt()
+        assert (away < 4.5).all()                                       # 64 comparisons
+        excess[size] = (ratio.var(0).sum() / a.square().sum()).item()
+    assert excess[32] > 4 * excess[2]
+
+
+def test_as_coded_is_pathwise_plus_noise_of_mean_zero():
+    policy = policy_of()
+    extra = gradients(policy, "as_coded", rounds=150, batch=50) - gradients(policy, "pathwise", rounds=150, batch=50)   # the same walks
+    mean, error = mean_and_error(extra)
+    assert (mean.abs() < 4 * error).all() and extra.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "paper", "as_coded", "log_ratio", "return_to_go"])
+def test_a_teacher_that_is_the_student_leaves_nothing_to_learn(estimator):
+    policy = policy_of()
+    policy.weights["teacher"] = policy.weights["student"].detach().clone()
+    o = objective(estimator)
+    losses = list(o.losses(policy, "student", o.collect(policy, "student", 0, Share()), 0))
+    assert len(losses) == STEPS - 1 and all(loss.item() == 0 for loss in losses)
+
+
+def test_walking_and_learning_at_once_gives_the_gradient_of_doing_them_in_turn():
+    policy, fused, apart = policy_of(), objective("pathwise", batch=8, mar=.3), objective("pathwise+paper", batch=8, mar=.3)
+    apart.readings = ["pathwise", "pathwise"]                           # not alone, so not fused
+    found = []
+    for o in (fused, apart):
+        policy.asked.clear()
+        for loss in o.losses(policy, "student", o.collect(policy, "student", 3, Share()), 0):
+            loss.backward()
+        found.append((policy.weights["student"].grad.clone(), sum(a == "student" for a, _, _ in policy.asked)))
+        policy.weights["student"].grad = None
+        assert not any(grad for name, _, grad in policy.asked if name != "student")     # teachers never keep a graph
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert (found[0][1], found[1][1]) == (STEPS - 1, 2 * (STEPS - 1))   # one forward a state, not two
+
+
+def test_every_prompt_is_routed_to_its_own_teacher():
+    tasks = {t: [Prompt(t, t)] for t in ("geneval", "ocr", "pickscore")}
+    weights = {t: torch.full((2, 2), float(i)) for i, t in enumerate(tasks)}
+    policy = SmallPolicy(2, student=torch.zeros(2, 2, requires_grad=True), **weights)
+    o = OPD(Schedule(tasks, 9), {t: t for t in tasks}, SAMPLER, mar=0.)
+    batch = o.schedule.draw(0)
+    x = initial_noise(policy, batch.seeds)
+    teacher, anchor = o._targets(policy, x, .5, policy.encode(batch.seeds), batch.prompts)
+    for i, p in enumerate(batch.prompts):
+        torch.testing.assert_close(teacher[i], policy.velocity(x[i:i + 1], .5, None, adapter=p.task)[0])
+    assert anchor is None and {(name, n) for name, n, _ in policy.asked[:3]} == {(t, 3) for t in tasks}   # batched: a forward a teacher
+    with pytest.raises(ValueError, match="no teacher for the task pickscore"):
+        OPD(Schedule(tasks, 9), {"geneval": "geneval", "ocr": "ocr"}, SAMPLER)
+
+
+def test_the_anchor_pulls_on_every_prompt():
+    policy = policy_of()
+    policy.weights["anchor"] = torch.ones(2, 2)
+    free, held = (gradients(policy, "pathwise", rounds=1, mar=m, anchor="anchor") for m in (0., .5))
+    teacher = policy.weights["teacher"]
+    policy.weights["teacher"] = policy.weights["anchor"]
+    towards = gradients(policy, "pathwise", rounds=1)
+    policy.weights["teacher"] = teacher
+    torch.testing.assert_close(held, free + .5 * towards)
+
+
+def test_ode_rollouts_subsets_of_steps_and_weightings():
+    policy = policy_of()
+    schedule = Schedule({"ocr": [Prompt("x", "ocr")]}, 4)
+    for weighting in ("kl", "as_coded", "uniform_v", "x0"):
+        o = OPD(schedule, {"ocr": "teacher"}, Sampler(STEPS, "ode"), weighting=weighting, steps=(0, 2), mar=0.)
+        policy.asked.clear()
+        assert len(list(o.losses(policy, "student", o.collect(policy, "student", 0, Share()), 0))) == 2
+        assert sum(name == "student" for name, _, _ in policy.asked) == 3       # the walk ends at the last trained step
+    drawn = {tuple(OPD(schedule, {"ocr": "teacher"}, SAMPLER, steps=1).collect(policy, "student", i, Share()).trained) for i in range(40)}
+    assert drawn == {(0,), (1,), (2,), (3,)}
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(estimator="gkd"), "unknown estimator gkd"), (dict(weighting="snr"), "unknown weighting"), (dict(steps=(4,)), "last step is deterministic"),
+    (dict(steps=9), "between 1 and 4"), (dict(sampler=Sampler(5, "ode"), estimator="paper"), "probabilities of actions")])
+def test_bad_settings_are_named_before_anything_is_walked(options, message):
+    with pytest.raises(ValueError, match=message):
+        OPD(Schedule({"ocr": [Prompt("x", "ocr")]}, 4), {"ocr": "teacher"}, **{"sampler": SAMPLER, **options})

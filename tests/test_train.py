@@ -1,0 +1,121 @@
+"""The training loop: resumed to the bit after kill -9, the same in two processes, stopped when it diverges."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from flowopd_lib import FlowPolicy, load_prompts, tinyworld
+from flowopd_lib.checkpoint import load_state
+from flowopd_lib.objectives import SFT
+from flowopd_lib.recipes import build
+from flowopd_lib.train import TrainConfig, TrainingDiverged, train
+
+OPD = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
+       "sampler": {"steps": 4}, "opd": {"teachers": {"geneval": "expert", "ocr": None}, "micro": 2, "anchor": "expert"},
+       "train": {"iterations": 6, "lr": 1e-3, "save_every": 2}}
+GRPO = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4},
+        "sampler": {"steps": 4}, "grpo": {"rewards": {"OCR": .6, "DeQA": .4}, "micro": 2, "updates": 2}, "train": {"iterations": 2, "lr": 1e-3}}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory):
+    """A made-up teacher."""
+    policy, folder = FlowPolicy(tinyworld.BASE), tmp_path_factory.mktemp("expert")
+    policy.add_adapter("expert", rank=4, alpha=8)
+    with torch.no_grad():
+        for p in policy.adapter_parameters("expert").values():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * .03)
+    policy.save_adapter("expert", folder)
+    return folder
+
+
+def written(recipe, path, expert=None):
+    path.write_text(yaml.safe_dump({**recipe, **({"adapters": {"expert": str(expert)}} if expert else {})}))
+    return path
+
+
+def command(recipe, folder):
+    return [sys.executable, "-m", "flowopd_lib.recipes", str(recipe), "--folder", str(folder)]
+
+
+def test_killed_and_resumed_is_uninterrupted_to_the_bit(expert, tmp_path):
+    recipe = written(OPD, tmp_path / "recipe.yaml", expert)
+    subprocess.run(command(recipe, tmp_path / "whole"), check=True, env=ENVIRONMENT, capture_output=True)
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(command(recipe, folder), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("3/6"):          # one iteration after the checkpoint of the second
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and load_state(folder / "state.safetensors")["iteration"] < 6
+    resumed = subprocess.run(command(recipe, folder), check=True, env=ENVIRONMENT, capture_output=True, text=True).stdout
+    assert resumed.startswith(("3/6", "5/6"))
+    a, b = (load_state(tmp_path / name / "state.safetensors") for name in ("whole", "killed"))
+    assert a["iteration"] == b["iteration"] == 6 and a["updates"] == b["updates"]
+    for key in ("parameters", "average"):
+        assert all(torch.equal(x, y) for x, y in zip(a[key], b[key], strict=True))
+    for i, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(moments[k], b["optimizer"]["state"][i][k]) for k in moments)
+    rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            for name in ("whole", "killed")]
+    assert rows[0] == rows[1] and [r["iteration"] for r in rows[0]] == list(range(6))
+
+
+@pytest.mark.parametrize("name, recipe", [("opd", OPD), ("grpo", GRPO)])
+def test_two_processes_make_the_update_of_one(name, recipe, expert, tmp_path):
+    recipe = written(recipe, tmp_path / "recipe.yaml", expert)
+    subprocess.run(command(recipe, tmp_path / "one"), check=True, env=ENVIRONMENT, capture_output=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", "--main_process_port", str(29500 + os.getpid() % 2000)]
+    subprocess.run(launch + command(recipe, tmp_path / "two")[1:], check=True, env=ENVIRONMENT, capture_output=True)
+    one, two = (load_state(tmp_path / f / "state.safetensors") for f in ("one", "two"))
+    for a, b in zip(one["parameters"], two["parameters"], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    start = build(yaml.safe_load(recipe.read_text()))[0].adapter_parameters("student").values()
+    assert max((a - b).abs().max() for a, b in zip(one["parameters"], start)) > 1e-3
+
+
+def sft(policy, scale=1.):
+    prompts = load_prompts(tinyworld.PROMPTS, "ocr", "train")[:8]
+    latents = scale * torch.randn(8, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    return SFT(latents, prompts, batch=4)
+
+
+def test_a_training_that_diverges_stops_and_keeps_the_last_good_state(tmp_path):
+    policy = FlowPolicy(tinyworld.BASE)
+    policy.add_adapter("student", rank=4, alpha=8)
+    config = TrainConfig(2, lr=1e-3, save_every=1)
+    assert [i.iteration for i in train(policy, sft(policy), tmp_path, config)] == [0, 1]
+    good = load_state(tmp_path / "state.safetensors")
+    with pytest.raises(TrainingDiverged, match="iteration 2: loss nan.*lower lr.*last good state"):
+        list(train(policy, sft(policy, float("nan")), tmp_path, TrainConfig(9, lr=1e-3, save_every=1)))
+    kept = load_state(tmp_path / "state.safetensors")
+    assert kept["iteration"] == 2 and all(torch.equal(a, b) for a, b in zip(good["parameters"], kept["parameters"]))
+    with pytest.raises(ValueError, match="another training with another lr|holds a training with another lr"):
+        next(train(policy, sft(policy), tmp_path, TrainConfig(9, lr=2e-3)))
+    # what the training leaves behind: the averaged weights, in the policy and on disk
+    average = load_state(tmp_path / "state.safetensors")["average"]
+    other = FlowPolicy(tinyworld.BASE)
+    other.load_adapter("student", tmp_path / "adapter")
+    assert all(torch.equal(p, a) for p, a in zip(other.adapter_parameters("student").values(), average, strict=True))
+
+
+def test_a_bad_recipe_is_one_sentence_before_anything_is_loaded(tmp_path):
+    for change, message in [({"opd": {"teachers": {}, "estimater": "paper"}}, "did you mean 'estimator'"), ({"scedule": {}}, "did you mean 'schedule'"),
+                            ({"train": {"iterations": 0}}, "at least one iteration"), ({"grpo": {"rewards": {}}}, "one objective: grpo or opd"),
+                            ({"student": {"rang": 4}}, "did you mean 'rank'"), ({"schedule": {"prompts_per_batch": 0, "tasks": ["ocr"]}}, "at least one prompt")]:
+        with pytest.raises(ValueError, match=message):
+            build({**OPD, "opd": {"teachers": {"geneval": None, "ocr": None}}, **change})
+    began = time.time()
+    broken = written({**OPD, "sampler": {"stepz": 4}}, tmp_path / "bad.yaml")
+    result = subprocess.run(command(broken, tmp_path / "x"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("error: sampler has no 'stepz' (did you mean 'steps'?)")
+    assert time.time() - began < 120 and not (tmp_path / "x").exists()
