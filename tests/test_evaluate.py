@@ -42,7 +42,6 @@ def test_evaluate_scores_what_applies_with_the_same_noise(policy, judges, test_p
         evaluate(policy, [], judges)
 
 
-@pytest.mark.xfail(reason="the base in assets/ is an interim one: its training was cut short (see assets/manifest.json)")
 def test_the_base_knows_what_it_is_asked(policy, judges, test_prompts):
     """A floor far below what the notebook measures: noise, or text that does not reach the picture, would fail it."""
     prompts = test_prompts["geneval"][:36] + test_prompts["ocr"][:24]
