@@ -9,7 +9,7 @@ def tests(judges):
     return judge_judges(judges, n=120, seed=1)[0]
 
 
-INTERIM = pytest.mark.xfail(reason="the PickScore model in assets/ is an interim one: .70 of pairs, 600 s of training")
+INTERIM = pytest.mark.xfail(reason="PickScore orders .73 of held-out pairs, not yet the .85 aimed at: it fits its 24,000 pairs better than new ones")
 
 
 @pytest.mark.parametrize("judge", ["GenEval", "OCR", pytest.param("PickScore", marks=INTERIM), "DeQA"])
