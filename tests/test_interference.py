@@ -1,0 +1,96 @@
+"""Gradients of rewards, their inner products and Taylor's prediction, on a policy whose rewards are known to agree or to fight."""
+import numpy as np
+import pytest
+import torch
+from small_policy import SmallPolicy
+
+from flowopd_lib.interference import ALL, interference, reward_gradients, taylor_check
+from flowopd_lib.objectives import GRPO, Share
+from flowopd_lib.prompts import Prompt
+from flowopd_lib.rollout import Sampler
+from flowopd_lib.schedule import Schedule
+
+
+class Judge:
+    """Pixels weighed by `of`."""
+    def __init__(self, *of):
+        self.of = torch.tensor(of)
+
+    def __call__(self, images, prompts):
+        return (images[:, :2, 0, 0] @ self.of).numpy()
+
+
+class Policy(SmallPolicy):
+    def decode(self, latents):
+        return latents[:, [0, 1, 1]]
+
+    def train_adapter(self, name):
+        return [self.weights[name]] if name else []
+
+    def adapter_parameters(self, name):
+        return {"transformer_blocks.0.w": self.weights[name]}
+
+
+def setting(seed=0):
+    policy = Policy(2, student=torch.full((2, 2), .1, requires_grad=True))
+    objectives = {}
+    for i, (name, judge) in enumerate({"one": Judge(1., 0.), "same": Judge(2., 0.), "against": Judge(-1., 0.), "other": Judge(0., 1.)}.items()):
+        schedule = Schedule({"ocr": [Prompt("x", "ocr")]}, 16, 8, seed=10 * seed + i)
+        objectives[name] = GRPO(schedule, {"OCR": judge}, {"OCR": 1.}, Sampler(5, "sde"), updates=1, normalise="none", reduction="sum",
+                                clip=1e9, beta=0., micro=128)
+    return policy, objectives
+
+
+def test_the_gradient_is_that_of_the_mean_reward():
+    policy, objectives = setting()
+    found = torch.stack([sum(reward_gradients(policy, objectives["one"], "student", b).values()) for b in range(120)]).reshape(-1, 2, 2)
+    mean, error = found.mean(0), found.std(0) / len(found) ** .5
+
+    def reward(nudge):
+        with torch.no_grad():
+            policy.weights["student"] += nudge
+            value = np.mean([objectives["one"].collect(policy, "student", 500 + i, Share()).rewards["OCR"] for i in range(10)])
+            policy.weights["student"] -= nudge
+        return value
+    for i in range(2):
+        for j in range(2):
+            nudge = torch.zeros(2, 2)
+            nudge[i, j] = .05
+            slope = (reward(nudge) - reward(-nudge)) / .1
+            assert abs(mean[i, j] - slope) < 4 * error[i, j] + .05 * abs(slope) + .02
+
+
+def test_cosines_of_tasks_that_agree_fight_and_ignore_each_other():
+    policy, objectives = setting()
+    table = interference(policy, objectives, "student", batches=12).table()
+    assert set(table.block) == {ALL, "block 0"} and len(set(table.sigma)) == 5       # four noise levels and their sum
+    rows = table[(table.block == ALL) & (table.sigma == ALL)].set_index(["task", "on"])
+    for on, cosine in (("same", 1.), ("against", -1.), ("other", 0.)):
+        row = rows.loc[("one", on)]
+        width = (row.cosine_high - row.cosine_low) / 2
+        assert abs(row.cosine - cosine) < 2 * width and width < .5
+        assert abs(row.raw) <= abs(row.floor) + .2
+    assert rows.loc[("one", "one"), "cosine"] == pytest.approx(1.)
+    assert rows.loc[("one", "same"), "inner"] == pytest.approx(2 * rows.loc[("one", "one"), "inner"], rel=.4)
+
+
+def test_taylors_prediction_is_what_a_small_step_does_and_the_step_is_taken_back():
+    policy, objectives = setting()
+    before = policy.weights["student"].detach().clone()
+    table = taylor_check(policy, objectives, "student", size=.1, batches=20, images=512).set_index(["task", "on"])
+    assert torch.equal(policy.weights["student"], before) and len(table) == 16
+    for pair, sign in ((("one", "same"), 1), (("one", "against"), -1), (("same", "one"), 1)):
+        row = table.loc[pair]
+        assert sign * row.measured > 0 and sign * row.predicted > 0
+        assert row.predicted == pytest.approx(row.measured, rel=.4)
+
+
+def test_settings_that_would_bias_are_refused():
+    policy, objectives = setting()
+    with pytest.raises(ValueError, match="at least three batches"):
+        interference(policy, objectives, "student", batches=2)
+    with pytest.raises(ValueError, match="even number"):
+        taylor_check(policy, objectives, "student", .1, batches=5)
+    objectives["one"].beta = .1
+    with pytest.raises(ValueError, match="gradients of the reward itself"):
+        reward_gradients(policy, objectives["one"], "student", 0)
