@@ -130,17 +130,12 @@ class FlowPolicy:
 
     def save_adapter(self, name: str, path: str | Path) -> None:
         """Write one adapter so that `load_adapter` and PEFT read it."""
-        config = self.peft.peft_config[self._known(name)]
+        config = self.peft.peft_config[self._known(name)]       # PEFT's own save would put it in a folder of its name
         config.inference_mode, config.base_model_name_or_path = True, None
         weights = get_peft_model_state_dict(self.peft, adapter_name=name)
         Path(path).mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(path))
         save_file({key: w.detach().cpu().contiguous() for key, w in weights.items()}, Path(path) / "adapter_model.safetensors")
-
-    def delete_adapter(self, name: str) -> None:
-        self._trained = []
-        self.peft.delete_adapter(self._known(name))
-        self._settle()
 
     def adapter_parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
         """The weights of one adapter, named without the adapter's name, so that two adapters' can be matched."""

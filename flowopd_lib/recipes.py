@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import os
 import sys
@@ -31,6 +30,7 @@ from .policy import FlowPolicy
 from .prompts import TASKS, load_prompts
 from .rewards import OCR, DeQA, PickScore
 from .rollout import Sampler
+from .runs import nearest
 from .schedule import Schedule
 from .train import TrainConfig, train
 
@@ -44,8 +44,7 @@ def check_keys(where: str, given: Mapping, known) -> None:
         raise ValueError(f"{where} must be a mapping of names to values, not {given!r}")
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            raise ValueError(f"{where} has no {key!r}{f' (did you mean {near[0]!r}?)' if near else ''}; it has {', '.join(known)}")
+            raise ValueError(f"{where} has no {key!r}{nearest(str(key), known)}; it has {', '.join(known)}")
 
 
 def _options(where: str, given: Mapping, kind, left_out=()) -> dict:

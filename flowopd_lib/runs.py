@@ -22,14 +22,14 @@ def load_profile(name: str) -> dict[str, dict]:
     path = RUNS / "profiles" / f"{name}.yaml"
     if not path.is_file():
         names = [p.stem for p in sorted(path.parent.glob("*.yaml"))]
-        raise ValueError(f"no profile {name!r}{_nearest(name, names)}; there are {', '.join(names)}")
+        raise ValueError(f"no profile {name!r}{nearest(name, names)}; there are {', '.join(names)}")
     profile = yaml.safe_load(path.read_text())
     if not isinstance(profile, dict):
         raise ValueError(f"{path} must map notebooks to their parameters, such as `00_quickstart: {{n_test: 12}}`")
     return {notebook: parameters or {} for notebook, parameters in profile.items()}
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -38,11 +38,11 @@ def check_parameters(notebook: Path, parameters: dict) -> None:
     """papermill only warns about a parameter the notebook does not have; a misspelt one is an error here, and so is a
     value of another type than the default's."""
     if not notebook.is_file():
-        raise ValueError(f"no notebook {notebook.stem!r}{_nearest(notebook.stem, [p.stem for p in NOTEBOOKS.glob('*.ipynb')])}")
+        raise ValueError(f"no notebook {notebook.stem!r}{nearest(notebook.stem, [p.stem for p in NOTEBOOKS.glob('*.ipynb')])}")
     known = papermill.inspect_notebook(str(notebook))
     for name, value in parameters.items():
         if name not in known:
-            raise ValueError(f"{notebook.name} has no parameter {name!r}{_nearest(name, list(known))}; it has {', '.join(known)}")
+            raise ValueError(f"{notebook.name} has no parameter {name!r}{nearest(name, list(known))}; it has {', '.join(known)}")
         default = ast.literal_eval(known[name]["default"])
         if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
             raise ValueError(f"{notebook.name} takes {name} as {type(default).__name__}, such as {default!r}, not {value!r}")

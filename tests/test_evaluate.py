@@ -42,6 +42,15 @@ def test_evaluate_scores_what_applies_with_the_same_noise(policy, judges, test_p
         evaluate(policy, [], judges)
 
 
+def test_every_model_gets_the_same_noise_and_every_repeat_new_noise(policy, judges, test_prompts):
+    prompts = test_prompts["ocr"][:3]
+    table = evaluate(policy, prompts, {"DeQA": judges["DeQA"]}, 7, Sampler(3), {"one": None, "two": None}, repeats=2, batch=4, progress=False)
+    one, two = (table[table.model == name].reset_index(drop=True) for name in ("one", "two"))
+    assert one.seed.tolist() == list(range(7, 13)) and one.repeat.tolist() == [0] * 3 + [1] * 3
+    pd.testing.assert_frame_equal(one.drop(columns="model"), two.drop(columns="model"))
+    assert (one.DeQA[:3].values != one.DeQA[3:].values).all()
+
+
 def test_the_base_knows_what_it_is_asked(policy, judges, test_prompts):
     """A floor far below what the notebook measures: noise, or text that does not reach the picture, would fail it."""
     prompts = test_prompts["geneval"][:36] + test_prompts["ocr"][:24]
