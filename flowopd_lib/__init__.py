@@ -8,13 +8,19 @@ for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
 
 from . import tinyworld  # noqa: E402
-from .evaluate import evaluate, mean_interval, score, summary
+from .evaluate import diversity, evaluate, gain_kept, kernel_distance, mean_interval, paired_differences, paper_average, score, summary
+from .merge import merge
+from .objectives import GRPO, OPD, SFT
 from .policy import FlowPolicy
 from .prompts import Prompt, load_prompts, save_prompts
 from .rollout import Sampler, initial_noise, sample, trajectory
 from .runs import check_range, write_json
-from .viz import captions_of, image_grid, judge_figure, readable, score_bars, trajectory_strip, use_style
+from .schedule import Schedule
+from .train import StepInfo, TrainConfig, TrainingDiverged, train
+from .viz import captions_of, image_grid, judge_figure, model_panels, readable, score_bars, training_curves, trajectory_strip, use_style
 
-__all__ = ["FlowPolicy", "Prompt", "Sampler", "captions_of", "check_range", "evaluate", "image_grid", "initial_noise", "judge_figure", "load_prompts", "mean_interval",
-           "readable", "sample", "save_prompts", "score", "score_bars", "summary", "tinyworld", "trajectory",
-           "trajectory_strip", "use_style", "write_json"]
+__all__ = ["captions_of", "check_range", "diversity", "evaluate", "FlowPolicy", "gain_kept", "GRPO", "image_grid", "initial_noise",
+           "judge_figure", "kernel_distance", "load_prompts", "mean_interval", "merge", "model_panels", "OPD", "paired_differences",
+           "paper_average", "Prompt", "readable", "sample", "Sampler", "save_prompts", "Schedule", "score", "score_bars", "SFT",
+           "StepInfo", "summary", "tinyworld", "train", "TrainConfig", "training_curves", "TrainingDiverged", "trajectory", "trajectory_strip",
+           "use_style", "write_json"]

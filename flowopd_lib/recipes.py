@@ -3,7 +3,7 @@
     model: ""                       # a Stable Diffusion 3 folder or hub id; "" is the small world's base, with its prompts and judges
     prompts: ""                     # a Flow-GRPO dataset folder
     judges: {}                      # of another world: {PickScore: {model_id: ...}, OCR: {}, DeQA: {model_id: ...}}
-    adapters: {ocr: experts/ocr}    # loaded beside the student: teachers, anchors, references
+    adapters: {ocr: experts/ocr}    # loaded beside the student: teachers, anchors, references; a folder, or one of the package's assets
     student: {rank: 32, alpha: 64}  # a new adapter; or {load: FOLDER}; or {merge: cat, adapters: [ocr, ...]}
     schedule: {tasks: [ocr], prompts_per_batch: 12, images_per_prompt: 12}
     sampler: {steps: 10, kind: sde, noise_level: 0.7}
@@ -72,7 +72,8 @@ def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: torch.dtyp
     prompts = Schedule({task: load_prompts(folder, task, "train") for task in tasks}, seed=seed, **options)
     policy = FlowPolicy(recipe.get("model") or tinyworld.BASE, device, dtype)
     for name, path in recipe.get("adapters", {}).items():
-        policy.load_adapter(name, path)
+        shipped = tinyworld.ASSETS / path
+        policy.load_adapter(name, shipped if shipped.is_dir() and not Path(path).is_dir() else path)
     _student(policy, recipe.get("student", {}), seed)
     if "opd" in recipe:
         return policy, OPD(prompts, sampler=sampler, **_options("opd", recipe["opd"], OPD, ("schedule", "sampler"))), config

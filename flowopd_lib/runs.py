@@ -5,6 +5,7 @@ import ast
 import difflib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -65,15 +66,16 @@ def write_json(path: Path, record) -> None:
 def execute(name: str, parameters: dict, folder: Path) -> float:
     """Run one notebook into `folder` and return its seconds. Raises RuntimeError that shows the failing cell.
 
-    The notebook must take `out_dir`, and writes its results there. Widget state is dropped from the executed copy.
+    The notebook must take `out_dir`, `folder/name` here, and writes its results there. Widget state is dropped from the executed copy.
     """
-    source, target = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb"
-    os.environ["TQDM_MININTERVAL"] = "30"       # a bar redrawn ten times a second fills the executed copy
-    for stale in (target, folder / "results.json"):
-        stale.unlink(missing_ok=True)
+    source, target, out = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", folder / name
+    os.environ["FLOWOPD_HEADLESS"] = "1"        # no bars in the executed copy
+    target.unlink(missing_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     began = time.time()
     try:
-        papermill.execute_notebook(str(source), str(target), {**parameters, "out_dir": str(folder.resolve())},
+        papermill.execute_notebook(str(source), str(target), {**parameters, "out_dir": str(out.resolve())},
                                    cwd=str(NOTEBOOKS), progress_bar=False, log_output=False)
     except PapermillExecutionError as error:
         raise RuntimeError(f"{name} failed in cell {error.exec_count}:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n"

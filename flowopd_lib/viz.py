@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -102,5 +102,34 @@ def trajectory_strip(policy: FlowPolicy, steps: Sequence[Step], title: str, row:
         axes[0, column].set_title(f"σ {step.sigma:.2f}", fontsize=10, fontweight="normal")
     axes[0, 0].set_ylabel("$x_σ$ decoded", fontsize=10)
     axes[1, 0].set_ylabel("predicted $x_0$", fontsize=10)
+    figure.suptitle(title, fontweight="bold")
+    return figure
+
+
+def model_panels(summary: pd.DataFrame, title: str) -> Figure:
+    """A panel per judge, a point with its interval per model (columns model, judge, mean, low, high); the line is the first model's mean."""
+    judges, models = list(summary["judge"].unique()), list(summary["model"].unique())
+    figure, axes = plt.subplots(1, len(judges), figsize=(2.7 * len(judges) + 1.2, .42 * len(models) + 1.6), sharey=True, squeeze=False)
+    for axis, judge in zip(axes[0], judges):
+        rows = summary[summary["judge"] == judge].set_index("model").loc[models]
+        axis.axvline(rows["mean"].iloc[0], color=".6", lw=1, ls="--")
+        axis.errorbar(rows["mean"], range(len(models)), xerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]], fmt="o", ms=7,
+                      capsize=4, color=COLORS.get(judge, ".2"))
+        axis.set_yticks(range(len(models)), models)
+        axis.set(ylim=(len(models) - .5, -.5), title=f"{judge} (n={rows['n'].iloc[0]})", xlabel="mean, 95 % interval")
+    figure.suptitle(title, fontweight="bold")
+    return figure
+
+
+def training_curves(curves: Mapping[str, pd.DataFrame], columns: Sequence[str], title: str) -> Figure:
+    """A panel per column of the metrics, a line per training: its value at every iteration, faint, and the mean of ten neighbours."""
+    figure, axes = plt.subplots(1, len(columns), figsize=(4.2 * len(columns), 3.3), squeeze=False)
+    for axis, column in zip(axes[0], columns):
+        for (name, curve), color in zip(curves.items(), sns.color_palette("colorblind", len(curves))):
+            if column in curve:
+                axis.plot(curve["iteration"], curve[column], color=color, alpha=.25, lw=1)
+                axis.plot(curve["iteration"], curve[column].rolling(10, min_periods=1, center=True).mean(), color=color, lw=2, label=name)
+        axis.set(xlabel="iteration", title=column)
+    axes[0, 0].legend(fontsize=9)
     figure.suptitle(title, fontweight="bold")
     return figure

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flowopd_lib import Sampler, evaluate, mean_interval, summary
+from flowopd_lib import Sampler, diversity, evaluate, kernel_distance, mean_interval, paired_differences, paper_average, summary
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -63,3 +63,61 @@ def test_summary_counts_only_what_was_scored():
     rows = summary(table, ["task"]).set_index(["task", "judge"])
     assert rows.loc[("a", "GenEval"), "mean"] == .5 and rows.loc[("a", "GenEval"), "n"] == 2
     assert ("b", "GenEval") not in rows.index and rows.loc[("b", "DeQA"), "mean"] == 4
+
+
+def scores(rng, prompts, gain):
+    """A made-up table: model `new` is `gain` better than `old` on prompts of very different difficulty."""
+    hard = rng.normal(0, 3, prompts)
+    return pd.concat([pd.DataFrame({"model": m, "task": "pickscore", "prompt": [f"p{i}" for i in range(prompts)], "repeat": r,
+                                    "DeQA": hard + g + rng.normal(0, .3, prompts)})
+                      for m, g in (("old", 0.), ("new", gain)) for r in range(2)], ignore_index=True)
+
+
+def test_the_paired_interval_covers_the_gain_and_is_narrower_than_unpaired():
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(60):
+        row = paired_differences(scores(rng, 60, .2), "old").iloc[0]
+        hits += row["low"] <= .2 <= row["high"]
+    assert hits >= 52 and row["n"] == 60                # 95 % of 60 is 57, minus three standard errors
+    _, low, high = mean_interval(scores(rng, 60, .2).query("model == 'new'").groupby("prompt").DeQA.mean())
+    assert row["high"] - row["low"] < (high - low) / 4
+    with pytest.raises(ValueError, match="no model 'gone'"):
+        paired_differences(scores(rng, 4, 0), "gone")
+
+
+def test_the_average_is_the_papers():
+    """The base and Flow-OPD of the paper's table."""
+    def table(geneval, ocr, deqa, pickscore):
+        rows = [("geneval", {"GenEval": geneval}), ("ocr", {"OCR": ocr}), ("pickscore", {"DeQA": deqa, "PickScore": pickscore})]
+        return pd.DataFrame([{"model": "m", "task": t, "prompt": f"{t} {i}", **v} for t, v in rows for i in range(3)])
+    for given, printed in (((.63, .59, 4.07, 21.64), .72), ((.92, .94, 4.35, 23.08), .90)):
+        assert paper_average(table(*given))["mean"].item() == pytest.approx(printed, abs=.006)
+    with pytest.raises(ValueError, match="needs OCR on the ocr prompts"):
+        paper_average(table(.6, np.nan, 4., 21.))
+
+
+def test_diversity_sees_collapse_and_distance_sees_a_shift():
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(100, 16))
+    def table(name, spread):
+        return pd.DataFrame([{"model": name, "task": "ocr", "prompt": str(i), "embedding": means[i] + spread * rng.normal(size=16)}
+                             for i in range(100) for _ in range(3)])
+    rows = diversity(pd.concat([table("collapsed", 0.), table("varied", .5)])).set_index("model")
+    assert rows.loc["collapsed", "mean"] == pytest.approx(0, abs=1e-9) and rows.loc["varied", "low"] > .05
+    hits = 0
+    for _ in range(60):
+        value, low, high = kernel_distance(rng.normal(size=(80, 16)), rng.normal(size=(80, 16)))
+        hits += low <= 0 <= high
+    assert hits >= 52
+    assert kernel_distance(rng.normal(size=(80, 16)), rng.normal(size=(80, 16)) + .5)[1] > 0
+    with pytest.raises(ValueError, match="embed="):
+        diversity(scores(rng, 3, 0.))
+
+
+def test_a_table_keeps_as_parquet_with_its_embeddings(policy, judges, test_prompts, tmp_path):
+    table = evaluate(policy, test_prompts["ocr"][:2], {"DeQA": judges["DeQA"]}, sampler=Sampler(2), repeats=2, embed=judges["PickScore"].embed, progress=False)
+    table.to_parquet(tmp_path / "samples.parquet")
+    again = pd.read_parquet(tmp_path / "samples.parquet")
+    assert np.allclose(np.stack(again.embedding), np.stack(table.embedding)) and again.drop(columns="embedding").equals(table.drop(columns="embedding"))
+    assert np.square(np.stack(table.embedding)).mean(1) == pytest.approx(1, rel=1e-4)
+    assert 0 < diversity(table)["mean"].item() < 2

@@ -13,7 +13,7 @@ def test_smoke_profile_runs_every_notebook(tmp_path):
     run_profile("smoke", folder=tmp_path, log=lambda message: None)
     status = json.loads((tmp_path / "status.json").read_text())
     assert list(status) == [p.stem for p in ALL] and all(s["state"] == "done" for s in status.values())
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "00_quickstart" / "results.json").read_text())
     assert {(r["prompts"], r["judge"]) for r in results["scores"]} >= {("geneval", "GenEval"), ("ocr", "OCR"),
                                                                      ("pickscore", "PickScore"), ("geneval", "DeQA")}
     assert all(r["low"] <= r["mean"] <= r["high"] and r["n"] == 12 for r in results["scores"])
@@ -25,7 +25,7 @@ def test_smoke_profile_runs_every_notebook(tmp_path):
 
 def test_a_failing_cell_is_shown(tmp_path):
     with pytest.raises(RuntimeError, match=r"00_quickstart failed in cell(.|\n)*policy.*\n*(.|\n)*not a diffusers pipeline"):
-        run_profile("smoke", overrides={"model_id": "./nowhere"}, folder=tmp_path, log=lambda message: None)
+        run_profile("smoke", "00", {"model_id": "./nowhere"}, folder=tmp_path, log=lambda message: None)
     assert json.loads((tmp_path / "status.json").read_text())["00_quickstart"]["state"] == "failed"
 
 

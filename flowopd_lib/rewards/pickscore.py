@@ -42,3 +42,15 @@ class PickScore:
             out = self.model(**inputs.to(self.device))
             scores.append(self.model.logit_scale.exp() * (out.image_embeds * out.text_embeds).sum(-1))
         return torch.cat(scores).float().cpu().numpy()
+
+    @torch.no_grad()
+    def embed(self, images: torch.Tensor) -> np.ndarray:
+        """(B, D): the pictures' CLIP embeddings, scaled to a mean square of 1; what diversity and distances are measured on."""
+        found = []
+        for i in range(0, len(images), self.batch):
+            pixels = list((images[i:i + self.batch].float().clamp(0, 1) * 255).round().byte().cpu())
+            inputs = self.processor(images=pixels, return_tensors="pt").to(self.device)
+            z = self.model.get_image_features(**inputs)
+            z = getattr(z, "pooler_output", z)
+            found.append(z / z.square().mean(-1, keepdim=True).sqrt())
+        return torch.cat(found).float().cpu().numpy()

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ASSETS = Path(__file__).parent.parent / "assets"
-BASE, PROMPTS = ASSETS / "tiny-sd3", ASSETS / "prompts"
+BASE, PROMPTS, EXPERTS = ASSETS / "tiny-sd3", ASSETS / "prompts", ASSETS / "experts"
 
 from .judging import judge_judges  # noqa: E402,F401
 

@@ -97,21 +97,21 @@ class Candidate:
 def candidate(spec: Spec, rng: random.Random) -> Candidate:
     """A picture for `spec`, perhaps wrong and perhaps spoiled, with its hidden utility: match and looks.
 
-    Looks: a shadow, a finish that is not flat, things in the middle and not tiny, no dull grey, and a clean picture. Little
+    Looks: a shadow, a finish that is not flat, things in the middle, scenery rather than dull grey, and a clean picture. Little
     of it is in the prompt, so who optimises this judge learns a house style, and may pay for it elsewhere.
     """
-    right = rng.random() < .6
-    scene = lay_out(spec if right else mistake(spec, rng), rng.getrandbits(32))
+    truth = spec if rng.random() < .6 else mistake(spec, rng)
+    scene = lay_out(truth, rng.getrandbits(32))
     scene = replace(scene, shadow=rng.random() < .5)
     level = rng.choice(LEVELS) if rng.random() < .4 else 5
-    looks = .8 * scene.shadow - .4 * (scene.background == "gray") - .45 * (5 - level)
-    if spec.tag != "style":             # there the finish is in the prompt, and part of the match
-        looks += .5 * (scene.finish != "flat")
+    looks = .8 * scene.shadow - .45 * (5 - level)
+    if spec.tag != "style":             # there finish and background are in the prompt, and part of the match
+        looks += .5 * (scene.finish in (("outlined",) if spec.word else ("outlined", "glossy")))    # nothing on a sign shines
+        looks += {"gray": -.4, "black": 0., "white": 0.}.get(scene.background, .4)
     if scene.items:
-        away = np.mean([np.hypot(i.x - SIZE / 2, i.y - SIZE / 2) for i in scene.items])
-        looks += .8 * (1 - away / 20) + .06 * (np.mean([i.r for i in scene.items]) - 10)
+        looks += 1 - np.mean([np.hypot(i.x - SIZE / 2, i.y - SIZE / 2) for i in scene.items]) / 20
     image = degrade(draw(scene), rng.choice(DEGRADATIONS), level, rng.getrandbits(32))
-    return Candidate(image, float((1.6 if right else 0.) + looks))
+    return Candidate(image, 1.6 * (truth == spec) + float(looks))
 
 
 SHARPNESS = 6.      # of the hidden judge: P(a preferred to b) = sigmoid(SHARPNESS * (utility_a - utility_b))

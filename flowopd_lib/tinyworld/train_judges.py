@@ -20,7 +20,7 @@ from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProc
 
 from ..checkpoint import load_state, save_state
 from ..rewards.deqa import LEVELS
-from .data import graded_picture, noisy_example, preference_pair, to_tensor
+from .data import SHARPNESS, candidate, graded_picture, noisy_example, split_spec, to_tensor
 from .scenes import SIZE
 from .text import CLIP_TOKENS, clip_tokenizer
 from .train_vae import CLEAN
@@ -74,8 +74,9 @@ def normalise(pixels: torch.Tensor, processor) -> torch.Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int = 1000, preference: int = 2000,
-                    batch: int = 128, pool: int = 24_000, seed: int = 0, log=print) -> None:
+def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int = 1000,
+                    preference: tuple[tuple[int, float], ...] = ((2700, 6e-4), (2000, 5e-4)), batch: int = 128, group: int = 8,
+                    seed: int = 0, log=print) -> None:
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE), tokenizer)
@@ -101,22 +102,23 @@ def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int 
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
     train("clip", model, contrastive_loss, contrastive, 1e-3, work, log)
-    captions, better, worse = [], [], []
-    for i in range(0, pool, 500):
-        rng = random.Random(f"pairs/{seed}/{i}")
-        pairs = [preference_pair(rng) for _ in range(min(500, pool - i))]
-        captions += [p[0] for p in pairs]
-        better.append(through_vae(vae, [p[1] for p in pairs], rng))
-        worse.append(through_vae(vae, [p[2] for p in pairs], rng))
-    better, worse = torch.cat(better), torch.cat(worse)
+    first, second = torch.triu_indices(group, group, 1)
 
-    def preference_loss(step):      # Bradley-Terry: P(better) = sigmoid(score difference)
-        rows = torch.randint(len(captions), (batch // 2,), generator=torch.Generator().manual_seed(seed + step)).tolist()
-        t, i = embed([captions[r] for r in rows] * 2, torch.cat([better[rows], worse[rows]]))
-        good, bad = (SCALE * (t * i).sum(-1)).chunk(2)
-        return -F.logsigmoid(good - bad).mean()
+    def preference_loss(step):      # Bradley-Terry: P(a preferred) = sigmoid(score of a - score of b), on every pair of a prompt's pictures
+        rng = random.Random(f"group/{seed + step}")
+        specs = [split_spec(rng) for _ in range(batch // group)]
+        offered = [candidate(spec, rng) for spec in specs for _ in range(group)]
+        utility = torch.tensor([c.utility for c in offered]).unflatten(0, (-1, group))
+        p = torch.sigmoid(SHARPNESS * (utility[:, first] - utility[:, second]))
+        chosen = torch.where(torch.rand(p.shape, generator=torch.Generator().manual_seed(seed + step)) < p, 1., -1.)
+        t, i = embed([spec.text for spec in specs], through_vae(vae, [c.image for c in offered], rng, .25))
+        scores = SCALE * (t[:, None] * i.unflatten(0, (-1, group))).sum(-1)
+        return -F.logsigmoid(chosen * (scores[:, first] - scores[:, second])).mean()
 
-    train("pickscore", model, preference_loss, preference, 2e-4, work, log)
+    before = 0
+    for cycle, (steps, lr) in enumerate(preference):       # two cycles of the learning rate, on new pictures
+        train(f"pickscore-{cycle}", model, lambda step, before=before: preference_loss(before + step), steps, lr, work, log)
+        before += steps
     model.half().save_pretrained(out)
     processor.save_pretrained(out)
 
