@@ -24,7 +24,7 @@ setup: .venv/done
 
 demo: setup
 	$(BIN)/python -m flowopd_lib.run demo
-	@echo "Open papermill_runs/demo/00_quickstart.ipynb (make lab), or read papermill_runs/demo/results.json."
+	@echo "Open papermill_runs/demo/*.ipynb (make lab), or read papermill_runs/demo/*/results.json."
 
 test: setup
 	$(BIN)/python -m pytest

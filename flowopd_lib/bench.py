@@ -7,13 +7,13 @@ same adapters. Each case runs in a process of its own, so that peaks of memory d
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,25 +41,32 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def setting(model: str, device: str, dtype: torch.dtype, images: int, teachers: bool):
-    """A policy with a student (and, if asked, four teachers, no two alike), and a schedule of mixed prompts."""
+def add_random_adapter(policy: FlowPolicy, name: str) -> None:
+    """An adapter that changes the model a little, by its name."""
+    policy.add_adapter(name)
+    with torch.no_grad():
+        for p in policy.adapter_parameters(name).values():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).to(p) * .01)
+
+
+def setting(model: str, device: str, dtype: torch.dtype, images: int, adapters: Sequence[str]) -> tuple[FlowPolicy, Schedule]:
+    """A policy with a student and `adapters` beside it, and a schedule of mixed prompts."""
     policy = FlowPolicy(model or tinyworld.BASE, device, dtype)
-    for i, name in enumerate(("student", *TASKS, "deqa") if teachers else ("student",)):
-        policy.add_adapter(name, seed=i)
-        with torch.no_grad():
-            for p in policy.adapter_parameters(name).values():
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p) * .01)
+    for name in ("student", *adapters):
+        add_random_adapter(policy, name)
     return policy, Schedule({t: load_prompts(tinyworld.PROMPTS, t, "train") for t in TASKS}, images)
 
 
-def public_update(policy: FlowPolicy, schedule: Schedule, judges: dict, optimizer: torch.optim.Optimizer) -> Callable[[int], None]:
-    """One update of the public pattern."""
-    copies = {}
-    for name in (*TASKS, "deqa"):               # the adapter merged into a copy of its own
-        policy._use(name)
-        copies[name] = copy.deepcopy(policy.transformer).requires_grad_(False)
-    policy._use(None)
+def whole_copy(model: str, device: str, dtype: torch.dtype, name: str) -> torch.nn.Module:
+    """A backbone of its own with one adapter merged into the weights."""
+    policy = FlowPolicy(model or tinyworld.BASE, device, dtype)
+    add_random_adapter(policy, name)
+    return policy.peft.merge_and_unload(adapter_names=[name]).requires_grad_(False)
 
+
+def public_update(policy: FlowPolicy, copies: dict[str, torch.nn.Module], schedule: Schedule, judges: dict,
+                  optimizer: torch.optim.Optimizer) -> Callable[[int], None]:
+    """One update of the public pattern."""
     def of_copy(name, x, sigma, text):
         t = torch.full((len(x),), sigma * 1000., device=x.device)
         with torch.no_grad(), torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
@@ -104,14 +111,15 @@ def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int
     torch.set_num_threads(os.cpu_count())
     where = torch.device(device)
     before = peak_memory(where)
-    policy, schedule = setting(model, device, dtype, images, teachers=case in ("ours", "public"))
+    policy, schedule = setting(model, device, dtype, images, (*TASKS, "deqa") if case == "ours" else ())
     optimizer = torch.optim.AdamW(policy.train_adapter("student"), 1e-5)
     if case == "ours":
         step = our_update(policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images), optimizer)
     elif case == "student":         # the student alone: pulled to the base, which it carries anyway, and no anchor
         step = our_update(policy, OPD(schedule, dict.fromkeys(TASKS), SAMPLER, mar=0., micro=images), optimizer)
     elif case == "public":
-        step = public_update(policy, schedule, tinyworld.judges(), optimizer)
+        copies = {name: whole_copy(model, device, dtype, name) for name in (*TASKS, "deqa")}
+        step = public_update(policy, copies, schedule, tinyworld.judges(), optimizer)
     elif case == "grpo":
         grouped = Schedule({"ocr": schedule.prompts["ocr"]}, max(images // 8, 1), 8)
         step = our_update(policy, GRPO(grouped, tinyworld.judges(), {"OCR": 1.}, SAMPLER, updates=1, micro=images), optimizer)

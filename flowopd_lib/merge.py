@@ -32,7 +32,6 @@ def merge(policy: FlowPolicy, adapters: Sequence[str], name: str, method: str = 
     weights = list(weights) if weights is not None else [1 / len(adapters)] * len(adapters)
     if len(weights) != len(adapters) or (method == "factor_wise" and min(weights) < 0):
         raise ValueError(f"{len(adapters)} adapters need as many weights, not {weights} (positive ones, factor by factor)")
-    policy._check_new(name)
     rank = rank or max(policy.peft.peft_config[a].r for a in adapters)
     how = {"cat": dict(combination_type="cat"), "svd": dict(combination_type="svd", svd_rank=rank, svd_full_matrices=False),
            "ties": dict(combination_type="ties_svd", density=density, svd_rank=rank, svd_full_matrices=False),
@@ -40,6 +39,4 @@ def merge(policy: FlowPolicy, adapters: Sequence[str], name: str, method: str = 
            "factor_wise": dict(combination_type="linear")}[method]
     if method == "factor_wise":         # PEFT's `linear` weighs A and B by sqrt(w s) each: w^2 gives the means of both
         weights = [w ** 2 for w in weights]
-    policy.train_adapter(None)
-    policy.peft.base_model.add_weighted_adapter(adapters, weights, name, **how)
-    policy._settle()
+    policy.combine_adapters(adapters, weights, name, **how)

@@ -153,6 +153,13 @@ class FlowPolicy:
                 new.copy_(old)
         self._settle()
 
+    def combine_adapters(self, adapters: Sequence[str], weights: Sequence[float], name: str, **how) -> None:
+        """A new adapter made of others by PEFT's `add_weighted_adapter`, which says what `how` can be; `merge` chooses it."""
+        self._check_new(name)
+        self.train_adapter(None)
+        self.peft.base_model.add_weighted_adapter(list(adapters), list(weights), name, **how)
+        self._settle()
+
     def train_adapter(self, name: str | None) -> list[torch.nn.Parameter]:
         """Let gradients flow into one adapter and no other (None: into none); its weights."""
         self._trained = list(self.adapter_parameters(name).values()) if name is not None else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -128,7 +129,9 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         kept = log.read_text().splitlines()[:run.iteration] if log.exists() else []
-        log.write_text("".join(line + "\n" for line in kept))
+        partial = log.with_name(log.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, log)
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.gather)
     began = saved = time.time()
     while run.iteration < config.iterations:

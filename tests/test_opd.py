@@ -104,8 +104,7 @@ def test_a_teacher_that_is_the_student_leaves_nothing_to_learn(estimator):
 
 
 def test_walking_and_learning_at_once_gives_the_gradient_of_doing_them_in_turn():
-    policy, fused, apart = policy_of(), objective("pathwise", batch=8, mar=.3), objective("pathwise+paper", batch=8, mar=.3)
-    apart.readings = ["pathwise", "pathwise"]                           # not alone, so not fused
+    policy, fused, apart = policy_of(), objective("pathwise", batch=8, mar=.3), objective("pathwise+pathwise", batch=8, mar=.3)    # not alone, so not fused
     found = []
     for o in (fused, apart):
         policy.asked.clear()

@@ -3,10 +3,12 @@ import hashlib
 import json
 import tomllib
 
+import pytest
 import yaml
 
 from flowopd_lib import tinyworld
 from flowopd_lib.runs import ROOT
+from flowopd_lib.tinyworld.train_experts import EXPERTS
 
 
 def test_environment_and_pyproject_say_the_same():
@@ -32,12 +34,25 @@ def test_every_import_is_a_declared_dependency():
 
 def test_assets_are_what_the_manifest_says_and_at_most_40_mb():
     manifest = json.loads((tinyworld.ASSETS / "manifest.json").read_text())
-    there = {str(p.relative_to(tinyworld.ASSETS)) for p in tinyworld.ASSETS.rglob("*") if p.is_file()} - {"manifest.json"}
-    assert there == set(manifest["files"])
+    there = {str(p.relative_to(tinyworld.ASSETS)) for p in tinyworld.ASSETS.rglob("*") if p.is_file()}
+    assert {p for p in there if not p.startswith("experts/")} == set(manifest["files"]) | {"manifest.json"}
     for name, record in manifest["files"].items():
         assert hashlib.sha256((tinyworld.ASSETS / name).read_bytes()).hexdigest() == record["sha256"], name
-    assert sum(r["bytes"] for r in manifest["files"].values()) <= 40e6
+    assert sum((tinyworld.ASSETS / name).stat().st_size for name in there) <= 40e6
     assert {"command", "seed", "date", "versions", "seconds"} <= set(manifest)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_what_their_manifests_say_and_belong_to_the_base(name):
+    folder = tinyworld.EXPERTS / name
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {p.name for p in folder.iterdir()} == set(manifest["files"]) | {"manifest.json"}
+    for file, record in manifest["files"].items():
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == record["sha256"], file
+    base = (tinyworld.BASE / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert hashlib.sha256(base).hexdigest() == manifest["base_transformer_sha256"]
+    recipe = yaml.safe_load((ROOT / "papermill_runs" / "recipes" / f"expert_{name}.yaml").read_text())
+    assert manifest["recipe"] == recipe and len((folder / "metrics.jsonl").read_text().splitlines()) == recipe["train"]["iterations"]
 
 
 def test_weights_are_safetensors_only():

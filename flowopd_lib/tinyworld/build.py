@@ -56,7 +56,7 @@ def stages(work: Path) -> dict:
 
 def write_manifest(out: Path, seconds: dict[str, float]) -> None:
     files = {str(p.relative_to(out)): {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
-             for p in sorted(out.rglob("*")) if p.is_file() and p.name != "manifest.json"}
+             for p in sorted(out.rglob("*")) if p.is_file() and p != out / "manifest.json" and out / "experts" not in p.parents}
     record = {"command": "python -m flowopd_lib.tinyworld.build --work build", "seed": SEED,
               "date": datetime.date.today().isoformat(), "seconds": {k: round(v) for k, v in seconds.items()},
               "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",

@@ -1,0 +1,96 @@
+"""Which gradient does each reading of the OPD loss estimate? `python -m flowopd_lib.estimators [--out estimators.json]`.
+
+Every reading is differentiated on the same rollouts of the same student. Means are compared by inner products with `pathwise` on *other*
+batches, so no batch's noise meets itself (see interference.py), and variances by the squared norm that averaging cannot explain:
+
+    mean along pathwise   <E g, E g_pathwise> / |E g_pathwise|^2      1: the same gradient (along it), 0: none of it
+    noise                 tr Cov(g of one batch) / |E g_pathwise|^2
+
+Standard errors: jackknife over batches.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import tinyworld
+from .merge import merge
+from .objectives import ESTIMATORS, OPD, Share
+from .policy import FlowPolicy
+from .prompts import TASKS, load_prompts
+from .rollout import Sampler
+from .schedule import Schedule
+
+
+def gradients(policy: FlowPolicy, adapter: str, objective: OPD, batches: int) -> torch.Tensor:
+    """(batches, P) float32: the loss's gradient by the adapter's weights, on one iteration's rollouts each."""
+    parameters, found = policy.train_adapter(adapter), []
+    for iteration in range(batches):
+        data = objective.collect(policy, adapter, iteration, Share())
+        for loss in objective.losses(policy, adapter, data, 0):
+            loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in parameters]).cpu())
+        for p in parameters:
+            p.grad = None
+    return torch.stack(found)
+
+
+def compare_estimators(gradients_of: dict[str, torch.Tensor]) -> pd.DataFrame:
+    """A row per estimator from their gradients (batches, P), `pathwise` among them: estimator, mean, se, noise, noise se, n batches."""
+    reference, rows = gradients_of["pathwise"].double(), []
+    n = len(reference)
+    if n < 3:
+        raise ValueError(f"a standard error over batches needs at least 3 of them, not {n}")
+
+    def other(gram: np.ndarray) -> float:
+        return (gram.sum() - np.trace(gram)) / (len(gram) * (len(gram) - 1))
+    size = (reference @ reference.T).numpy()
+    for name, g in gradients_of.items():
+        cross, own = (g.double() @ reference.T).numpy(), (g.double() @ g.double().T).numpy()
+
+        def figures(keep: np.ndarray) -> np.ndarray:
+            here = np.ix_(keep, keep)
+            length = other(size[here])
+            return np.array([other(cross[here]) / length, (np.trace(own[here]) / len(keep) - other(own[here])) / length])
+        whole = figures(np.arange(n))
+        left_out = np.stack([figures(np.delete(np.arange(n), i)) for i in range(n)])
+        errors = np.sqrt((n - 1) / n * ((left_out - left_out.mean(0)) ** 2).sum(0))
+        rows.append({"estimator": name, "mean along pathwise": whole[0], "se": errors[0], "noise": whole[1], "noise se": errors[1], "n": n})
+    return pd.DataFrame(rows)
+
+
+def measure(batches: int = 24, images: int = 12, seed: int = 0, estimators: Sequence[str] = ESTIMATORS) -> pd.DataFrame:
+    """The table for the small world's experts and their merged student."""
+    policy = FlowPolicy(tinyworld.BASE)
+    for name in TASKS:
+        policy.load_adapter(name, tinyworld.EXPERTS / name)
+    merge(policy, TASKS, "student", "svd")
+    schedule = Schedule({t: load_prompts(tinyworld.PROMPTS, t, "train") for t in TASKS}, images, seed=seed)
+    return compare_estimators({name: gradients(policy, "student", OPD(schedule, {t: t for t in TASKS}, Sampler(10, "sde"), name, mar=0.), batches)
+                               for name in estimators})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flowopd_lib.estimators", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--images", type=int, default=12, help="in a batch")
+    parser.add_argument("--out", type=Path, help="a JSON file for the table")
+    args = parser.parse_args()
+    if args.batches < 3 or args.images < 1:
+        parser.error(f"at least 3 batches of at least 1 image are needed, not {args.batches} of {args.images}")
+    torch.set_num_threads(os.cpu_count())
+    table = measure(args.batches, args.images)
+    print(table.round(4).to_string(index=False))
+    if args.out:
+        args.out.write_text(json.dumps(table.to_dict("records"), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
