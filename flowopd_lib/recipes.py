@@ -79,7 +79,7 @@ def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: torch.dtyp
         return policy, OPD(prompts, sampler=sampler, **_options("opd", recipe["opd"], OPD, ("schedule", "sampler"))), config
     judges = recipe.get("judges", {})
     check_keys("judges", judges, JUDGES)
-    judges = {name: JUDGES[name](**settings) for name, settings in judges.items()} if judges else tinyworld.judges()
+    judges = {name: JUDGES[name](**settings) for name, settings in judges.items()} if judges else tinyworld.training_judges()
     return policy, GRPO(prompts, judges, sampler=sampler, **_options("grpo", recipe["grpo"], GRPO, ("schedule", "judges", "sampler"))), config
 
 

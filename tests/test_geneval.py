@@ -2,7 +2,7 @@
 import pytest
 
 from flowopd_lib.rewards import Detection
-from flowopd_lib.rewards.geneval import judge, relations
+from flowopd_lib.rewards.geneval import credit, judge, relations
 
 
 def at(label, x, y, color="red", score=.95, size=10):
@@ -86,3 +86,17 @@ def test_exclusion():
 def test_the_reason_says_what_is_missing():
     assert judge(record("colors", {**CIRCLE, "color": "red"}), [at("circle", 9, 9, "blue")], .3, .9) == (
         False, "expected red circle, found blue")
+
+
+def test_partial_credit_is_whole_for_a_right_picture_and_counts_each_aspect():
+    def share(record, *detections):
+        return credit(record, detections, threshold=.3, counting_threshold=.9)
+    three = record("counting", {"class": "circle", "count": 3}, exclude=[{"class": "circle", "count": 4}])
+    for n, wanted in ((3, 1.), (2, 2 / 3), (4, 2 / 3), (0, 0.), (7, 0.)):
+        assert share(three, *[at("circle", 10 * i, 0) for i in range(n)]) == pytest.approx(wanted)
+    left = record("position", CIRCLE, {"class": "square", "count": 1, "position": ["left of", 0]})
+    circle, before, behind = at("circle", 40, 20), at("square", 10, 20), at("square", 70, 20)
+    assert [share(left, *d) for d in ([circle, before], [circle, behind], [circle], [])] == [1., .75, .5, 0.]
+    both = record("color_attr", {**CIRCLE, "color": "red"}, {**STAR, "color": "blue"})
+    half = at("circle", 20, 20, "red"), at("star", 40, 20, "red")
+    assert share(both, *half) == .75 and not right(both, *half)

@@ -51,14 +51,20 @@ def relations(a: Detection, b: Detection) -> set[str]:
             if holds}
 
 
-def judge(record: dict, detections: Sequence[Detection], threshold: float, counting_threshold: float,
-          max_objects: int = 16) -> tuple[bool, str]:
-    """GenEval's verdict on one picture and, if wrong, why."""
+def _by_class(record, detections, threshold, counting_threshold, max_objects) -> dict[str, list[Detection]]:
+    """The detections that count, the surest first."""
     least = counting_threshold if record["tag"] == "counting" else threshold
     found: dict[str, list[Detection]] = {}
     for d in sorted(detections, key=lambda d: -d.score):
         if d.score > least and len(found.setdefault(d.label, [])) < max_objects:
             found[d.label].append(d)
+    return found
+
+
+def judge(record: dict, detections: Sequence[Detection], threshold: float, counting_threshold: float,
+          max_objects: int = 16) -> tuple[bool, str]:
+    """GenEval's verdict on one picture and, if wrong, why."""
+    found = _by_class(record, detections, threshold, counting_threshold, max_objects)
     reasons, groups = [], []
     for wanted in record["include"]:
         name, count = wanted["class"], wanted["count"]
@@ -85,18 +91,47 @@ def judge(record: dict, detections: Sequence[Detection], threshold: float, count
     return not reasons, "; ".join(reasons)
 
 
+def credit(record: dict, detections: Sequence[Detection], threshold: float, counting_threshold: float, max_objects: int = 16) -> float:
+    """How much of what was asked for is there, 0 to 1: the number of each object, `1 - |found - asked| / asked`, its colour, its position.
+
+    Flow-GRPO trains on partial credit like this, because all or nothing says too little about a prompt that is never right.
+    """
+    found = _by_class(record, detections, threshold, counting_threshold, max_objects)
+    credits, groups = [], []
+    for wanted in record["include"]:
+        group, count = found.get(wanted["class"], []), wanted["count"]
+        kept, parts = group[:count], [max(0., 1 - abs(len(group) - count) / count)]
+        if "color" in wanted:
+            parts.append(sum(d.color == wanted["color"] for d in kept) / count)
+        if "position" in wanted:
+            relation, target = wanted["position"]
+            pairs = [(a, b) for a in kept for b in groups[target]]
+            parts.append(float(bool(pairs) and all(relation in relations(a, b) for a, b in pairs)))
+        groups.append(kept)
+        credits.append(sum(parts) / len(parts))
+    return sum(credits) / len(credits)
+
+
 class GenEval:
-    """1 if the picture shows what the prompt's metadata asks for, else 0."""
+    """1 if the picture shows what the prompt's metadata asks for, else 0. With `partial`, the share of it (see `credit`): to train on,
+    never to report."""
     name, range = "GenEval", (0., 1.)
 
-    def __init__(self, detector: Detector):
-        self.detector = detector
+    def __init__(self, detector: Detector, partial: bool = False):
+        self.detector, self.partial = detector, partial
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
+        least = self.detector.threshold, self.detector.counting_threshold
+        if self.partial:
+            return np.array([credit(p.metadata, found, *least) for p, found in zip(prompts, self._detect(images, prompts))], np.float32)
         return np.array([right for right, _ in self.explain(images, prompts)], np.float32)
 
     def explain(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[tuple[bool, str]]:
         """The verdict on each picture and what was wrong. Raises ValueError for a prompt without GenEval metadata."""
+        return [judge(prompt.metadata, found, self.detector.threshold, self.detector.counting_threshold)
+                for prompt, found in zip(prompts, self._detect(images, prompts))]
+
+    def _detect(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
         pixels = as_uint8(images, prompts, self.name, self.detector.size)
         for prompt in prompts:
             if not {"tag", "include"} <= set(prompt.metadata):
@@ -109,5 +144,4 @@ class GenEval:
                 if wanted.get("color", self.detector.colors[0]) not in self.detector.colors:
                     raise ValueError(f"the detector does not know the colour {wanted['color']!r}, asked for by "
                                      f"{prompt.text!r}; it knows {', '.join(self.detector.colors)}")
-        return [judge(prompt.metadata, found, self.detector.threshold, self.detector.counting_threshold)
-                for prompt, found in zip(prompts, self.detector(pixels))]
+        return self.detector(pixels)

@@ -9,7 +9,7 @@ from pathlib import Path
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE, PROMPTS, EXPERTS = ASSETS / "tiny-sd3", ASSETS / "prompts", ASSETS / "experts"
 
-from .judging import judge_judges  # noqa: E402,F401
+from .judging import clean_renders, judge_judges  # noqa: E402,F401
 
 
 def judges() -> dict:
@@ -19,3 +19,10 @@ def judges() -> dict:
     from .scenes import SIGN_BOX
     return {"GenEval": GenEval(ShapeDetector()), "OCR": OCR(region=SIGN_BOX), "PickScore": PickScore(ASSETS / "pickscore"),
             "DeQA": DeQA(ASSETS / "deqa")}
+
+
+def training_judges() -> dict:
+    """The judges, and `GenEvalPartial`, which gives credit for a part of what a prompt asks for."""
+    from ..rewards import GenEval
+    from .detector import ShapeDetector
+    return {**judges(), "GenEvalPartial": GenEval(ShapeDetector(), partial=True)}

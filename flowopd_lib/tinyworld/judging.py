@@ -81,3 +81,11 @@ def _any_task(n: int, seed: int) -> list[Spec]:
     specs = [s for task in ("geneval", "ocr", "pickscore") for s in sample_specs(task, "test", -(-n // 3), seed)]
     random.Random(seed).shuffle(specs)
     return specs[:n]
+
+
+def clean_renders(task: str, split: str, n: int, seed: int = 0) -> torch.Tensor:
+    """(n, 3, 64, 64) in [0, 1]: a right, unspoiled picture of each of the first `n` prompts of a split, what samples should be like."""
+    from .build import PROMPT_COUNTS, SEED
+    if not 1 <= n <= PROMPT_COUNTS[split]:
+        raise ValueError(f"the {split} split has {PROMPT_COUNTS[split]} prompts a task, not {n}")
+    return _pixels(render(spec, seed + i) for i, spec in enumerate(sample_specs(task, split, PROMPT_COUNTS[split], SEED)[:n]))

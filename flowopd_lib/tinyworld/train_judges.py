@@ -75,8 +75,8 @@ def normalise(pixels: torch.Tensor, processor) -> torch.Tensor:
 
 
 def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int = 1000,
-                    preference: tuple[tuple[int, float], ...] = ((2700, 6e-4), (2000, 5e-4)), batch: int = 128, group: int = 8,
-                    seed: int = 0, log=print) -> None:
+                    preference: tuple[tuple[int, float], ...] = ((2700, 6e-4), (2000, 5e-4), (1500, 5e-4)),
+                    batch: int = 128, group: int = 8, seed: int = 0, log=print) -> None:
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE), tokenizer)
@@ -116,7 +116,7 @@ def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int 
         return -F.logsigmoid(chosen * (scores[:, first] - scores[:, second])).mean()
 
     before = 0
-    for cycle, (steps, lr) in enumerate(preference):       # two cycles of the learning rate, on new pictures
+    for cycle, (steps, lr) in enumerate(preference):       # each a cycle of the learning rate, all on new pictures
         train(f"pickscore-{cycle}", model, lambda step, before=before: preference_loss(before + step), steps, lr, work, log)
         before += steps
     model.half().save_pretrained(out)
