@@ -133,3 +133,28 @@ def training_curves(curves: Mapping[str, pd.DataFrame], columns: Sequence[str], 
     axes[0, 0].legend(fontsize=9)
     figure.suptitle(title, fontweight="bold")
     return figure
+
+
+def gain_matrix(differences: pd.DataFrame, title: str) -> Figure:
+    """Models (rows) by judges (columns): the change against the baseline with its interval, coloured by its share of the full scale.
+
+    `differences` is `paired_differences` with one row a model and judge. Bold: the interval leaves out 0.
+    """
+    models, judges = list(differences["model"].unique()), list(differences["judge"].unique())
+    cells = differences.set_index(["model", "judge"])
+    share = np.array([[cells.loc[(m, j), "mean"] / FULL_SCALE[j] for j in judges] for m in models])
+    figure, axis = plt.subplots(figsize=(2.3 * len(judges) + 1.5, .75 * len(models) + 1.2))
+    limit = max(np.abs(share).max(), 1e-6)
+    picture = axis.imshow(share, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    for row, model in enumerate(models):
+        for column, judge in enumerate(judges):
+            cell = cells.loc[(model, judge)]
+            sure = cell["low"] > 0 or cell["high"] < 0
+            axis.text(column, row, f"{cell['mean']:+.3f}\n[{cell['low']:+.3f}, {cell['high']:+.3f}]", ha="center", va="center", fontsize=9,
+                      fontweight="bold" if sure else "normal", color="white" if abs(share[row, column]) > .65 * limit else "black")
+    axis.set_xticks(range(len(judges)), [f"{j} (n={cells.loc[(models[0], j), 'n']})" for j in judges])
+    axis.set_yticks(range(len(models)), models)
+    axis.set_title(title)
+    axis.grid(False)
+    figure.colorbar(picture, ax=axis, label="change / full scale")
+    return figure
