@@ -17,10 +17,11 @@ from .rollout import Sampler, initial_noise, sample, trajectory
 from .runs import check_range, write_json
 from .schedule import Schedule
 from .train import StepInfo, TrainConfig, TrainingDiverged, train
-from .viz import captions_of, gain_matrix, image_grid, judge_figure, model_panels, readable, score_bars, training_curves, trajectory_strip, use_style
+from .viz import (captions_of, gain_matrix, image_grid, interference_figure, judge_figure, model_panels, readable, score_bars, taylor_figure,
+                  training_curves, trajectory_strip, use_style)
 
-__all__ = ["captions_of", "check_range", "diversity", "evaluate", "FlowPolicy", "gain_kept", "gain_matrix", "GRPO", "image_grid", "initial_noise",
+__all__ = ["captions_of", "check_range", "diversity", "evaluate", "FlowPolicy", "gain_kept", "gain_matrix", "GRPO", "image_grid", "initial_noise", "interference_figure",
            "judge_figure", "kernel_distance", "load_prompts", "mean_interval", "merge", "model_panels", "OPD", "paired_differences",
            "paper_average", "Prompt", "readable", "sample", "Sampler", "save_prompts", "Schedule", "score", "score_bars", "SFT",
-           "StepInfo", "summary", "tinyworld", "train", "TrainConfig", "training_curves", "TrainingDiverged", "trajectory", "trajectory_strip",
+           "StepInfo", "summary", "taylor_figure", "tinyworld", "train", "TrainConfig", "training_curves", "TrainingDiverged", "trajectory", "trajectory_strip",
            "use_style", "write_json"]

@@ -158,3 +158,50 @@ def gain_matrix(differences: pd.DataFrame, title: str) -> Figure:
     axis.grid(False)
     figure.colorbar(picture, ax=axis, label="change / full scale")
     return figure
+
+
+def interference_figure(table: pd.DataFrame) -> Figure:
+    """Left: cosines of the tasks' gradients over all weights and noise levels, with intervals. Right: by block and by noise level, a line a pair."""
+    whole = table[(table["block"] == "all") & (table["sigma"] == "all")].set_index(["task", "on"])
+    tasks = list(dict.fromkeys(table["task"]))
+    pairs = [(a, b) for i, a in enumerate(tasks) for b in tasks[i + 1:]]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.4), width_ratios=(1.15, 1, 1))
+    cosine = np.array([[whole.loc[(a, b), "cosine"] for b in tasks] for a in tasks], float)
+    left.imshow(cosine, cmap="RdBu", vmin=-1, vmax=1)
+    for i, a in enumerate(tasks):
+        for j, b in enumerate(tasks):
+            cell = whole.loc[(a, b)]
+            text = "1" if i == j else f"{cell['cosine']:+.2f}\n[{cell['cosine_low']:+.2f}, {cell['cosine_high']:+.2f}]"
+            left.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if i == j or abs(cell["cosine"]) > .6 else "black")
+    left.set_xticks(range(len(tasks)), tasks)
+    left.set_yticks(range(len(tasks)), tasks)
+    left.set_title(f"cosine of gradients (n={whole['batches'].iloc[0]} batches)")
+    left.grid(False)
+    for axis, column, fixed in ((middle, "block", "sigma"), (right, "sigma", "block")):
+        part = table[(table[fixed] == "all") & (table[column] != "all")]
+        places = list(dict.fromkeys(part[column]))
+        for k, ((a, b), color) in enumerate(zip(pairs, sns.color_palette("colorblind", len(pairs)))):
+            rows = part[(part["task"] == a) & (part["on"] == b)].set_index(column).loc[places]
+            x = np.arange(len(places)) + (k - len(pairs) / 2) * .08
+            axis.errorbar(x, rows["cosine"], yerr=[rows["cosine"] - rows["cosine_low"], rows["cosine_high"] - rows["cosine"]], fmt="o", ms=5,
+                          capsize=2, color=color, label=f"{a} / {b}")
+        axis.axhline(0, color=".4", lw=1)
+        axis.set_xticks(range(len(places)), [p if isinstance(p, str) else f"{p:.2f}" for p in places], fontsize=9)
+        axis.set(ylim=(-1.5, 1.5), title=f"cosine by {'block' if column == 'block' else 'noise level σ'}")
+    right.legend(fontsize=8, ncols=2, loc="lower left")
+    return figure
+
+
+def taylor_figure(check: pd.DataFrame) -> Figure:
+    """Predicted against measured change of each task's reward after a real step along each task's gradient, with intervals and the identity."""
+    figure, axis = plt.subplots(figsize=(6, 5))
+    for task, color in zip(dict.fromkeys(check["task"]), sns.color_palette("colorblind")):
+        rows = check[check["task"] == task]
+        axis.errorbar(rows["predicted"], rows["measured"], fmt="o", ms=6, capsize=3, color=color, label=f"step along {task}",
+                      xerr=[rows["predicted"] - rows["predicted_low"], rows["predicted_high"] - rows["predicted"]],
+                      yerr=[rows["measured"] - rows["measured_low"], rows["measured_high"] - rows["measured"]])
+    ends = [check[["predicted", "measured"]].min().min(), check[["predicted", "measured"]].max().max()]
+    axis.plot(ends, ends, color=".4", lw=1, ls="--", label="identity")
+    axis.set(xlabel="predicted change (first order)", ylabel="measured change", title=f"Taylor's prediction (n={check['n'].iloc[0]} images a task)")
+    axis.legend(fontsize=9)
+    return figure
