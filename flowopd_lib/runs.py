@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import math
 import os
 import shutil
 import time
@@ -57,9 +58,15 @@ def check_range(low: float, high: float, **parameters: float) -> None:
 
 
 def write_json(path: Path, record) -> None:
-    """Write whole or not at all."""
+    """Write whole or not at all; NaN, which JSON does not have, becomes null."""
+    def plain(node):
+        if isinstance(node, dict):
+            return {key: plain(value) for key, value in node.items()}
+        if isinstance(node, (list, tuple)):
+            return [plain(value) for value in node]
+        return None if isinstance(node, float) and math.isnan(node) else node
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.write_text(json.dumps(plain(record), indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
 
 

@@ -171,7 +171,7 @@ def interference_figure(table: pd.DataFrame) -> Figure:
     for i, a in enumerate(tasks):
         for j, b in enumerate(tasks):
             cell = whole.loc[(a, b)]
-            text = "1" if i == j else f"{cell['cosine']:+.2f}\n[{cell['cosine_low']:+.2f}, {cell['cosine_high']:+.2f}]"
+            text = "1" if i == j else "lost in\nnoise" if np.isnan(cell["cosine"]) else f"{cell['cosine']:+.2f}\n[{cell['cosine_low']:+.2f}, {cell['cosine_high']:+.2f}]"
             left.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if i == j or abs(cell["cosine"]) > .6 else "black")
     left.set_xticks(range(len(tasks)), tasks)
     left.set_yticks(range(len(tasks)), tasks)

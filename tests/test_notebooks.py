@@ -4,7 +4,7 @@ import json
 import nbformat
 import pytest
 
-from flowopd_lib.runs import NOTEBOOKS, check_parameters, check_range, load_profile, run_profile
+from flowopd_lib.runs import NOTEBOOKS, check_parameters, check_range, load_profile, run_profile, write_json
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -57,6 +57,14 @@ def test_a_notebook_is_stripped_tagged_and_short(path):
 
 
 def test_every_profile_names_parameters_the_notebooks_have():
-    for profile in ("demo", "smoke"):
+    for profile in ("demo", "lab", "smoke"):
         for notebook, parameters in load_profile(profile).items():
             check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
+
+
+def test_results_are_json_that_others_can_read(tmp_path):
+    write_json(tmp_path / "r.json", {"a": [1., float("nan")], "b": {"c": (float("nan"), "x")}})
+    assert json.loads((tmp_path / "r.json").read_text()) == {"a": [1., None], "b": {"c": [None, "x"]}}
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "r.json", {"a": float("inf")})
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
