@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flowopd_lib import Sampler, diversity, evaluate, kernel_distance, mean_interval, paired_differences, paper_average, summary
+from flowopd_lib import Sampler, diversity, evaluate, gain_kept, kernel_distance, mean_interval, paired_differences, paper_average, summary
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -121,3 +121,15 @@ def test_a_table_keeps_as_parquet_with_its_embeddings(policy, judges, test_promp
     assert np.allclose(np.stack(again.embedding), np.stack(table.embedding)) and again.drop(columns="embedding").equals(table.drop(columns="embedding"))
     assert np.square(np.stack(table.embedding)).mean(1) == pytest.approx(1, rel=1e-4)
     assert 0 < diversity(table)["mean"].item() < 2
+
+
+def test_the_share_of_an_experts_gain_that_a_student_keeps():
+    rng, hits = np.random.default_rng(2), 0
+    for _ in range(40):
+        hard = rng.normal(0, 1, 80)
+        table = pd.concat([pd.DataFrame({"model": m, "task": "ocr", "prompt": [f"p{i}" for i in range(80)], "OCR": hard + g + rng.normal(0, .2, 80)})
+                           for m, g in (("base", 0.), ("expert", .4), ("student", .3))])
+        row = gain_kept(table, "student", {"OCR": "expert"}, resamples=400).iloc[0]
+        hits += row["low"] <= .75 <= row["high"]
+    assert hits >= 34 and len(gain_kept(table, "student", {"OCR": "expert"}, resamples=10)) == 1
+    assert row["expert's gain"] == pytest.approx(.4, abs=.1) and row["mean"] == pytest.approx(row["student's gain"] / row["expert's gain"])
