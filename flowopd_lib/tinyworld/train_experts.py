@@ -1,7 +1,7 @@
 """The experts of the small world: `python -m flowopd_lib.tinyworld.train_experts --work experts`.
 
-Trains the recipes `papermill_runs/recipes/expert_*.yaml` one after the other, goes on where it was cut off, and puts each adapter in half
-precision with its training curve and a manifest into `assets/experts/`.
+Trains the recipes `papermill_runs/recipes/expert_*.yaml` one after the other (`expert_NAME_2.yaml` from where `expert_NAME.yaml` ends), goes on
+where it was cut off, and puts each adapter in half precision with its training curve and a manifest into `assets/experts/`.
 """
 from __future__ import annotations
 
@@ -30,28 +30,40 @@ RECIPES = RUNS / "recipes"
 EXPERTS = ("geneval", "ocr", "pickscore", "deqa")
 
 
+def recipes_of(name: str) -> list[Path]:
+    """`expert_{name}.yaml`, and what goes on from its adapter: `expert_{name}_2.yaml`, ..."""
+    return sorted(RECIPES.glob(f"expert_{name}*.yaml"), key=lambda path: (len(path.stem), path.stem))
+
+
 def train_expert(name: str, work: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Train `expert_{name}.yaml` in `work/name`, from its last checkpoint if there is one."""
-    policy, objective, config = build(yaml.safe_load((RECIPES / f"expert_{name}.yaml").read_text()), dtype=dtype)
-    for info in train(policy, objective, work / name, config):
-        if info.metrics and (info.iteration + 1) % 10 == 0:
-            shown = " ".join(f"{key} {value:.4g}" for key, value in info.metrics.items())
-            say(f"{name} {info.iteration + 1}/{config.iterations} {info.seconds:.0f} s {shown}")
+    """Train an expert's recipes in `work/{recipe}`, each from its last checkpoint if there is one."""
+    start = None
+    for path in recipes_of(name):
+        recipe = yaml.safe_load(path.read_text())
+        if start:
+            recipe["student"] = {"load": str(start)}
+        policy, objective, config = build(recipe, dtype=dtype)
+        for info in train(policy, objective, work / path.stem, config):
+            if info.metrics and (info.iteration + 1) % 10 == 0:
+                shown = " ".join(f"{key} {value:.4g}" for key, value in info.metrics.items())
+                say(f"{path.stem} {info.iteration + 1}/{config.iterations} {info.seconds:.0f} s {shown}")
+        start = work / path.stem / "adapter"
 
 
 def ship(name: str, work: Path, out: Path, seconds: float) -> None:
     """`out/name`: adapter in half precision, `metrics.jsonl`, `manifest.json`."""
-    target = out / name
+    target, paths = out / name, recipes_of(name)
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(work / name / "adapter", target)
+    shutil.copytree(work / paths[-1].stem / "adapter", target)
     weights = target / "adapter_model.safetensors"
     save_file({key: w.half() for key, w in load_file(weights).items()}, weights)
-    shutil.copy(work / name / "metrics.jsonl", target)
+    lines = [json.loads(line) for path in paths for line in (work / path.stem / "metrics.jsonl").read_text().splitlines()]
+    (target / "metrics.jsonl").write_text("".join(json.dumps(line | {"iteration": i}) + "\n" for i, line in enumerate(lines, 1)))
     files = {p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size} for p in sorted(target.iterdir())}
     base = hashlib.sha256((BASE / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     write_json(target / "manifest.json", {
         "command": f"python -m flowopd_lib.tinyworld.train_experts --work experts --only {name}",
-        "recipe": yaml.safe_load((RECIPES / f"expert_{name}.yaml").read_text()), "seconds": round(seconds), "base_transformer_sha256": base,
+        "recipes": [yaml.safe_load(path.read_text()) for path in paths], "seconds": round(seconds), "base_transformer_sha256": base,
         "date": datetime.date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {"python": platform.python_version(), **{n: version(n) for n in LIBRARIES + ("peft", "accelerate")}}, "files": files})
 
@@ -67,7 +79,7 @@ def main() -> None:
             parser.error(f"no expert {name!r}{nearest(name, list(EXPERTS))}; there are {', '.join(EXPERTS)}")
     torch.set_num_threads(os.cpu_count())
     for name in args.only:
-        times, began = args.work / name / "seconds.json", time.time()
+        times, began = args.work / f"{name}.json", time.time()
         seconds = json.loads(times.read_text()) if times.exists() else 0.
         try:
             train_expert(name, args.work)
