@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +80,7 @@ def main() -> None:
         if name not in EXPERTS:
             parser.error(f"no expert {name!r}{nearest(name, list(EXPERTS))}; there are {', '.join(EXPERTS)}")
     torch.set_num_threads(os.cpu_count())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     for name in args.only:
         times, began = args.work / f"{name}.json", time.time()
         seconds = json.loads(times.read_text()) if times.exists() else 0.
