@@ -50,6 +50,7 @@ def test_a_notebook_is_stripped_tagged_and_short(path):
     notebook = nbformat.read(path, 4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert all(not c.outputs and c.execution_count is None for c in code)
+    assert [c.id for c in notebook.cells] == [str(i) for i in range(len(notebook.cells))], "run nbstripout, as git's filter does"
     assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1 and code[0].metadata.tags == ["parameters"]
     assert all("#" in line for line in code[0].source.splitlines()), "every parameter has its comment"
     assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata
