@@ -146,6 +146,7 @@ def gain_kept(table: pd.DataFrame, student: str, experts: Mapping[str, str], bas
     """The share of each expert's gain over the base that a student keeps, (student - base) / (expert - base): judge, gains, mean, low, high (95 %), n.
 
     `experts` maps a judge to the model trained for it; prompts are those of the Average. The bootstrap draws prompts for all three models together.
+    NaN where the expert's own gain is not above 0 with its interval: there is no share of nothing.
     """
     rows = []
     for judge, task, _ in AVERAGE:
@@ -155,9 +156,13 @@ def gain_kept(table: pd.DataFrame, student: str, experts: Mapping[str, str], bas
         scores = part.groupby(["prompt", "model"], sort=False)[judge].mean().unstack("model")
         ours, theirs = ((scores[m] - scores[base]).to_numpy() for m in (student, experts[judge]))
         drawn = np.random.default_rng(seed).integers(len(ours), size=(resamples, len(ours)))
-        low, high = np.percentile(ours[drawn].mean(1) / theirs[drawn].mean(1), (2.5, 97.5))
+        gained = theirs[drawn].mean(1)
+        kept, low, high = np.nan, np.nan, np.nan
+        if np.percentile(gained, 2.5) > 0:
+            kept = ours.mean() / theirs.mean()
+            low, high = np.percentile(ours[drawn].mean(1)[gained > 0] / gained[gained > 0], (2.5, 97.5))
         rows.append({"judge": judge, "expert": experts[judge], "expert's gain": theirs.mean(), "student's gain": ours.mean(),
-                     "mean": ours.mean() / theirs.mean(), "low": low, "high": high, "n": len(ours)})
+                     "mean": kept, "low": low, "high": high, "n": len(ours)})
     return pd.DataFrame(rows)
 
 

@@ -133,3 +133,5 @@ def test_the_share_of_an_experts_gain_that_a_student_keeps():
         hits += row["low"] <= .75 <= row["high"]
     assert hits >= 34 and len(gain_kept(table, "student", {"OCR": "expert"}, resamples=10)) == 1
     assert row["expert's gain"] == pytest.approx(.4, abs=.1) and row["mean"] == pytest.approx(row["student's gain"] / row["expert's gain"])
+    unsure = gain_kept(table.assign(OCR=rng.normal(size=len(table))), "student", {"OCR": "expert"}, resamples=200)     # nobody gained
+    assert unsure[["mean", "low", "high"]].isna().all(axis=None)
