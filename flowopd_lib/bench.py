@@ -121,7 +121,7 @@ def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int
         copies = {name: whole_copy(model, device, dtype, name) for name in (*TASKS, "deqa")}
         step = public_update(policy, copies, schedule, tinyworld.judges(), optimizer)
     elif case == "grpo":
-        grouped = Schedule({"ocr": schedule.prompts["ocr"]}, max(images // 8, 1), 8)
+        grouped = Schedule({"ocr": schedule.prompts["ocr"]}, images // 8, 8)
         step = our_update(policy, GRPO(grouped, tinyworld.judges(), {"OCR": 1.}, SAMPLER, updates=1, micro=images), optimizer)
     else:
         def step(iteration: int) -> None:
@@ -157,7 +157,7 @@ def matmul_peak(device: str, dtype: torch.dtype, size: int = 2048, repeats: int 
     return best
 
 
-def bench(model: str = "", device: str = "cpu", dtype: torch.dtype = torch.float32, images: int = 64, repeats: int = 5) -> dict:
+def bench(model: str, device: str, dtype: torch.dtype, images: int, repeats: int) -> dict:
     """Seconds (median over `repeats`), MiB above the idle process, and operations of every case; the ratios; the matrix products' peak."""
     context, running = multiprocessing.get_context("spawn"), {}
     for case in CASES:
