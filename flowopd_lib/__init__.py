@@ -8,20 +8,23 @@ for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
 
 from . import tinyworld  # noqa: E402
-from .evaluate import diversity, evaluate, gain_kept, kernel_distance, mean_interval, paired_differences, paper_average, score, summary
-from .merge import merge
-from .objectives import GRPO, OPD, SFT
+from .evaluate import (diversity, evaluate, gain_kept, home_scores, kernel_distance, mean_interval, model_scores, paired_differences, paper_average, probe_of,
+                       score, summary)
+from .merge import merge, sft_start
+from .objectives import GRPO, OPD, SFT, grpo_mix, task_rewards
 from .policy import FlowPolicy
 from .prompts import Prompt, load_prompts, save_prompts
 from .rollout import Sampler, initial_noise, sample, trajectory
 from .runs import check_range, write_json
 from .schedule import Schedule
-from .train import StepInfo, TrainConfig, TrainingDiverged, train
-from .viz import (captions_of, gain_matrix, image_grid, interference_figure, judge_figure, model_panels, readable, score_bars, taylor_figure,
-                  training_curves, trajectory_strip, use_style)
+from .train import StepInfo, TrainConfig, TrainingDiverged, fit, train
+from .viz import (captions_of, gain_matrix, image_grid, interference_figure, judge_figure, kl_figure, model_gallery, model_panels, probe_curves, readable, score_bars,
+                  taylor_figure, training_curves, trajectory_strip, use_style)
+from .widgets import watch
 
-__all__ = ["captions_of", "check_range", "diversity", "evaluate", "FlowPolicy", "gain_kept", "gain_matrix", "GRPO", "image_grid", "initial_noise", "interference_figure",
-           "judge_figure", "kernel_distance", "load_prompts", "mean_interval", "merge", "model_panels", "OPD", "paired_differences",
-           "paper_average", "Prompt", "readable", "sample", "Sampler", "save_prompts", "Schedule", "score", "score_bars", "SFT",
-           "StepInfo", "summary", "taylor_figure", "tinyworld", "train", "TrainConfig", "training_curves", "TrainingDiverged", "trajectory", "trajectory_strip",
-           "use_style", "write_json"]
+__all__ = ["captions_of", "check_range", "diversity", "evaluate", "fit", "FlowPolicy", "gain_kept", "gain_matrix", "GRPO", "grpo_mix", "home_scores",
+           "image_grid", "initial_noise", "interference_figure", "judge_figure", "kernel_distance", "kl_figure", "load_prompts",
+           "mean_interval", "merge", "model_gallery", "model_panels", "model_scores", "OPD", "paired_differences", "paper_average", "probe_curves",
+           "probe_of", "Prompt", "readable", "sample", "Sampler", "save_prompts", "Schedule", "score", "score_bars", "SFT", "sft_start",
+           "StepInfo", "summary", "task_rewards", "taylor_figure", "tinyworld", "train", "TrainConfig", "training_curves",
+           "TrainingDiverged", "trajectory", "trajectory_strip", "use_style", "watch", "write_json"]

@@ -61,6 +61,12 @@ def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str,
     return pd.concat(tables, ignore_index=True)
 
 
+def probe_of(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str, Reward], sampler: Sampler, seed: int = 1 << 20
+             ) -> Callable[[str], pd.DataFrame]:
+    """For `fit`: what tells an adapter's `model_scores` on these prompts, with the same noise every time and none of the test's."""
+    return lambda adapter: model_scores(evaluate(policy, prompts, judges, seed, sampler, {adapter: adapter}, progress=False))
+
+
 def mean_interval(values: Sequence[float], resamples: int = 5000, seed: int = 0) -> tuple[float, float, float]:
     """Mean and 95 % interval over prompts: Wilson's for yes-or-no scores, else a percentile bootstrap.
 
@@ -140,6 +146,21 @@ def paper_average(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> 
         low, high = np.percentile(draws, (2.5, 97.5))
         rows.append({"model": model, "judge": "Average", "mean": total, "low": low, "high": high, "n": group["prompt"].nunique()})
     return pd.DataFrame(rows)
+
+
+def home_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table with each score on its own prompts only: PickScore and DeQA, which can judge any, on the preference prompts."""
+    return table.assign(**{judge: table[judge].where(table["task"] == task) for judge, task, _ in AVERAGE if judge in table})
+
+
+def model_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """What the paper's tables show: every model's four scores, each on its own prompts, and the Average: model, judge, mean, low, high, n prompts.
+
+    A prompt's repeats, and several trainings under one name, are averaged first: they are no new prompts.
+    """
+    judges = [judge for judge, _, _ in AVERAGE if judge in table]
+    by_prompt = home_scores(table).groupby(["model", "task", "prompt"], sort=False)[judges].mean().reset_index()
+    return pd.concat([summary(by_prompt, ["model"]), paper_average(table)], ignore_index=True)
 
 
 def gain_kept(table: pd.DataFrame, student: str, experts: Mapping[str, str], base: str = "base", resamples: int = 5000, seed: int = 0) -> pd.DataFrame:

@@ -1,13 +1,20 @@
-"""Cold start by merging (Flow-OPD 5.1): one adapter out of several, through PEFT.
+"""Cold start (Flow-OPD 5.1): one adapter out of several, by merging them through PEFT or by fine-tuning on their samples.
 
 An adapter changes a weight by `s B A`. The average of the *changes* is not the change made by the averages of B and of A,
 which is what the public code's `merge.py` builds: with n experts that has all n^2 cross products, over n^2.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import pandas as pd
+
+from .objectives import SFT, teacher_samples
 from .policy import FlowPolicy
+from .prompts import Prompt
+from .rollout import Sampler
+from .train import TrainConfig, fit
 
 METHODS = ("cat", "svd", "ties", "dare", "factor_wise")
 
@@ -40,3 +47,14 @@ def merge(policy: FlowPolicy, adapters: Sequence[str], name: str, method: str = 
     if method == "factor_wise":         # PEFT's `linear` weighs A and B by sqrt(w s) each: w^2 gives the means of both
         weights = [w ** 2 for w in weights]
     policy.combine_adapters(adapters, weights, name, **how)
+
+
+def sft_start(policy: FlowPolicy, prompts: Sequence[Prompt], teachers: Mapping[str, str | None], name: str, folder: str | Path, iterations: int,
+              rank: int = 32, sampler: Sampler = Sampler(), lr: float = 5e-4) -> pd.DataFrame:
+    """Add adapter `name`, fine-tuned on samples that each prompt's own teacher draws; the training's metrics.
+
+    Seeds lie far from those of evaluations and of the schedules. Raises ValueError for a task without a teacher.
+    """
+    latents = teacher_samples(policy, prompts, range(1 << 39, (1 << 39) + len(prompts)), teachers, sampler)
+    policy.add_adapter(name, rank, 2 * rank)
+    return fit(policy, SFT(latents, prompts, batch=48), folder, TrainConfig(iterations, lr, warmup=5), name)[0]

@@ -7,14 +7,16 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -62,6 +64,7 @@ class FlowPolicy:
         self._texts: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self.peft: PeftModel | None = None
         self._used: str | None = None
+        self._training: str | None = None
         self._trained: list[torch.nn.Parameter] = []
 
     @torch.no_grad()
@@ -73,12 +76,10 @@ class FlowPolicy:
         new = [t for t in dict.fromkeys(texts) if t not in self._texts]
         for text in new:
             self._check(text)
-        if new:
-            tokens, _, pooled, _ = self.pipeline.encode_prompt(
-                new, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length,
-                device=self.device)
-            for text, a, b in zip(new, tokens, pooled):
-                self._texts[text] = (a.clone(), b.clone())
+        for text in new:        # one by one: a rounding that depends on the texts beside it would not be the same in a resumed training
+            tokens, _, pooled, _ = self.pipeline.encode_prompt([text], None, None, do_classifier_free_guidance=False,
+                                                               max_sequence_length=self.max_sequence_length, device=self.device)
+            self._texts[text] = (tokens[0].clone(), pooled[0].clone())
         rows = [self._texts[t] for t in texts]
         for text in dict.fromkeys(texts):
             self._texts.move_to_end(text)
@@ -162,7 +163,7 @@ class FlowPolicy:
 
     def train_adapter(self, name: str | None) -> list[torch.nn.Parameter]:
         """Let gradients flow into one adapter and no other (None: into none); its weights."""
-        self._trained = list(self.adapter_parameters(name).values()) if name is not None else []
+        self._training, self._trained = name, list(self.adapter_parameters(name).values()) if name is not None else []
         self._settle()
         return self._trained
 
@@ -181,7 +182,20 @@ class FlowPolicy:
         self._used = self.adapters[0] if self.adapters else None
         if self.peft is not None:
             self.peft.base_model.enable_adapter_layers()
+        for layer in self.transformer.modules():
+            if isinstance(layer, LoraLinear) and "forward" not in vars(layer):
+                layer.forward = partial(self._lora_forward, layer, layer.forward)
+                # PEFT would cast activations up to the adapter's float32, and autocast down again: two copies a layer, for nothing
+                layer.cast_input_dtype_enabled = self.dtype == torch.float32
         self._use(None)
+
+    def _lora_forward(self, layer: LoraLinear, factored: Callable, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """A frozen adapter is added to each layer's weight as it is asked, `(W + s B A) x`: one product over the tokens instead of three, and no copy of
+        the backbone. The adapter in training takes PEFT's way, with gradient or without, so that ratios of its probabilities are exact."""
+        name, weight = self._used, layer.base_layer.weight
+        if torch.is_grad_enabled() or layer.disable_adapters or name == self._training or name not in layer.lora_A or name in layer.lora_variant:
+            return factored(x, *args, **kwargs)
+        return torch.nn.functional.linear(x, weight + layer.get_delta_weight(name).to(weight.dtype), layer.base_layer.bias)
 
     def _use(self, name: str | None) -> None:
         if name is not None:

@@ -5,7 +5,7 @@
     judges: {}                      # of another world: {PickScore: {model_id: ...}, OCR: {}, DeQA: {model_id: ...}}
     adapters: {ocr: experts/ocr}    # loaded beside the student: teachers, anchors, references; a folder, or one of the package's assets
     student: {rank: 32, alpha: 64}  # a new adapter; or {load: FOLDER}; or {merge: cat, adapters: [ocr, ...]}
-    schedule: {tasks: [ocr], prompts_per_batch: 12, images_per_prompt: 12}
+    schedule: {tasks: [ocr], prompts_per_batch: 12, images_per_prompt: 12}      # tags: {color_attr: 3}: GenEval's tags drawn so often; else once
     sampler: {steps: 10, kind: sde, noise_level: 0.7}
     grpo: {rewards: {OCR: 1.0}}     # or   opd: {teachers: {ocr: ocr}}
     train: {iterations: 100, lr: 3.0e-4}
@@ -27,7 +27,7 @@ from . import tinyworld
 from .merge import merge
 from .objectives import GRPO, OPD, Objective
 from .policy import FlowPolicy
-from .prompts import TASKS, load_prompts
+from .prompts import TASKS, Prompt, load_prompts
 from .rewards import OCR, DeQA, PickScore
 from .rollout import Sampler
 from .runs import nearest
@@ -66,10 +66,10 @@ def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: torch.dtyp
     config = TrainConfig(**_options("train", recipe["train"], TrainConfig))
     sampler = Sampler(**_options("sampler", {"steps": 10, "kind": "sde", **recipe.get("sampler", {})}, Sampler))
     schedule = dict(recipe["schedule"])
-    tasks = schedule.pop("tasks", list(TASKS))
+    tasks, tags = schedule.pop("tasks", list(TASKS)), schedule.pop("tags", {})
     options = _options("schedule", schedule, Schedule, ("prompts", "seed"))
     folder = recipe.get("prompts") or tinyworld.PROMPTS
-    prompts = Schedule({task: load_prompts(folder, task, "train") for task in tasks}, seed=seed, **options)
+    prompts = Schedule({task: _weighed(load_prompts(folder, task, "train"), tags) for task in tasks}, seed=seed, **options)
     policy = FlowPolicy(recipe.get("model") or tinyworld.BASE, device, dtype)
     for name, path in recipe.get("adapters", {}).items():
         shipped = tinyworld.ASSETS / path
@@ -81,6 +81,15 @@ def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: torch.dtyp
     check_keys("judges", judges, JUDGES)
     judges = {name: JUDGES[name](**settings) for name, settings in judges.items()} if judges else tinyworld.training_judges()
     return policy, GRPO(prompts, judges, sampler=sampler, **_options("grpo", recipe["grpo"], GRPO, ("schedule", "judges", "sampler"))), config
+
+
+def _weighed(prompts: list[Prompt], tags: Mapping[str, int]) -> list[Prompt]:
+    """Every prompt as often as its tag says (once by default), as in Flow-GRPO's training set for GenEval."""
+    if any(p.tag != p.task for p in prompts):
+        check_keys("tags", tags, sorted({p.tag for p in prompts}))
+    if not all(isinstance(n, int) and n >= 0 for n in tags.values()):
+        raise ValueError(f"tags say how often their prompts are drawn, in whole numbers, not {dict(tags)}")
+    return [p for p in prompts for _ in range(tags.get(p.tag, 1))]
 
 
 def _student(policy: FlowPolicy, settings: Mapping, seed: int) -> None:

@@ -38,11 +38,24 @@ class Step:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a trajectory is drawn: steps, kind (`ode`, `sde`, `cps`), noise level (of the last two), guidance."""
+    """How a trajectory is drawn: steps, kind (`ode`, `sde`, `cps`), noise level (of the last two), guidance.
+
+    `noisy`: how many steps have noise, the others being the ODE's, as in MixGRPO (2507.21802); None: all, but for the last.
+    """
     steps: int = 40
     kind: str = "ode"
     noise_level: float = .7
     guidance: float = 1.
+    noisy: int | None = None
+
+    def __post_init__(self):
+        if self.noisy is not None and not 1 <= self.noisy < self.steps:
+            raise ValueError(f"of {self.steps} steps, between 1 and {self.steps - 1} can have noise, not {self.noisy}")
+
+    @property
+    def trainable(self) -> int:
+        """How many steps, from the first, can be trained: those with noise, or for the ODE all but the last."""
+        return self.steps - 1 if self.noisy is None else self.noisy
 
 
 class NoiseStreams:
@@ -80,7 +93,7 @@ def walk(policy: FlowPolicy, velocity, prompts: Sequence[Prompt], seeds: Sequenc
     x = noise.draw()
     for index, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):
         v = velocity(x, sigma, index).detach()
-        mean, std = transition(x, v, sigma, sigma_next, sampler.kind, sampler.noise_level)
+        mean, std = transition(x, v, sigma, sigma_next, sampler.kind if index < sampler.trainable else "ode", sampler.noise_level)
         x_next = mean + std * noise.draw() if std else mean
         yield Step(index, sigma, sigma_next, x, v, x_next, mean, std)
         x = x_next

@@ -3,17 +3,22 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
 import papermill
 import yaml
 from papermill.exceptions import PapermillExecutionError
+
+from . import report
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS, RUNS = ROOT / "notebooks", ROOT / "papermill_runs"
@@ -26,7 +31,7 @@ def load_profile(name: str) -> dict[str, dict]:
         names = [p.stem for p in sorted(path.parent.glob("*.yaml"))]
         raise ValueError(f"no profile {name!r}{nearest(name, names)}; there are {', '.join(names)}")
     profile = yaml.safe_load(path.read_text())
-    if not isinstance(profile, dict):
+    if not isinstance(profile, dict) or not all(isinstance(p, dict | None) for p in profile.values()):
         raise ValueError(f"{path} must map notebooks to their parameters, such as `00_quickstart: {{n_test: 12}}`")
     return {notebook: parameters or {} for notebook, parameters in profile.items()}
 
@@ -36,18 +41,47 @@ def nearest(name: str, known: list[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def parameters_of(notebook: Path) -> dict:
+    """A notebook's parameters with their defaults."""
+    return {name: ast.literal_eval(found["default"]) for name, found in papermill.inspect_notebook(str(notebook)).items()}
+
+
 def check_parameters(notebook: Path, parameters: dict) -> None:
     """papermill only warns about a parameter the notebook does not have; a misspelt one is an error here, and so is a
     value of another type than the default's."""
     if not notebook.is_file():
         raise ValueError(f"no notebook {notebook.stem!r}{nearest(notebook.stem, [p.stem for p in NOTEBOOKS.glob('*.ipynb')])}")
-    known = papermill.inspect_notebook(str(notebook))
+    known = parameters_of(notebook)
     for name, value in parameters.items():
         if name not in known:
             raise ValueError(f"{notebook.name} has no parameter {name!r}{nearest(name, list(known))}; it has {', '.join(known)}")
-        default = ast.literal_eval(known[name]["default"])
+        if name == "out_dir":
+            raise ValueError(f"out_dir of {notebook.name} is set by the run, to a folder in the run's own (--folder)")
+        default = known[name]
         if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
             raise ValueError(f"{notebook.name} takes {name} as {type(default).__name__}, such as {default!r}, not {value!r}")
+
+
+def choose(profile: str, only: str, overrides: Mapping) -> dict[str, dict]:
+    """The profile's notebooks that begin with `only` and their parameters, checked. An override goes to the notebooks that have it.
+
+    Raises ValueError if none has it.
+    """
+    every = load_profile(profile)
+    chosen = {n: p for n, p in every.items() if n.startswith(only)}
+    if not chosen:
+        raise ValueError(f"profile {profile!r} has no notebook that begins with {only!r}; it has {', '.join(every)}")
+    for notebook, parameters in chosen.items():
+        check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
+    known = {n: list(parameters_of(NOTEBOOKS / f"{n}.ipynb")) for n in chosen}
+    for name in overrides:
+        if not any(name in names for names in known.values()):
+            names = list(dict.fromkeys(n for names in known.values() for n in names))
+            raise ValueError(f"there is no parameter {name!r}{nearest(name, names)} in {', '.join(chosen)}; there are {', '.join(names)}")
+    chosen = {n: {**p, **{k: v for k, v in overrides.items() if k in known[n]}} for n, p in chosen.items()}
+    for notebook, parameters in chosen.items():
+        check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
+    return chosen
 
 
 def check_range(low: float, high: float, **parameters: float) -> None:
@@ -70,55 +104,154 @@ def write_json(path: Path, record) -> None:
     os.replace(partial, path)
 
 
+def read_status(folder: Path) -> dict[str, dict]:
+    """A run's `status.json`, by notebook; empty where there is none. Raises ValueError, naming the file, if it is not one."""
+    path = folder / "status.json"
+    try:
+        status = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it to start over") from error
+    if not isinstance(status, dict) or not all(isinstance(s, dict) and "state" in s for s in status.values()):
+        raise ValueError(f"{path} is not the status of a run; delete it to start over")
+    return status
+
+
+def inputs() -> dict[str, str]:
+    """sha256 of what any notebook may read beside its own text: the library's source, the assets' manifests, the recipes."""
+    library = ROOT / "flowopd_lib"
+    files = {p.relative_to(ROOT).as_posix(): p for p in (*library.rglob("*.py"), *(library / "assets").rglob("manifest.json"))}
+    files |= {f"papermill_runs/recipes/{p.name}": p for p in (RUNS / "recipes").glob("*.yaml")}
+    return {name: report.sha256(files[name]) for name in sorted(files)}
+
+
+def needs_of(notebook: str) -> list[str]:
+    """The notebooks whose results a notebook reads, as its metadata say: `{"flowopd": {"needs": ["05_opd"]}}`."""
+    return nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).metadata.get("flowopd", {}).get("needs", [])
+
+
+def check_needs(chosen: Mapping[str, dict], status: Mapping[str, dict], folder: Path) -> None:
+    """Raises ValueError if a notebook needs one that neither comes before it nor is done in `folder`. Given a `run_dir`, it reads another run."""
+    there = {n for n, s in status.items() if s["state"] == "done" and (folder / n).is_dir()} - set(chosen)
+    for notebook, parameters in chosen.items():
+        missing = [] if parameters.get("run_dir") else [n for n in needs_of(notebook) if n not in there]
+        if missing:
+            raise ValueError(f"{notebook} needs {', '.join(missing)}, neither before it in this run nor done in {folder}; run first: --only {missing[0]}")
+        there.add(notebook)
+
+
+def fingerprints(chosen: Mapping[str, dict], status: Mapping[str, dict]) -> dict[str, str]:
+    """What each notebook's results follow from, hashed: its cells, its parameters, `inputs`, and the fingerprints of what it needs.
+
+    Those are `status`'s for what is not among `chosen`, for that is what lies there.
+    """
+    read, made = inputs(), {n: s.get("fingerprint") for n, s in status.items()}
+    for notebook, parameters in chosen.items():
+        cells = [(c.cell_type, c.source) for c in nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).cells]
+        there = made
+        if parameters.get("run_dir"):       # the results of another run
+            there = {n: s.get("fingerprint") for n, s in read_status(NOTEBOOKS / parameters["run_dir"]).items()}
+        needed = {n: there.get(n) for n in needs_of(notebook)}
+        made[notebook] = hashlib.sha256(json.dumps([cells, parameters, read, needed], sort_keys=True).encode()).hexdigest()
+    return {n: made[n] for n in chosen}
+
+
+def scrub(node, folder: Path):
+    """No path of this machine, for runs are published: `folder` becomes ".", the repository and the home a name. Pictures stay as they are."""
+    if isinstance(node, dict):
+        return {k: v if k.startswith("image/") else scrub(v, folder) for k, v in node.items()}
+    if isinstance(node, list):
+        return [scrub(v, folder) for v in node]
+    if isinstance(node, str):
+        for path, name in ((folder, "."), (ROOT, "flowopd-lab"), (Path.home(), "~")):
+            if len(path.parts) > 1:         # a home of "/" is no home
+                node = re.sub(re.escape(str(path)) + r"(?![\w.-])", name, node)
+    return node
+
+
 def execute(name: str, parameters: dict, folder: Path) -> float:
     """Run one notebook into `folder` and return its seconds. Raises RuntimeError that shows the failing cell.
 
-    The notebook must take `out_dir`, `folder/name` here, and writes its results there. Widget state is dropped from the executed copy.
+    The notebook must take `out_dir`, `folder/name` here, and writes its results there. Where it takes `run_dir` and is given none, that is
+    `folder`, with the results of others. Widget state and paths are dropped from the executed copy.
     """
     source, target, out = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", folder / name
     os.environ["FLOWOPD_HEADLESS"] = "1"        # no bars in the executed copy
-    target.unlink(missing_ok=True)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    places = {"out_dir": str(out)}
+    if "run_dir" in parameters_of(source) and not parameters.get("run_dir"):
+        places["run_dir"] = str(folder)
     began = time.time()
     try:
-        papermill.execute_notebook(str(source), str(target), {**parameters, "out_dir": str(out.resolve())},
-                                   cwd=str(NOTEBOOKS), progress_bar=False, log_output=False)
+        papermill.execute_notebook(str(source), str(target), {**parameters, **places}, cwd=str(NOTEBOOKS), progress_bar=False, log_output=False,
+                                   extra_arguments=["--IPKernelApp.log_level=CRITICAL"])     # it warns of TCP each time, and of its own end
     except PapermillExecutionError as error:
         raise RuntimeError(f"{name} failed in cell {error.exec_count}:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n"
                            f"(executed up to there: {target})") from error
+    except RuntimeError as error:               # of nbclient: the kernel died
+        raise RuntimeError(f"{name} was not executed to its end: {error}") from error
     finally:
         if target.exists():
             executed = nbformat.read(target, 4)
             executed.metadata.pop("widgets", None)
-            nbformat.write(executed, target)
+            for key in ("input_path", "output_path"):
+                executed.metadata.get("papermill", {}).pop(key, None)
+            nbformat.write(nbformat.from_dict(scrub(executed, folder)), target)
     return time.time() - began
 
 
-def run_profile(name: str, only: str = "", overrides: dict | None = None, folder: Path | None = None, log=print) -> Path:
-    """Execute a profile's notebooks in order into `folder` (default `papermill_runs/NAME`), with a `status.json`.
+def run_profile(name: str, only: str = "", overrides: Mapping | None = None, folder: Path | None = None, log=print, resume: bool = False) -> Path:
+    """Execute a profile's notebooks in order into `folder` (default `papermill_runs/NAME`), with `status.json`, `manifest.json`, `report.html`.
 
-    Every parameter is checked before the first notebook starts.
+    Every parameter and every need is checked before the first notebook starts. `resume` leaves out what is done with the same fingerprint,
+    and keeps the folder of what was cut off with the same, so that trainings go on in it.
     """
-    chosen = {n: {**p, **(overrides or {})} for n, p in load_profile(name).items() if n.startswith(only)}
-    if not chosen:
-        raise ValueError(f"profile {name!r} has no notebook that begins with {only!r}; it has {', '.join(load_profile(name))}")
-    for notebook, parameters in chosen.items():
-        check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
-    folder = folder or RUNS / name
+    chosen = choose(name, only, overrides or {})
+    folder = (folder or RUNS / name).resolve()
+    if folder.is_file() or folder == NOTEBOOKS.resolve():
+        raise ValueError(f"{folder} is no folder for a run")
+    old = read_status(folder)
+    kept = old if only or resume else {}
+    check_needs(chosen, kept, folder)
+    earlier = [(n, s) for record in (read_status(RUNS / "reference"), read_status(RUNS / name), old) for n, s in record.items()]
+    # Seconds of other parameters, or of the rest of a notebook, say nothing.
+    seconds = {n: s["seconds"] for n, s in earlier if s["state"] == "done" and s["parameters"] == chosen.get(n) and not s.get("resumed")}
+    order = dict.fromkeys([n for n in load_profile(name) if n in chosen or n in kept] + list(kept))
+    status = {n: kept[n] if n in kept and (resume or n not in chosen) else {"state": "waiting"} for n in order}
+
+    def finished(notebook: str, fingerprint: str) -> bool:
+        return (resume and status[notebook]["state"] == "done" and status[notebook].get("fingerprint") == fingerprint
+                and (folder / notebook).is_dir() and (folder / f"{notebook}.ipynb").is_file())
     folder.mkdir(parents=True, exist_ok=True)
-    status = {n: {"state": "waiting"} for n in chosen}
-    for i, (notebook, parameters) in enumerate(chosen.items(), 1):
-        status[notebook] = {"state": "running", "parameters": parameters}
-        write_json(folder / "status.json", status)
-        log(f"[{i}/{len(chosen)}] {notebook} ...")
-        try:
-            seconds = execute(notebook, parameters, folder)
-        except BaseException as error:
-            status[notebook].update(state="failed", error=str(error) or type(error).__name__)
+    commit = report.checkout(ROOT, folder)
+    try:
+        for i, (notebook, parameters) in enumerate(chosen.items()):
+            now = fingerprints({n: chosen[n] for n in list(chosen)[i:]}, status)
+            if finished(notebook, now[notebook]):
+                log(f"[{i + 1}/{len(chosen)}] {notebook} is done and unchanged")
+                continue
+            left = [n for n in now if not finished(n, now[n])]
+            rest = f" (about {report.duration(sum(seconds[n] for n in left))} left)" if set(left) <= set(seconds) else ""
+            keep = resume and status[notebook]["state"] != "done" and status[notebook].get("fingerprint") == now[notebook]
+            # First this, so that a kill in between leaves no checkpoints of something else under the new fingerprint.
+            (folder / f"{notebook}.ipynb").unlink(missing_ok=True)
+            if not keep:
+                shutil.rmtree(folder / notebook, ignore_errors=True)
+            status[notebook] = {"state": "running", "parameters": parameters, "fingerprint": now[notebook], **({"resumed": True} if keep else {})}
             write_json(folder / "status.json", status)
-            raise
-        status[notebook].update(state="done", seconds=round(seconds, 1))
-        write_json(folder / "status.json", status)
-        log(f"[{i}/{len(chosen)}] {notebook} done in {seconds:.0f} s: {folder / notebook}.ipynb")
+            log(f"[{i + 1}/{len(chosen)}] {notebook} ...{rest}")
+            try:
+                spent = execute(notebook, parameters, folder)
+            except BaseException as error:
+                status[notebook].update(state="failed" if isinstance(error, Exception) else "interrupted",
+                                        error=scrub(str(error), folder) or type(error).__name__)
+                write_json(folder / "status.json", status)
+                raise
+            status[notebook].update(state="done", seconds=round(spent, 1))
+            write_json(folder / "status.json", status)
+            log(f"[{i + 1}/{len(chosen)}] {notebook} done in {report.duration(spent)}: {folder / notebook}.ipynb")
+    finally:
+        read = {n: digest for n, digest in inputs().items() if not n.endswith(".py")}
+        manifest = scrub(report.manifest(name, folder, status, commit, read), folder)
+        write_json(folder / "manifest.json", manifest)
+        (folder / "report.html").write_text(report.page(manifest, folder))
     return folder

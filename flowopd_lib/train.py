@@ -11,10 +11,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
 
@@ -29,8 +30,8 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`iterations` of the objective (each makes its own number of updates). A checkpoint is written every `save_every`
-    iterations and after `save_seconds`, whichever comes first."""
+    """`iterations` of the objective (each makes its own number of updates), fewer if `max_seconds` of training are over before. A checkpoint
+    is written every `save_every` iterations and after `save_seconds`, whichever comes first, and at the end."""
     iterations: int
     lr: float = 3e-4
     warmup: int = 0                     # updates
@@ -40,6 +41,7 @@ class TrainConfig:
     weight_decay: float = 0.
     save_every: int = 20
     save_seconds: float = 120.
+    max_seconds: float = math.inf
 
     def __post_init__(self):
         if self.iterations < 1 or self.save_every < 1:
@@ -55,7 +57,7 @@ class StepInfo:
     update: int
     loss: float
     grad_norm: float
-    seconds: float                      # since this process began to train
+    seconds: float                      # of training up to here, those before a resume included, those the caller takes left out
     metrics: dict[str, float]
 
 
@@ -68,7 +70,8 @@ class _Run:
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay)
         self.iteration = self.updates = 0
-        settings = {k: v for k, v in asdict(config).items() if k not in ("iterations", "save_every", "save_seconds")}
+        self.seconds = 0.
+        settings = {k: v for k, v in asdict(config).items() if k not in ("iterations", "save_every", "save_seconds", "max_seconds")}
         plain = (int, float, str, bool, tuple, type(None))
         objective_settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)
                               if isinstance(getattr(objective, f.name), plain) and f.name != "micro"}
@@ -84,10 +87,10 @@ class _Run:
             for mine, saved in zip([*self.parameters, *self.average], [*state["parameters"], *state["average"]], strict=True):
                 mine.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration, self.updates = state["iteration"], state["updates"]
+        self.iteration, self.updates, self.seconds = state["iteration"], state["updates"], state["seconds"]
 
     def save(self) -> None:
-        save_state(self.state, {"parameters": [p.data for p in self.parameters], "average": self.average, "iteration": self.iteration,
+        save_state(self.state, {"parameters": [p.data for p in self.parameters], "average": self.average, "iteration": self.iteration, "seconds": self.seconds,
                                 "updates": self.updates, "optimizer": self.optimizer.state_dict(), "settings": self.settings})
 
     def step(self, accelerator: Accelerator) -> float:
@@ -133,8 +136,9 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
         partial.write_text("".join(line + "\n" for line in kept))
         os.replace(partial, log)
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.gather)
-    began = saved = time.time()
-    while run.iteration < config.iterations:
+    saved = time.time()
+    began = saved - run.seconds
+    while run.iteration < config.iterations and run.seconds < config.max_seconds:
         data = objective.collect(policy, adapter, run.iteration, share)
         for update in range(objective.updates):
             total = torch.zeros((), device=policy.device)
@@ -151,19 +155,24 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
             metrics = objective.metrics(data) if last else {}
             if last and accelerator.num_processes > 1:
                 names = sorted(metrics)
-                mean = accelerator.reduce(torch.tensor([metrics[n] for n in names], device=policy.device), "mean")
-                metrics = dict(zip(names, mean.tolist()))
-            info = StepInfo(run.iteration, update, loss, norm, time.time() - began, metrics)
+                every = accelerator.gather(torch.tensor([[metrics[n] for n in names]], device=policy.device))
+                metrics = dict(zip(names, every.nanmean(0).tolist()))
+            metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
+            run.seconds = time.time() - began
+            info = StepInfo(run.iteration, update, loss, norm, run.seconds, metrics)
             if last:
                 run.iteration += 1
                 if accelerator.is_main_process:
                     with log.open("a") as file:
                         file.write(json.dumps({"iteration": info.iteration, "loss": loss, "grad_norm": norm, "seconds": round(info.seconds, 2),
                                                **metrics}) + "\n")
-                    if run.iteration % config.save_every == 0 or time.time() - saved > config.save_seconds or run.iteration == config.iterations:
+                    over = run.iteration == config.iterations or run.seconds >= config.max_seconds
+                    if run.iteration % config.save_every == 0 or time.time() - saved > config.save_seconds or over:
                         run.save()
                         saved = time.time()
+            paused = time.time()
             yield info
+            began += time.time() - paused
     if config.ema:
         with torch.no_grad():
             for p, average in zip(run.parameters, run.average):
@@ -172,3 +181,30 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
     if accelerator.is_main_process:
         policy.save_adapter(adapter, folder / "adapter")
     accelerator.wait_for_everyone()
+
+
+def fit(policy: FlowPolicy, objective: Objective, folder: str | Path, config: TrainConfig, adapter: str = "student",
+        probe: Callable[[str], pd.DataFrame] | None = None, every: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`train` to the end, in one process: its metrics, a row an iteration, and what `probe(adapter)` told on the way.
+
+    The probe is asked before the first iteration, after every `every` and after the last (then about the averaged weights); its rows get
+    `iteration` (how many were done) and `seconds` of training. They are kept in `folder/probes.jsonl`, so a resumed training has them all.
+    """
+    folder = Path(folder)
+    log = folder / "probes.jsonl"
+    asked = {json.loads(line)["iteration"] for line in log.read_text().splitlines()} if log.exists() else set()
+
+    def ask(iteration: int, seconds: float) -> None:
+        if probe is not None and iteration not in asked:
+            rows = probe(adapter).assign(iteration=iteration, seconds=seconds)
+            with log.open("a") as file:             # one write, so that a kill leaves all of a probe's rows or none
+                file.write(rows.to_json(orient="records", lines=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    ask(0, 0.)
+    for info in train(policy, objective, folder, config, adapter):
+        done = info.iteration + 1
+        if info.metrics and every and done % every == 0 and done < config.iterations and info.seconds < config.max_seconds:
+            ask(done, info.seconds)
+    curve = pd.read_json(folder / "metrics.jsonl", lines=True)
+    ask(len(curve), curve["seconds"].iloc[-1])
+    return curve, pd.read_json(log, lines=True) if log.exists() else pd.DataFrame()

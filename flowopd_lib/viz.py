@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,11 +11,15 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
+from .evaluate import score
 from .policy import FlowPolicy
-from .rollout import Step
+from .prompts import Prompt
+from .rewards import Reward
+from .rollout import Sampler, Step, sample
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLORS = {"GenEval": "#0072B2", "OCR": "#D55E00", "PickScore": "#009E73", "DeQA": "#CC79A7"}
+MODEL_COLORS = {"base": "#666666", "merged": "#E69F00", "student": "#56B4E9", "GRPO-Mix": "#882255"}
 FULL_SCALE = {"GenEval": 1., "OCR": 1., "PickScore": 26., "DeQA": 5.}    # the paper's Average divides by these
 
 
@@ -25,6 +29,12 @@ def use_style() -> None:
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
                          "axes.titlesize": 12, "axes.titleweight": "bold", "axes.spines.top": False,
                          "axes.spines.right": False, "image.interpolation": "nearest", "savefig.bbox": "tight"})
+
+
+def model_colors(models: Iterable[str]) -> dict[str, str]:
+    """A colour for every model or training: the same in every figure for those of `MODEL_COLORS`, the rest in order."""
+    rest = iter(sns.color_palette("colorblind").as_hex() + sns.color_palette("dark").as_hex())
+    return {name: MODEL_COLORS.get(name) or next(rest) for name in models}
 
 
 def image_grid(images: torch.Tensor, captions: Sequence[str], columns: int = 6, title: str = "") -> Figure:
@@ -48,6 +58,14 @@ def captions_of(table: pd.DataFrame) -> list[str]:
         return "  ".join(f"{n} {row[n]:.{digits}f}" for n in names if n in row and not np.isnan(row[n]))
     return ["\n".join(filter(None, (row["prompt"], line(row, ("GenEval", "OCR"), 2), line(row, ("PickScore", "DeQA"), 1))))
             for _, row in table.iterrows()]
+
+
+def model_gallery(policy: FlowPolicy, prompts: Sequence[Prompt], models: Mapping[str, str | None], judges: Mapping[str, Reward], sampler: Sampler, seed: int,
+                  title: str) -> Figure:
+    """Every prompt (a column) under every model (a row), sampled with the same noise and scored; `models` as for `evaluate`."""
+    images = {name: sample(policy, prompts, range(seed, seed + len(prompts)), sampler, adapter) for name, adapter in models.items()}
+    captions = [f"{name}: {caption}" for name, drawn in images.items() for caption in captions_of(score(drawn, prompts, judges))]
+    return image_grid(torch.cat(list(images.values())), captions, len(prompts), title)
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
@@ -109,14 +127,16 @@ def trajectory_strip(policy: FlowPolicy, steps: Sequence[Step], title: str, row:
 def model_panels(summary: pd.DataFrame, title: str) -> Figure:
     """A panel per judge, a point with its interval per model (columns model, judge, mean, low, high); the line is the first model's mean."""
     judges, models = list(summary["judge"].unique()), list(summary["model"].unique())
-    figure, axes = plt.subplots(1, len(judges), figsize=(2.7 * len(judges) + 1.2, .42 * len(models) + 1.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(judges), figsize=(2.9 * len(judges) + 1.4, .42 * len(models) + 1.6), sharey=True, squeeze=False)
     for axis, judge in zip(axes[0], judges):
         rows = summary[summary["judge"] == judge].set_index("model").loc[models]
         axis.axvline(rows["mean"].iloc[0], color=".6", lw=1, ls="--")
         axis.errorbar(rows["mean"], range(len(models)), xerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]], fmt="o", ms=7,
                       capsize=4, color=COLORS.get(judge, ".2"))
         axis.set_yticks(range(len(models)), models)
-        axis.set(ylim=(len(models) - .5, -.5), title=f"{judge} (n={rows['n'].iloc[0]})", xlabel="mean, 95 % interval")
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axis.set(ylim=(len(models) - .5, -.5), xlabel="mean, 95 % interval")
+        axis.set_title(f"{judge} (n={rows['n'].iloc[0]})", fontsize=11)
     figure.suptitle(title, fontweight="bold")
     return figure
 
@@ -131,6 +151,42 @@ def training_curves(curves: Mapping[str, pd.DataFrame], columns: Sequence[str], 
                 axis.plot(curve["iteration"], curve[column].rolling(10, min_periods=1, center=True).mean(), color=color, lw=2, label=name)
         axis.set(xlabel="iteration", title=column)
     axes[0, 0].legend(fontsize=9)
+    figure.suptitle(title, fontweight="bold")
+    return figure
+
+
+def probe_curves(probes: Mapping[str, pd.DataFrame], x: str, title: str) -> Figure:
+    """A panel per judge, a line per training: what `fit`'s probes told on the way, with 95 % intervals, over `iteration` or `seconds` of training."""
+    judges = list(dict.fromkeys(judge for rows in probes.values() for judge in rows["judge"]))
+    figure, axes = plt.subplots(1, len(judges), figsize=(3.3 * len(judges), 3.5), squeeze=False)
+    colors = model_colors(probes)
+    for axis, judge in zip(axes[0], judges):
+        for name, rows in probes.items():
+            part = rows[rows["judge"] == judge].sort_values("iteration")
+            axis.plot(part[x], part["mean"], "o-", color=colors[name], lw=2, ms=4, label=name)
+            axis.vlines(part[x], part["low"], part["high"], color=colors[name], alpha=.35, lw=1.5)
+        axis.set(title=f"{judge} (n={part['n'].iloc[0]})", xlabel="training, s" if x == "seconds" else x)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(probes), 6), fontsize=9)
+    figure.suptitle(title, fontweight="bold")
+    return figure
+
+
+def kl_figure(curve: pd.DataFrame, sigmas: Sequence[float], title: str) -> Figure:
+    """How the KL to the teachers falls while a student is distilled: by task, and by step of its walk (`sigmas`: the sampler's grid)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True)
+    tasks, steps = ([c for c in curve if c.startswith("kl_") and c.startswith("kl_step_") == step] for step in (False, True))
+    names = {"kl_geneval": "GenEval", "kl_ocr": "OCR", "kl_pickscore": "PickScore"}
+    for column in tasks:
+        left.plot(curve["iteration"], curve[column].rolling(5, min_periods=1, center=True).mean(), lw=2,
+                  color=COLORS.get(names.get(column)), label=f"{names.get(column, column)} prompts")
+    steps = sorted(steps, key=lambda c: int(c.split("_")[-1]))
+    for column, color in zip(steps, sns.color_palette("viridis", len(steps))):
+        right.plot(curve["iteration"], curve[column].rolling(5, min_periods=1, center=True).mean(), lw=1.6, color=color,
+                   label=f"σ {sigmas[int(column.split('_')[-1])]:.2f}")
+    left.set(yscale="log", xlabel="iteration", ylabel="KL of a step, nats", title="by task")
+    right.set(xlabel="iteration", title="by noise level")
+    left.legend(fontsize=9)
+    figure.legend(*right.get_legend_handles_labels(), fontsize=9, loc="outside right center")
     figure.suptitle(title, fontweight="bold")
     return figure
 

@@ -2,8 +2,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from flowopd_lib import Sampler, diversity, evaluate, gain_kept, kernel_distance, mean_interval, paired_differences, paper_average, summary
+from flowopd_lib import (Sampler, diversity, evaluate, gain_kept, home_scores, kernel_distance, mean_interval, model_scores, paired_differences,
+                         paper_average, summary, tinyworld)
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -94,6 +96,25 @@ def test_the_average_is_the_papers():
         assert paper_average(table(*given))["mean"].item() == pytest.approx(printed, abs=.006)
     with pytest.raises(ValueError, match="needs OCR on the ocr prompts"):
         paper_average(table(.6, np.nan, 4., 21.))
+
+
+def test_models_are_scored_on_their_own_prompts():
+    rows = [("geneval", {"GenEval": 1., "PickScore": 3., "DeQA": 1.}), ("ocr", {"OCR": .5, "PickScore": 3., "DeQA": 1.}), ("pickscore", {"PickScore": 13., "DeQA": 4.})]
+    table = pd.DataFrame([{"model": "m", "task": t, "prompt": f"{t} {i}", **v} for t, v in rows for i in range(3)])
+    got = model_scores(table).set_index("judge")
+    assert got["mean"].to_dict() == pytest.approx({"GenEval": 1., "OCR": .5, "PickScore": 13., "DeQA": 4., "Average": (1 + .5 + .8 + .5) / 4})
+    twice = model_scores(pd.concat([table, table])).set_index("judge")       # a second sample of a prompt is no second prompt
+    assert twice["n"].equals(got["n"]) and twice["low"].equals(got["low"])
+    assert got.loc["PickScore", "n"] == 3 and home_scores(table)["DeQA"].count() == 3 and table["DeQA"].count() == 9
+
+
+def test_the_distance_to_renders_is_small_for_renders_and_large_for_noise(judges):
+    embed = judges["PickScore"].embed
+    pictures = {"renders": [tinyworld.clean_renders(t, "test", 30, seed=1) for t in ("ocr", "pickscore")], "noise": [torch.rand(30, 3, 64, 64) for _ in range(2)]}
+    table = pd.concat([pd.DataFrame({"model": m, "task": t, "repeat": 0, "embedding": list(embed(images))})
+                       for m, both in pictures.items() for t, images in zip(("ocr", "pickscore"), both)])
+    rows = tinyworld.render_distance(table, embed, seed=0).set_index("model")
+    assert rows.loc["renders", "high"] < rows.loc["noise", "low"] and (rows["n"] == 60).all()
 
 
 def test_diversity_sees_collapse_and_distance_sees_a_shift():

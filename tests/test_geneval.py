@@ -94,6 +94,8 @@ def test_partial_credit_is_whole_for_a_right_picture_and_counts_each_aspect():
     three = record("counting", {"class": "circle", "count": 3}, exclude=[{"class": "circle", "count": 4}])
     for n, wanted in ((3, 1.), (2, 2 / 3), (4, 2 / 3), (0, 0.), (7, 0.)):
         assert share(three, *[at("circle", 10 * i, 0) for i in range(n)]) == pytest.approx(wanted)
+    one = record("single_object", CIRCLE)               # where the verdict allows too many, so does the credit
+    assert right(one, at("circle", 10, 0), at("circle", 30, 0)) and share(one, at("circle", 10, 0), at("circle", 30, 0)) == 1.
     left = record("position", CIRCLE, {"class": "square", "count": 1, "position": ["left of", 0]})
     circle, before, behind = at("circle", 40, 20), at("square", 10, 20), at("square", 70, 20)
     assert [share(left, *d) for d in ([circle, before], [circle, behind], [circle], [])] == [1., .75, .5, 0.]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from small_policy import SmallPolicy
 
-from flowopd_lib.objectives import GRPO, SFT, Share, advantages
+from flowopd_lib.objectives import GRPO, SFT, Share, advantages, grpo_mix, task_rewards
 from flowopd_lib.prompts import Prompt
-from flowopd_lib.rollout import Sampler
+from flowopd_lib.rollout import Sampler, trajectory
 from flowopd_lib.schedule import Schedule
 from flowopd_lib.sde import log_prob, transition
 
@@ -167,3 +167,28 @@ def test_rewards_without_a_judge_are_named():
         GRPO(Schedule({"ocr": TASKS["ocr"]}, 2, 2), {"OCR": Brightness()}, {"Taste": 1.})
     with pytest.raises(ValueError, match="shares must give a positive whole number"):
         Schedule(TASKS, 3, shares={"ocr": 1})
+
+
+def test_only_the_noisy_steps_of_a_mixed_sampler_have_noise_and_are_trained():
+    policy, sampler = SmallPolicy(2, student=torch.ones(2, 2, requires_grad=True)), Sampler(6, "sde", noisy=2)
+    steps = list(trajectory(policy, TASKS["ocr"][:1], [3], sampler, "student"))
+    ode = list(trajectory(policy, TASKS["ocr"][:1], [3], Sampler(6), "student"))
+    assert [step.std > 0 for step in steps] == [True, True, False, False, False, False]
+    for step, other in zip(steps[2:], ode[2:]):         # from there on Euler's step
+        torch.testing.assert_close(step.x_next - step.x, (other.sigma_next - other.sigma) * step.v)
+    assert [s.index for part in grpo(sampler=sampler).collect(policy, "student", 0, Share()).parts[:1] for s in part.steps] == [0, 1]
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        grpo(sampler=sampler, steps=(0, 2))
+    with pytest.raises(ValueError, match="between 1 and 5 can have noise, not 6"):
+        Sampler(6, "sde", noisy=6)
+
+
+def test_the_mix_takes_turns_and_weighs_as_the_paper_does():
+    judges = {name: Brightness() for name in ("GenEval", "OCR", "PickScore", "DeQA")}
+    prompts = {task: [Prompt(f"{task} {i}", task) for i in range(4)] for task in ("geneval", "ocr", "pickscore")}
+    mix = grpo_mix(prompts, judges, 2, 4)
+    tasks = [{p.task for p in mix.schedule.draw(i).prompts} for i in range(10)]
+    assert all(len(t) == 1 for t in tasks) and [sum(t == {name} for t in tasks) for name in prompts] == [6, 2, 2]
+    assert mix.weights_of("ocr") == {"OCR": .8, "DeQA": .2} and mix.weights_of("geneval") == {"GenEval": .8, "DeQA": .2}
+    partial = task_rewards({**judges, "GenEvalPartial": Brightness()})
+    assert partial["geneval"] == {"GenEval": .5, "GenEvalPartial": .5} and partial["pickscore"] == {"PickScore": 1.}

@@ -156,8 +156,20 @@ def test_ode_rollouts_subsets_of_steps_and_weightings():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(estimator="gkd"), "unknown estimator gkd"), (dict(weighting="snr"), "unknown weighting"), (dict(steps=(4,)), "last step is deterministic"),
+    (dict(estimator="gkd"), "unknown estimator gkd"), (dict(weighting="snr"), "unknown weighting"), (dict(steps=(4,)), "later steps are deterministic"),
     (dict(steps=9), "between 1 and 4"), (dict(sampler=Sampler(5, "ode"), estimator="paper"), "probabilities of actions")])
 def test_bad_settings_are_named_before_anything_is_walked(options, message):
     with pytest.raises(ValueError, match=message):
         OPD(Schedule({"ocr": [Prompt("x", "ocr")]}, 4), {"ocr": "teacher"}, **{"sampler": SAMPLER, **options})
+
+
+def test_the_kl_is_told_by_task_and_by_step():
+    schedule = Schedule({"ocr": [Prompt("x", "ocr")], "geneval": [Prompt("y", "geneval")]}, 4)
+    policy = policy_of()
+    o = OPD(schedule, {"ocr": "teacher", "geneval": "student"}, SAMPLER, mar=0., micro=3)
+    data = o.collect(policy, "student", 0, Share())
+    for loss in o.losses(policy, "student", data, 0):
+        loss.backward()
+    told = o.metrics(data)
+    assert told["kl_geneval"] == 0 < told["kl_ocr"] and [k for k in told if k.startswith("kl_step")] == [f"kl_step_{k}" for k in range(STEPS - 1)]
+    assert sum(told[f"kl_step_{k}"] for k in range(STEPS - 1)) / (STEPS - 1) == pytest.approx(told["kl"], rel=1e-5)

@@ -64,6 +64,18 @@ def test_asking_a_teacher_does_not_cut_the_students_gradient(crowd):
     assert not look(crowd, "one").requires_grad and base.shape == v.shape
 
 
+def test_a_frozen_adapter_is_what_peft_makes_of_it(crowd):
+    crowd.train_adapter(None)
+    with torch.no_grad():
+        merged, base = look(crowd, "one"), look(crowd, None)
+        crowd.train_adapter("one")
+        factored = look(crowd, "one")
+    crowd.train_adapter(None)
+    assert not torch.equal(merged, factored)            # it does take another way
+    torch.testing.assert_close(merged, factored, atol=2e-5, rtol=1e-4)
+    assert (merged - base).abs().max() > 1e-2
+
+
 def test_an_adapter_is_saved_and_loaded(crowd, tmp_path):
     crowd.save_adapter("two", tmp_path / "two")
     assert {p.name for p in (tmp_path / "two").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}

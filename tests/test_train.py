@@ -5,16 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 
-from flowopd_lib import FlowPolicy, load_prompts, tinyworld
+from flowopd_lib import FlowPolicy, Sampler, load_prompts, sft_start, tinyworld
 from flowopd_lib.checkpoint import load_state
 from flowopd_lib.objectives import SFT
 from flowopd_lib.recipes import build
-from flowopd_lib.train import TrainConfig, TrainingDiverged, train
+from flowopd_lib.train import TrainConfig, TrainingDiverged, fit, train
 
 OPD = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
        "sampler": {"steps": 4}, "opd": {"teachers": {"geneval": "expert", "ocr": None}, "micro": 2, "anchor": "expert"},
@@ -119,3 +121,41 @@ def test_a_bad_recipe_is_one_sentence_before_anything_is_loaded(tmp_path):
     result = subprocess.run(command(broken, tmp_path / "x"), env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("error: sampler has no 'stepz' (did you mean 'steps'?)")
     assert time.time() - began < 120 and not (tmp_path / "x").exists()
+
+
+def test_a_probed_training_that_was_cut_off_tells_what_an_uninterrupted_one_tells(tmp_path):
+    def run(folder, iterations, **options):
+        policy = FlowPolicy(tinyworld.BASE)
+        policy.add_adapter("student", rank=4, alpha=8)
+        def probe(adapter):
+            size = sum(p.detach().abs().sum().item() for p in policy.adapter_parameters(adapter).values())
+            return pd.DataFrame([{"judge": "size", "mean": size}])
+        return fit(policy, sft(policy), tmp_path / folder, TrainConfig(iterations, lr=1e-3, save_every=1, ema=0., **options), probe=probe, every=2)
+    curve, probes = run("whole", 5)
+    assert list(probes["iteration"]) == [0, 2, 4, 5] and len(curve) == 5 and probes["seconds"].is_monotonic_increasing
+    assert probes["seconds"].iloc[-1] == pytest.approx(curve["seconds"].iloc[-1])
+    run("cut", 3)
+    assert len(run("cut", 3)[0]) == 3                   # over: nothing is trained or asked again
+    curve, cut = run("cut", 5)
+    assert dict(zip(cut["iteration"], cut["mean"])).items() >= dict(zip(probes["iteration"], probes["mean"])).items()
+    assert curve["seconds"].is_monotonic_increasing     # the clock of a resumed training goes on
+    assert len(run("short", 100, max_seconds=1e-9)[0]) == 1
+
+
+def test_a_start_by_fine_tuning_learns_each_tasks_own_teacher(tmp_path):
+    policy = FlowPolicy(tinyworld.BASE)
+    prompts = tinyworld.first_prompts("train", 2)
+    curve = sft_start(policy, prompts, dict.fromkeys(("geneval", "ocr", "pickscore")), "start", tmp_path, 2, rank=4, sampler=Sampler(2))
+    assert len(curve) == 2 and "start" in policy.adapters and [p.task for p in prompts] == ["geneval"] * 2 + ["ocr"] * 2 + ["pickscore"] * 2
+    with pytest.raises(ValueError, match="no teacher for the task"):
+        sft_start(policy, prompts, {"ocr": None}, "other", tmp_path / "x", 2)
+
+
+def test_tags_say_how_often_prompts_are_drawn():
+    recipe = {**GRPO, "schedule": {"tasks": ["geneval"], "prompts_per_batch": 2, "images_per_prompt": 4, "tags": {"counting": 3, "colors": 0}},
+              "grpo": {"rewards": {"GenEval": 1.}, "micro": 2, "updates": 2}}
+    drawn = Counter(p.tag for p in build(recipe)[1].schedule.prompts["geneval"])
+    assert drawn["counting"] == 3 * drawn["two_object"] > 0 == drawn["colors"]
+    for tags, message in (({"colour": 2}, "did you mean 'colors'"), ({"colors": -1}, "in whole numbers")):
+        with pytest.raises(ValueError, match=message):
+            build({**recipe, "schedule": {**recipe["schedule"], "tags": tags}})

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..policy import FlowPolicy
+from ..rollout import Sampler
 from ..schedule import Batch
 
 
@@ -46,21 +47,21 @@ class Objective(Protocol):
         ...
 
 
-def trained_steps(steps: int, which: int | tuple[int, ...] | None, iteration: int, seed: int) -> list[int]:
-    """The steps of a trajectory that are trained: None all but the deterministic last, a number that many of them drawn anew for every
+def trained_steps(sampler: Sampler, which: int | tuple[int, ...] | None, iteration: int, seed: int) -> list[int]:
+    """The steps of a trajectory that are trained: None all that have noise, a number that many of them drawn anew for every
     iteration, a tuple exactly those.
 
     Raises ValueError for steps that do not exist or have no noise.
     """
-    noisy = range(steps - 1)
+    noisy = range(sampler.trainable)
     if which is None:
         return list(noisy)
     if isinstance(which, int):
         if not 1 <= which <= len(noisy):
-            raise ValueError(f"of {steps} steps, between 1 and {len(noisy)} can be trained, not {which}")
+            raise ValueError(f"of {sampler.steps} steps, between 1 and {len(noisy)} can be trained, not {which}")
         return sorted(random.Random(f"steps/{seed}/{iteration}").sample(noisy, which))
     if not which or not set(which) <= set(noisy):
-        raise ValueError(f"trained steps are numbers from 0 to {steps - 2} (the last step is deterministic), not {tuple(which)}")
+        raise ValueError(f"trained steps are numbers from 0 to {noisy[-1]} (the later steps are deterministic), not {tuple(which)}")
     return sorted(which)
 
 
@@ -69,5 +70,5 @@ def chunks(n: int, size: int) -> list[slice]:
 
 
 def mean_of(records: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Means of detached scalars collected along an iteration."""
-    return {key: torch.stack([r[key] for r in records if key in r]).mean().item() for key in {k: 0 for r in records for k in r}}
+    """Means of detached scalars collected along an iteration; NaN, which says there was nothing to measure, is left out of them."""
+    return {key: torch.stack([r[key] for r in records if key in r]).nanmean().item() for key in {k: 0 for r in records for k in r}}

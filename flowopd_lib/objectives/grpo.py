@@ -47,6 +47,13 @@ def advantages(rewards: torch.Tensor, weights: torch.Tensor, group: int, normali
     return (centred / (spread + 1e-4)).flatten().clamp(-limit, limit)
 
 
+def task_rewards(judges: Mapping[str, Reward], deqa: float = 0.) -> dict[str, dict[str, float]]:
+    """Each task's own reward, (1 - deqa) of it, beside DeQA. GenEval counts half as partial credit where the judges give any."""
+    parts = ("GenEval", "GenEvalPartial") if "GenEvalPartial" in judges else ("GenEval",)
+    own = {"geneval": {name: 1 / len(parts) for name in parts}, "ocr": {"OCR": 1.}, "pickscore": {"PickScore": 1.}}
+    return {task: {**{name: (1 - deqa) * w for name, w in weights.items()}, **({"DeQA": deqa} if deqa else {})} for task, weights in own.items()}
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One chunk of an iteration: its prompts, the trained steps, and (B,) advantages."""
@@ -89,7 +96,7 @@ class GRPO:
             raise ValueError("GRPO explores by noise: sample with sde or cps at a positive noise level")
         if self.schedule.repeats < 2:
             raise ValueError("GRPO compares the images of a prompt: images_per_prompt must be at least 2")
-        trained_steps(self.sampler.steps, self.steps, 0, 0)
+        trained_steps(self.sampler, self.steps, 0, 0)
         for task in self.schedule.prompts:
             unknown = set(self.weights_of(task)) - set(self.judges)
             if unknown or not self.weights_of(task):
@@ -101,7 +108,7 @@ class GRPO:
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Collected:
         batch = share.of(self.schedule.draw(iteration), self.schedule.repeats)
-        keep = trained_steps(self.sampler.steps, self.steps, iteration, self.schedule.seed)
+        keep = trained_steps(self.sampler, self.steps, iteration, self.schedule.seed)
         walks, images = [], []
         for rows in chunks(len(batch), self.micro):
             steps = list(trajectory(policy, batch.prompts[rows], batch.seeds[rows], self.sampler, adapter))
@@ -156,3 +163,11 @@ class GRPO:
 
     def metrics(self, data: Collected) -> dict[str, float]:
         return {**data.rewards, **mean_of(data.records)}
+
+
+def grpo_mix(prompts: Mapping[str, list[Prompt]], judges: Mapping[str, Reward], prompts_per_batch: int = 12, images_per_prompt: int = 12, seed: int = 0,
+             sampler: Sampler = Sampler(8, "sde", noisy=4), **options) -> GRPO:
+    """The paper's baseline GRPO-Mix: the sets of prompts take turns, GenEval : OCR : PickScore = 3 : 1 : 1, each with 0.8 of its own reward and 0.2 DeQA."""
+    schedule = Schedule(prompts, prompts_per_batch, images_per_prompt, {"geneval": 3, "ocr": 1, "pickscore": 1}, True, seed)
+    micro = -(-prompts_per_batch // 2) * images_per_prompt
+    return GRPO(schedule, judges, task_rewards(judges, .2), sampler, **{"beta": 0., "clip": 2e-4, "micro": micro, **options})

@@ -79,12 +79,12 @@ class OPD:
         missing = set(self.schedule.prompts) - set(self.teachers)
         if missing:
             raise ValueError(f"no teacher for the task {', '.join(sorted(missing))}; there are teachers for {', '.join(self.teachers)}")
-        trained_steps(self.sampler.steps, self.steps, 0, 0)
+        trained_steps(self.sampler, self.steps, 0, 0)
         velocity_weight(.5, .4, self.weighting)
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Walks:
         batch = share.of(self.schedule.draw(iteration))
-        trained = trained_steps(self.sampler.steps, self.steps, iteration, self.schedule.seed)
+        trained = trained_steps(self.sampler, self.steps, iteration, self.schedule.seed)
         data = Walks(batch, trained, len(batch) * share.world, None)
         if self.readings == ["pathwise"] and self.updates == 1:
             return data
@@ -140,7 +140,7 @@ class OPD:
             text = policy.encode([p.text for p in data.batch.prompts[rows]])
             for visit in visits:
                 v = policy.velocity(visit.step.x, visit.step.sigma, text, self.sampler.guidance, adapter)
-                yield self._loss(visit, v, data.records).sum() / (data.images * share)
+                yield self._loss(visit, v, data.records, data.batch.prompts[rows]).sum() / (data.images * share)
 
     def _walk_and_learn(self, policy: FlowPolicy, adapter: str, data: Walks) -> Iterator[torch.Tensor]:
         for rows in chunks(len(data.batch), self.micro):
@@ -155,11 +155,11 @@ class OPD:
             for step in walk(policy, velocity, prompts, data.batch.seeds[rows], self.sampler):
                 if step.index in data.trained:
                     visit = Visit(step, *self._targets(policy, step.x, step.sigma, text, prompts), torch.zeros(()))
-                    yield self._loss(visit, kept.pop(), data.records).sum() / data.images
+                    yield self._loss(visit, kept.pop(), data.records, prompts).sum() / data.images
                 if step.index == data.trained[-1]:
                     break
 
-    def _loss(self, visit: Visit, v: torch.Tensor, records: list) -> torch.Tensor:
+    def _loss(self, visit: Visit, v: torch.Tensor, records: list, prompts: Sequence[Prompt]) -> torch.Tensor:
         """(B,): the chosen readings and the anchor at one step; `v` is the student's and carries the graph."""
         step, kl = visit.step, self._distance(visit.step, v, visit.teacher)
         loss = kl if "pathwise" in self.readings else torch.zeros_like(kl)
@@ -177,7 +177,9 @@ class OPD:
                 elif reading == "log_ratio":
                     target, _ = transition(step.x, visit.teacher, step.sigma, step.sigma_next, s.kind, s.noise_level)
                     loss = loss + self._surrogate(log_prob(step.x_next, target, std, self.reduction) - step.log_prob(self.reduction), ratio)
-        records.append({"kl": kl.detach().mean()})
+        seen = kl.detach()
+        of_task = {f"kl_{task}": seen[[p.task == task for p in prompts]].mean() for task in self.schedule.prompts}     # NaN: not there
+        records.append({"kl": seen.mean(), f"kl_step_{step.index}": seen.mean(), **of_task})
         if self.mar:
             anchor = self._distance(step, v, visit.anchor)
             records[-1]["mar"] = anchor.detach().mean()

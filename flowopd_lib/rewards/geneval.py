@@ -94,13 +94,16 @@ def judge(record: dict, detections: Sequence[Detection], threshold: float, count
 def credit(record: dict, detections: Sequence[Detection], threshold: float, counting_threshold: float, max_objects: int = 16) -> float:
     """How much of what was asked for is there, 0 to 1: the number of each object, `1 - |found - asked| / asked`, its colour, its position.
 
-    Flow-GRPO trains on partial credit like this, because all or nothing says too little about a prompt that is never right.
+    Flow-GRPO trains on partial credit like this, because all or nothing says too little about a prompt that is never right. Unlike
+    there, too many cost only where the verdict says so (`exclude`): else credit would fall while the verdict stays right.
     """
+    counted = {unwanted["class"] for unwanted in record.get("exclude", [])}
     found = _by_class(record, detections, threshold, counting_threshold, max_objects)
     credits, groups = [], []
     for wanted in record["include"]:
         group, count = found.get(wanted["class"], []), wanted["count"]
-        kept, parts = group[:count], [max(0., 1 - abs(len(group) - count) / count)]
+        number = len(group) if wanted["class"] in counted else min(len(group), count)
+        kept, parts = group[:count], [max(0., 1 - abs(number - count) / count)]
         if "color" in wanted:
             parts.append(sum(d.color == wanted["color"] for d in kept) / count)
         if "position" in wanted:

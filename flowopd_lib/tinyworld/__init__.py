@@ -9,7 +9,7 @@ from pathlib import Path
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE, PROMPTS, EXPERTS = ASSETS / "tiny-sd3", ASSETS / "prompts", ASSETS / "experts"
 
-from .judging import clean_renders, judge_judges  # noqa: E402,F401
+from .judging import clean_renders, judge_judges, render_distance  # noqa: E402,F401
 
 
 def judges() -> dict:
@@ -19,6 +19,20 @@ def judges() -> dict:
     from .scenes import SIGN_BOX
     return {"GenEval": GenEval(ShapeDetector()), "OCR": OCR(region=SIGN_BOX), "PickScore": PickScore(ASSETS / "pickscore"),
             "DeQA": DeQA(ASSETS / "deqa")}
+
+
+def first_prompts(split: str, n: int) -> list:
+    """The first `n` prompts of every task of a split, one list."""
+    from ..prompts import TASKS, load_prompts
+    return [p for task in TASKS for p in load_prompts(PROMPTS, task, split)[:n]]
+
+
+def load_experts(policy) -> tuple[str, ...]:
+    """Load the four experts into a policy on `BASE`, under the names of their rewards; the names."""
+    names = ("geneval", "ocr", "pickscore", "deqa")
+    for name in names:
+        policy.load_adapter(name, EXPERTS / name)
+    return names
 
 
 def training_judges() -> dict:

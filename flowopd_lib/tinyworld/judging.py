@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
 
+from ..evaluate import kernel_distance
 from ..prompts import Prompt
 from .data import mutate, preference_pair, to_tensor
 from .scenes import DEGRADATIONS, LEVELS, degrade, render
@@ -89,3 +90,15 @@ def clean_renders(task: str, split: str, n: int, seed: int = 0) -> torch.Tensor:
     if not 1 <= n <= PROMPT_COUNTS[split]:
         raise ValueError(f"the {split} split has {PROMPT_COUNTS[split]} prompts a task, not {n}")
     return _pixels(render(spec, seed + i) for i, spec in enumerate(sample_specs(task, split, PROMPT_COUNTS[split], SEED)[:n]))
+
+
+def render_distance(table: pd.DataFrame, embed: Callable[[torch.Tensor], np.ndarray], seed: int = 0, split: str = "test") -> pd.DataFrame:
+    """How far every model's samples are from clean renders of the same prompts (`kernel_distance`): model, mean, low, high (95 %), n.
+
+    `table` is `evaluate`'s, with the same `embed`, over the first prompts of each task of a split.
+    """
+    first = table[table["repeat"] == table["repeat"].min()]
+    counts = first[first["model"] == first["model"].iloc[0]].groupby("task", sort=False).size()
+    clean = embed(torch.cat([clean_renders(task, split, n, seed) for task, n in counts.items()]))
+    return pd.DataFrame([dict(model=model, **dict(zip(("mean", "low", "high"), kernel_distance(np.stack(rows["embedding"]), clean))), n=len(rows))
+                         for model, rows in first.groupby("model", sort=False)])
