@@ -217,23 +217,29 @@ def gain_matrix(differences: pd.DataFrame, title: str) -> Figure:
 
 
 def interference_figure(table: pd.DataFrame) -> Figure:
-    """Left: cosines of the tasks' gradients over all weights and noise levels, with intervals. Right: by block and by noise level, a line a pair."""
+    """Cosines and inner products of the tasks' gradients over all weights and noise levels, with intervals; below by block and by noise level, a pair a
+    colour. `floor`: the cosine that two single batches would show if the true gradients were parallel, noise pulling it to 0."""
     whole = table[(table["block"] == "all") & (table["sigma"] == "all")].set_index(["task", "on"])
     tasks = list(dict.fromkeys(table["task"]))
     pairs = [(a, b) for i, a in enumerate(tasks) for b in tasks[i + 1:]]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.4), width_ratios=(1.15, 1, 1))
-    cosine = np.array([[whole.loc[(a, b), "cosine"] for b in tasks] for a in tasks], float)
-    left.imshow(cosine, cmap="RdBu", vmin=-1, vmax=1)
-    for i, a in enumerate(tasks):
-        for j, b in enumerate(tasks):
-            cell = whole.loc[(a, b)]
-            text = "1" if i == j else "lost in\nnoise" if np.isnan(cell["cosine"]) else f"{cell['cosine']:+.2f}\n[{cell['cosine_low']:+.2f}, {cell['cosine_high']:+.2f}]"
-            left.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if i == j or abs(cell["cosine"]) > .6 else "black")
-    left.set_xticks(range(len(tasks)), tasks)
-    left.set_yticks(range(len(tasks)), tasks)
-    left.set_title(f"cosine of gradients (n={whole['batches'].iloc[0]} batches)")
-    left.grid(False)
-    for axis, column, fixed in ((middle, "block", "sigma"), (right, "sigma", "block")):
+    figure, ((left, middle), (below, right)) = plt.subplots(2, 2, figsize=(13, 9))
+    for axis, name, style in ((left, "cosine", "+.2f"), (middle, "inner", "+.2g")):
+        values = np.array([[whole.loc[(a, b), name] for b in tasks] for a in tasks], float)
+        limit = 1. if name == "cosine" else np.nanmax(np.abs(values))
+        axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        for i, a in enumerate(tasks):
+            for j, b in enumerate(tasks):
+                cell = whole.loc[(a, b)]
+                low, high = cell[f"{name}_low"], cell[f"{name}_high"]
+                text = "lost in noise" if np.isnan(cell[name]) else f"{cell[name]:{style}}\n[{low:{style}}, {high:{style}}]"
+                if name == "cosine":
+                    text = "1" if i == j else f"{text}\nfloor {cell['floor']:.2g}"
+                axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(values[i, j]) > .6 * limit else "black")
+        axis.set_xticks(range(len(tasks)), tasks)
+        axis.set_yticks(range(len(tasks)), tasks)
+        axis.set_title(f"{'cosine of gradients' if name == 'cosine' else 'inner product (reward²)'}, n={whole['batches'].iloc[0]} batches")
+        axis.grid(False)
+    for axis, column, fixed in ((below, "block", "sigma"), (right, "sigma", "block")):
         part = table[(table[fixed] == "all") & (table[column] != "all")]
         places = list(dict.fromkeys(part[column]))
         for k, ((a, b), color) in enumerate(zip(pairs, sns.color_palette("colorblind", len(pairs)))):

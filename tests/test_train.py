@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,6 +17,7 @@ from flowopd_lib import FlowPolicy, Sampler, load_prompts, sft_start, tinyworld
 from flowopd_lib.checkpoint import load_state
 from flowopd_lib.objectives import SFT
 from flowopd_lib.recipes import build
+from flowopd_lib.runs import RUNS
 from flowopd_lib.train import TrainConfig, TrainingDiverged, fit, train
 
 OPD = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
@@ -159,3 +161,14 @@ def test_tags_say_how_often_prompts_are_drawn():
     for tags, message in (({"colour": 2}, "did you mean 'colors'"), ({"colors": -1}, "in whole numbers")):
         with pytest.raises(ValueError, match=message):
             build({**recipe, "schedule": {**recipe["schedule"], "tags": tags}})
+
+
+@pytest.mark.parametrize("path", sorted((RUNS / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_can_be_built(path):
+    recipe = yaml.safe_load(path.read_text())
+    if recipe.get("model"):         # at full size: the same on the small world
+        recipe |= {"model": "", "prompts": "", "adapters": {name: f"experts/{name}" for name in recipe["adapters"]}}
+    if "load" in recipe.get("student", {}):
+        recipe["student"] = {"load": str(tinyworld.EXPERTS / Path(recipe["student"]["load"]).name)}
+    policy, objective, config = build(recipe)
+    assert "student" in policy.adapters and len(objective.schedule.draw(0)) > 0 and config.iterations > 0
