@@ -241,32 +241,31 @@ def redraw(policy: FlowPolicy, samples: Samples, position: int) -> torch.Tensor:
 
     `policy` needs the adapter and dtype that `about.json` names. Raises ValueError if that file is not there, or for another dtype.
     """
-    about = samples.about
-    if not about:
-        raise ValueError(f"{samples.folder / 'pictures' / 'about.json'} is missing: nothing says how these samples were drawn")
+    about, model = samples.about, samples.table["model"].iat[position]
+    adapter = adapter_of(samples, model)
     if str(policy.dtype) != about["dtype"]:
         raise ValueError(f"these samples were drawn in {about['dtype']}, not in {policy.dtype}")
-    model = samples.table["model"].iat[position]
     own = np.flatnonzero(samples.table["model"] == model)
     place = int(np.searchsorted(own, position))
     start = place - place % about["batch"]
     batch = samples.table.iloc[own[start:start + about["batch"]]]
     prompts = [Prompt(r.prompt, r.task) for r in batch.itertuples()]
-    return sample(policy, prompts, batch["seed"].tolist(), Sampler(**about["sampler"]), adapter_of(about, model), about["batch"])[place - start]
+    return sample(policy, prompts, batch["seed"].tolist(), Sampler(**about["sampler"]), adapter, about["batch"])[place - start]
 
 
-def adapter_of(about: Mapping, model: str) -> str | None:
-    """The adapter a model of the gallery was drawn with (`student` may stand there as `student#0`)."""
+def adapter_of(samples: Samples, model: str) -> str | None:
+    """The adapter a model was drawn with (`student` may stand there as `student#0`). Raises ValueError where nothing says it."""
+    adapters = samples.about.get("adapters", {})
     for name in (model, f"{model}#0"):
-        if name in about["adapters"]:
-            return about["adapters"][name]
-    raise ValueError(f"about.json does not say with which adapter {model} was drawn; it names {', '.join(about['adapters'])}")
+        if name in adapters:
+            return adapters[name]
+    raise ValueError(f"{samples.folder / 'pictures' / 'about.json'} does not say with which adapter {model} was drawn")
 
 
 def code_of(samples: Samples, position: int, setup: str) -> str:
     """A code cell that draws a sample again. `setup` is the code that makes `policy` with the adapters that the run did not train itself."""
     model = samples.table["model"].iat[position]
-    adapter = adapter_of(samples.about, model)
+    adapter = adapter_of(samples, model)
     lines = ["from flowopd_lib.gallery import load_samples, redraw", setup.strip(), f"samples = load_samples({str(samples.folder)!r})"]
     if adapter and (samples.folder / adapter / "adapter" / "adapter_config.json").is_file():
         lines.append(f"policy.load_adapter({adapter!r}, samples.folder / {adapter + '/adapter'!r})")
@@ -274,14 +273,9 @@ def code_of(samples: Samples, position: int, setup: str) -> str:
     return "\n".join(lines)
 
 
-def disagreements(samples: Samples, of: str, judge: str, against: str = TEACHER, n: int = 3) -> pd.DataFrame:
-    """Where `of` falls furthest behind: the `n` lowest differences with task, prompt, seed and difference; only those below 0."""
-    grid = select(samples, Query(of=of, sort=judge, against=against, descending=False), [of])
-    rows = samples.table.iloc[grid[:, 0]][["task", "prompt", "seed", judge]].assign(difference=np.nan)
-    for i, position in enumerate(grid[:, 0]):
-        task = rows["task"].iat[i]
-        other = samples.teacher(task) if against == TEACHER else against
-        if i >= n or other is None:
-            break
-        rows.iloc[i, -1] = dict((j, d) for j, _, d in samples.scores(position, other)).get(judge, np.nan)
-    return rows[rows["difference"] < 0]
+def disagreements(samples: Samples, of: str, judge: str, against: str, task: str = "", n: int = 3) -> pd.DataFrame:
+    """Where `of` falls furthest behind `against`: at most `n` rows, task, prompt, seed and difference of the judge's scores, the worst first; none above 0."""
+    grid = select(samples, Query(task=task, of=of, sort=judge, against=against, descending=False), [of, against])[:n]
+    value = samples.table[judge].to_numpy(float)
+    rows = samples.table.iloc[grid[:, 0]][["task", "prompt", "seed"]].assign(difference=value[grid[:, 0]] - value[grid[:, 1]])
+    return rows[(rows["difference"] < 0) & (grid >= 0).all(1)]

@@ -51,7 +51,8 @@ def test_sorting_by_disagreement_asks_the_prompts_own_teacher(tmp_path):
     assert s.teacher("ocr") == "ocr expert" and s.teacher("geneval") is None
     grid = select(s, Query(sort="OCR", of="student", against=TEACHER, descending=False))
     assert s.table["seed"].iloc[grid[:2, 0]].tolist() == [55, 57]           # there the student is .01 below
-    worst = disagreements(s, "student", "OCR")
+    worst = disagreements(s, "student", "OCR", "ocr expert")
+    assert disagreements(s, "student", "DeQA", "base", "ocr").empty
     assert sorted(worst["seed"]) == [55, 57] and worst["difference"].tolist() == pytest.approx([-.01, -.01])
     with pytest.raises(ValueError, match="no model 'studnt' here; there are base, ocr expert, student"):
         select(s, Query(of="studnt"))
@@ -114,5 +115,5 @@ def test_what_is_missing_is_named(tmp_path):
         load_samples(tmp_path)
     with pytest.raises(FileNotFoundError, match="no picture pictures/00_base.zip/0.webp"):
         read_thumbnail(tmp_path, "pictures/00_base.zip/0.webp")
-    with pytest.raises(ValueError, match="about.json is missing"):
+    with pytest.raises(ValueError, match="about.json does not say with which adapter base was drawn"):
         redraw(None, made_up(tmp_path), 0)
