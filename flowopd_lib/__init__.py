@@ -20,11 +20,11 @@ from .schedule import Schedule
 from .train import StepInfo, TrainConfig, TrainingDiverged, fit, train
 from .viz import (captions_of, gain_matrix, image_grid, interference_figure, judge_figure, kl_figure, model_gallery, model_panels, probe_curves, readable, score_bars,
                   taylor_figure, training_curves, trajectory_strip, use_style)
-from .widgets import watch
+from .widgets import SampleGallery, watch
 
 __all__ = ["captions_of", "check_range", "diversity", "evaluate", "fit", "FlowPolicy", "gain_kept", "gain_matrix", "GRPO", "grpo_mix", "home_scores",
            "image_grid", "initial_noise", "interference_figure", "judge_figure", "kernel_distance", "kl_figure", "load_prompts",
            "mean_interval", "merge", "model_gallery", "model_panels", "model_scores", "OPD", "paired_differences", "paper_average", "probe_curves",
-           "probe_of", "Prompt", "readable", "sample", "Sampler", "save_prompts", "Schedule", "score", "score_bars", "SFT", "sft_start",
+           "probe_of", "Prompt", "readable", "sample", "SampleGallery", "Sampler", "save_prompts", "Schedule", "score", "score_bars", "SFT", "sft_start",
            "StepInfo", "summary", "task_rewards", "taylor_figure", "tinyworld", "train", "TrainConfig", "training_curves",
            "TrainingDiverged", "trajectory", "trajectory_strip", "use_style", "watch", "write_json"]

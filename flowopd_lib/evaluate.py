@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -15,6 +17,8 @@ from .policy import FlowPolicy
 from .prompts import Prompt
 from .rewards import Reward
 from .rollout import Sampler, sample
+from .runs import write_json
+from .thumbnails import ThumbnailWriter
 
 # Which judges can judge a task's prompts: the others need something the prompt does not have.
 JUDGES_OF_TASK = {"geneval": ("GenEval", "PickScore", "DeQA"), "ocr": ("OCR", "PickScore", "DeQA"),
@@ -38,26 +42,38 @@ def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd
 
 def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str, Reward], seed: int = 0,
              sampler: Sampler = Sampler(), models: Mapping[str, str | None] = MappingProxyType({"base": None}), repeats: int = 1,
-             embed: Callable[[torch.Tensor], np.ndarray] | None = None, batch: int = 64, progress: bool = True) -> pd.DataFrame:
+             embed: Callable[[torch.Tensor], np.ndarray] | None = None, batch: int = 64, progress: bool = True,
+             pictures: str | Path | None = None) -> pd.DataFrame:
     """Sample every prompt `repeats` times under every model and score it: one row an image.
 
     `models` maps a name to an adapter (None: the base). Image j of prompt i has seed `seed + j * len(prompts) + i` under every
     model: the same noise, so that models can be compared prompt by prompt. Columns: model, task, tag, prompt, repeat, seed,
     one per judge, and `embedding` if `embed` (images to (B, D), such as `PickScore.embed`) is given. The table keeps as parquet.
+
+    With `pictures`, a folder, every sample is kept there as a thumbnail and `picture` says where, seen from the folder's parent, where the table belongs;
+    `about.json` beside them says how they were drawn (see `gallery`).
     """
     if not len(prompts):
         raise ValueError("nothing to evaluate: the list of prompts is empty")
     every, tables = list(prompts) * repeats, []
+    if pictures is not None:
+        Path(pictures).mkdir(parents=True, exist_ok=True)
+        write_json(Path(pictures) / "about.json", {"sampler": asdict(sampler), "batch": batch, "dtype": str(policy.dtype), "adapters": dict(models)})
     with tqdm(total=len(models) * len(every), desc="evaluate", disable=not progress or bool(os.environ.get("FLOWOPD_HEADLESS"))) as bar:
-        for model, adapter in models.items():
+        for number, (model, adapter) in enumerate(models.items()):
+            writer = ThumbnailWriter(pictures, number, model) if pictures is not None else None
             for i in range(0, len(every), batch):
                 part = every[i:i + batch]
                 seeds = list(range(seed + i, seed + i + len(part)))
                 images = sample(policy, part, seeds, sampler, adapter, batch)
                 repeat = [j // len(prompts) for j in range(i, i + len(part))]
                 rows = score(images, part, judges).assign(model=model, repeat=repeat, seed=seeds)
+                if writer:
+                    rows["picture"] = writer.add(images)
                 tables.append(rows if embed is None else rows.assign(embedding=list(embed(images))))
                 bar.update(len(part))
+            if writer:
+                writer.close()
     return pd.concat(tables, ignore_index=True)
 
 

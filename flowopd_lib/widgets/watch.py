@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-from .policy import FlowPolicy
-from .prompts import Prompt
-from .rollout import Sampler, sample
-from .train import StepInfo
-from .viz import image_grid, training_curves
+from ..policy import FlowPolicy
+from ..prompts import Prompt
+from ..rollout import Sampler, sample
+from ..train import StepInfo
+from ..viz import image_grid, training_curves
 
 
 def watch(updates: Iterable[StepInfo], policy: FlowPolicy, adapter: str, prompts: Sequence[Prompt], columns: Sequence[str], every: int = 10,

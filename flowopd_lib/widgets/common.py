@@ -1,0 +1,61 @@
+"""What all widgets share: their look, which takes the colours of JupyterLab's theme, pictures as HTML, and errors that are seen."""
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable
+from html import escape
+
+import ipywidgets as ipw
+
+STYLE = """<style>
+.fo-tile { margin: 0; line-height: 1.35; }
+.fo img { display: block; image-rendering: pixelated; background: var(--jp-layout-color2); border: 1px solid var(--jp-border-color1); border-radius: 3px; }
+.fo-tile figcaption, .fo-row, .fo-note { color: var(--jp-ui-font-color1); font-size: 12px; }
+.fo-badge { display: block; padding-left: 5px; border-left: 4px solid; margin: 2px 0; white-space: nowrap; }
+.fo-badge > span { color: var(--jp-ui-font-color1); }
+.fo-row { line-height: 1.35; overflow-wrap: anywhere; padding-right: 6px; }
+.fo-dim { color: var(--jp-ui-font-color2); }
+.fo-head { font-weight: 600; color: var(--jp-ui-font-color0); }
+.fo-problem { color: var(--jp-ui-font-color0); border-left: 4px solid var(--jp-error-color1); padding: 4px 8px; background: var(--jp-layout-color2); }
+.fo .jupyter-button:focus-visible { outline: 2px solid var(--jp-brand-color1); }
+.fo-swipe { position: relative; width: max-content; }
+.fo-swipe img + img { position: absolute; top: 0; left: 0; }
+.fo select option { color: var(--jp-ui-font-color1); }
+</style>"""
+
+
+def headless() -> bool:
+    return bool(os.environ.get("FLOWOPD_HEADLESS"))
+
+
+def picture_html(picture: bytes, alt: str, width: int, kind: str = "webp", style: str = "") -> str:
+    data = base64.b64encode(picture).decode()
+    return f'<img src="data:image/{kind};base64,{data}" alt="{escape(alt)}" title="{escape(alt)}" width="{width}" style="{style}">'
+
+
+def badge_html(judge: str, score: float, change: float, color: str) -> str:
+    """A score and, where there is one, its difference to the base; the sign and an arrow say what a colour alone would not."""
+    arrow = "" if change != change else f" {'▲' if change > 0 else '▼' if change < 0 else '='} {change:+.2f}"
+    return f'<span class="fo-badge" style="border-color: {color}"><span>{escape(judge)} {score:.2f}{arrow}</span></span>'
+
+
+class Guard:
+    """Callbacks whose errors are shown in `box`. One that sets other controls does not set off their callbacks too."""
+
+    def __init__(self):
+        self.box, self.busy = ipw.HTML(), False
+
+    def __call__(self, act: Callable[[], None]) -> Callable[..., None]:
+        def run(*_) -> None:
+            if self.busy:
+                return
+            self.busy = True
+            try:
+                self.box.value = ""
+                act()
+            except Exception as error:      # noqa: BLE001: whatever it is, a widget would swallow it
+                self.box.value = f'<div class="fo-problem" role="alert">{escape(type(error).__name__)}: {escape(str(error))}</div>'
+            finally:
+                self.busy = False
+        return run
