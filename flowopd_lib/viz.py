@@ -231,7 +231,7 @@ def interference_figure(table: pd.DataFrame) -> Figure:
             for j, b in enumerate(tasks):
                 cell = whole.loc[(a, b)]
                 low, high = cell[f"{name}_low"], cell[f"{name}_high"]
-                text = "lost in noise" if np.isnan(cell[name]) else f"{cell[name]:{style}}\n[{low:{style}}, {high:{style}}]"
+                text = "lost in noise" if np.isnan(low) else f"{cell[name]:{style}}\n[{low:{style}}, {high:{style}}]"
                 if name == "cosine":
                     text = "1" if i == j else f"{text}\nfloor {cell['floor']:.2g}"
                 axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(values[i, j]) > .6 * limit else "black")
@@ -244,6 +244,7 @@ def interference_figure(table: pd.DataFrame) -> Figure:
         places = list(dict.fromkeys(part[column]))
         for k, ((a, b), color) in enumerate(zip(pairs, sns.color_palette("colorblind", len(pairs)))):
             rows = part[(part["task"] == a) & (part["on"] == b)].set_index(column).loc[places]
+            rows = rows.where(rows["cosine_low"].notna())           # a cosine whose interval is not known says nothing
             x = np.arange(len(places)) + (k - len(pairs) / 2) * .08
             axis.errorbar(x, rows["cosine"], yerr=[rows["cosine"] - rows["cosine_low"], rows["cosine_high"] - rows["cosine"]], fmt="o", ms=5,
                           capsize=2, color=color, label=f"{a} / {b}")
