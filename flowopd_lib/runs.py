@@ -175,7 +175,8 @@ def execute(name: str, parameters: dict, folder: Path) -> float:
     `folder`, with the results of others. Widget state and paths are dropped from the executed copy.
     """
     source, target, out = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", folder / name
-    os.environ["FLOWOPD_HEADLESS"] = "1"        # no bars in the executed copy
+    before = os.environ.get("FLOWOPD_HEADLESS", "")
+    os.environ["FLOWOPD_HEADLESS"] = "1"        # for the kernel: no bars in the executed copy, sheets instead of widgets
     out.mkdir(parents=True, exist_ok=True)
     places = {"out_dir": str(out)}
     if "run_dir" in parameters_of(source) and not parameters.get("run_dir"):
@@ -190,6 +191,7 @@ def execute(name: str, parameters: dict, folder: Path) -> float:
     except RuntimeError as error:               # of nbclient: the kernel died
         raise RuntimeError(f"{name} was not executed to its end: {error}") from error
     finally:
+        os.environ["FLOWOPD_HEADLESS"] = before
         if target.exists():
             executed = nbformat.read(target, 4)
             executed.metadata.pop("widgets", None)
