@@ -18,8 +18,8 @@ from .rollout import Sampler, initial_noise, sample, trajectory
 from .runs import check_range, write_json
 from .schedule import Schedule
 from .train import StepInfo, TrainConfig, TrainingDiverged, fit, train
-from .viz import (captions_of, gain_matrix, image_grid, interference_figure, judge_figure, kl_figure, model_gallery, model_panels, probe_curves, readable, score_bars,
-                  taylor_figure, training_curves, trajectory_strip, use_style)
+from .viz import (captions_of, gain_matrix, image_grid, interference_figure, judge_figure, kl_figure, model_gallery, model_panels, probe_curves, readable,
+                  score_bars, taylor_figure, training_curves, trajectory_strip, use_style)
 from .widgets import SampleGallery, watch
 
 __all__ = ["captions_of", "check_range", "diversity", "evaluate", "fit", "FlowPolicy", "gain_kept", "gain_matrix", "GRPO", "grpo_mix", "home_scores",

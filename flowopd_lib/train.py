@@ -46,6 +46,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.iterations < 1 or self.save_every < 1:
             raise ValueError("a training needs at least one iteration, and one between checkpoints")
+        if not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be positive, not {self.max_seconds}")
         if not self.lr > 0 or not self.clip_norm > 0 or not 0 <= self.ema < 1:
             raise ValueError(f"lr {self.lr} and clip_norm {self.clip_norm} must be positive and ema {self.ema} in [0, 1)")
 
@@ -124,6 +126,8 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
     Raises TrainingDiverged, with the last good state left in `folder`, and ValueError for a folder of another training.
     """
     accelerator = accelerator or Accelerator(cpu=policy.device.type == "cpu")
+    if accelerator.num_processes > 1 and config.max_seconds < math.inf:
+        raise ValueError("max_seconds is for one process: several would stop at different iterations, and wait for each other; give iterations")
     folder = Path(folder)
     run = _Run(policy, adapter, objective, config, folder)
     log = folder / "metrics.jsonl"
