@@ -3,6 +3,9 @@
 Ours against the pattern of the public Flow-OPD code, written out: a rollout that is decoded and scored, then a second forward of the
 student with gradient at every state, and a whole copy of the backbone for every teacher and for the anchor. Same model, same batch,
 same adapters. Each case runs in a process of its own, so that peaks of memory do not mix; the cases take turns, and ratios are of medians.
+
+`opd_operations_ours_over_public` counts floating-point operations. We leave out the rollout's own forwards, decoding and judges; the student's forward and
+backward, the teachers' forward and the anchor's are in both. At the same speed per operation time cannot fall below that ratio.
 """
 from __future__ import annotations
 
@@ -182,6 +185,7 @@ def bench(model: str, device: str, dtype: torch.dtype, images: int, repeats: int
     return {"model": model or "tiny-sd3", "device": device, "dtype": str(dtype).removeprefix("torch."), "images": images, "repeats": repeats,
             "steps": SAMPLER.steps, "matmul_peak_gflops": peak / 1e9, "rollout_images_per_second": images / cases["rollout"]["seconds"],
             "opd_time_ours_over_public": cases["ours"]["seconds"] / cases["public"]["seconds"],
+            "opd_operations_ours_over_public": cases["ours"]["flop"] / cases["public"]["flop"],
             "opd_memory_ours_over_public": cases["ours"]["memory_mib"] / cases["public"]["memory_mib"],
             "opd_memory_teachers_over_student_alone": cases["ours"]["memory_mib"] / cases["student"]["memory_mib"], "cases": cases}
 

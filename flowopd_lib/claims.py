@@ -91,43 +91,46 @@ class Claim:
     why: str = ""
 
 
-def prompt_changes(table: pd.DataFrame, model: str, baseline: str, parts: Sequence[tuple[str, str, float]]) -> list[np.ndarray]:
-    """(prompts,) for each task in `parts` (judge, task, full scale): what each prompt adds to model minus baseline, repeats and trainings averaged.
+def prompt_scores(table: pd.DataFrame, models: Sequence[str], parts: Sequence[tuple[str, str, float]]) -> list[dict[str, np.ndarray]]:
+    """For each task in `parts` (judge, task, full scale), by model: (prompts, trainings), what each prompt adds to the mean over parts in full scales.
 
-    The means of the arrays add up to the mean over parts of the differences in full scales. Raises Missing for an absent model or score.
+    A training is a `train_seed`; repeats are averaged. Prompts are those that every model has. Raises Missing for an absent model or score.
     """
-    absent = [name for name in (model, baseline) if name not in set(table["model"])]
+    absent = [name for name in models if name not in set(table["model"])]
     if absent:
         raise Missing(f"the table has no {' and no '.join(map(repr, absent))}")
-    arrays = []
+    table = table.assign(train_seed=table["train_seed"].fillna(0) if "train_seed" in table else 0)
+    found = []
     for task in dict.fromkeys(task for _, task, _ in parts):
-        rows, here = table[(table["task"] == task) & table["model"].isin((model, baseline))], [(j, scale) for j, t, scale in parts if t == task]
+        rows, here = table[(table["task"] == task) & table["model"].isin(models)], [(j, scale) for j, t, scale in parts if t == task]
         lacking = [j for j, _ in here if j not in rows or rows[j].isna().all()]
         if lacking:
             raise Missing(f"the table has no {' and no '.join(lacking)} on {task} prompts")
-        scores = rows.groupby(["prompt", "model"], sort=False)[[j for j, _ in here]].mean().unstack("model")
-        arrays.append((sum((scores[j][model] - scores[j][baseline]) / scale for j, scale in here).dropna() / len(parts)).to_numpy())
-        if len(arrays[-1]) < 2:
-            raise Missing(f"{model!r} and {baseline!r} share {len(arrays[-1])} {task} prompts: too few for an interval")
-    return arrays
+        value = sum(rows[j] / scale for j, scale in here) / len(parts)
+        scores = rows.assign(value=value).groupby(["prompt", "model", "train_seed"], sort=False)["value"].mean().unstack(["model", "train_seed"]).dropna()
+        if len(scores) < 2:
+            raise Missing(f"{' and '.join(map(repr, models))} share {len(scores)} {task} prompts: too few for an interval")
+        found.append({model: scores[model].to_numpy() for model in models})
+    return found
 
 
 def paired(table: pd.DataFrame, model: str, baseline: str, parts: Sequence[tuple[str, str, float]] = AVERAGE, level: float = .95,
            resamples: int = 5000, seed: int = 0) -> tuple[float, float, float, int]:
     """Model minus baseline on the same prompts, mean over `parts` (the paper's Average by default): mean, low, high, n prompts.
 
-    Percentile bootstrap at `level`; prompts are drawn within their task, for both models and all judges of the task together.
+    Percentile bootstrap at `level`; prompts are drawn within their task, for both models and all judges of the task together. Of a model trained
+    several times, trainings are drawn too, the same for all tasks: the interval then speaks of other trainings as well, if few tell little of them.
     """
-    arrays, rng = prompt_changes(table, model, baseline, parts), np.random.default_rng(seed)
-    draws = sum(values[rng.integers(len(values), size=(resamples, len(values)))].mean(1) for values in arrays)
+    tasks, rng = prompt_scores(table, (model, baseline), parts), np.random.default_rng(seed)
+    count = {name: tasks[0][name].shape[1] for name in (model, baseline)}
+    trainings = {name: rng.multinomial(n, [1 / n] * n, size=resamples) / n for name, n in count.items()}
+    draws = np.zeros(resamples)
+    for scores in tasks:
+        n = len(scores[model])
+        prompts = rng.multinomial(n, [1 / n] * n, size=resamples) / n
+        draws += sum(sign * (prompts @ scores[name] * trainings[name]).sum(1) for name, sign in ((model, 1), (baseline, -1)))
     low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
-    return float(sum(v.mean() for v in arrays)), float(low), float(high), sum(map(len, arrays))
-
-
-def trainings(table: pd.DataFrame, model: str) -> list:
-    """The training seeds of a model that was trained more than once here, else []."""
-    seeds = sorted(table.loc[table["model"] == model, "train_seed"].dropna().unique()) if "train_seed" in table else []
-    return seeds if len(seeds) > 1 else []
+    return float(sum(s[model].mean() - s[baseline].mean() for s in tasks)), float(low), float(high), sum(len(s[model]) for s in tasks)
 
 
 def against(model: str, baseline: str, judge: str = "Average"):
@@ -136,10 +139,10 @@ def against(model: str, baseline: str, judge: str = "Average"):
 
     def test(run: Run, claim: Claim) -> Effect:
         table = run.samples(claim.needs)
-        seeds = trainings(table, model)
-        each = [sum(v.mean() for v in prompt_changes(table[(table["model"] != model) | (table["train_seed"] == s)], model, baseline, parts)) for s in seeds]
-        return Effect(*paired(table, model, baseline, parts), len(seeds) or 1, f"{judge}, {model} minus {baseline}, by prompts",
-                      "by training: " + ", ".join(f"{e:+.3f}" for e in each) if each else "")
+        tasks = prompt_scores(table, (model, baseline), parts)
+        each = sum(s[model].mean(0) - s[baseline].mean() for s in tasks)
+        note = f"by training: {', '.join(f'{e:+.3f}' for e in each)}" if len(each) > 1 else ""
+        return Effect(*paired(table, model, baseline, parts), len(each), f"{judge}, {model} minus {baseline}, by prompts", note)
     return test
 
 
@@ -170,9 +173,10 @@ def some(prefix: str, baseline: str, *judges: str):
         best = np.max if claim.claimed == "> 0" else np.min
         effect, low, high = (float(best([f[i] for f in found.values()])) for i in range(3))
         model, judge = next(pair for pair in pairs if found[pair][0] == effect)
+        trainings = table.loc[table["model"] == model, "train_seed"].nunique() if "train_seed" in table else 1
         measured = f"{judge}{' / full scale' if len(judges) > 1 else ''}, {model} minus {baseline}, by prompts"
         note = f"the most favourable of {len(pairs)}, Bonferroni's interval" if len(pairs) > 1 else ""
-        return Effect(effect, low, high, found[model, judge][3], max(1, len(trainings(table, model))), measured, note)
+        return Effect(effect, low, high, found[model, judge][3], trainings, measured, note)
     return test
 
 
@@ -209,14 +213,16 @@ def first_order(run: Run, claim: Claim) -> Effect:
 
 
 def follows(estimator: str):
-    """Test: the mean gradient of a reading of the loss along that of `pathwise`, in its lengths."""
+    """Test: the mean gradient of a reading of the loss along that of `pathwise`, in its lengths, with the nearest teachers, where noise is least."""
     def test(run: Run, claim: Claim) -> Effect:
-        rows = pd.DataFrame(run.results(claim.needs, "estimators")).set_index("estimator")
+        rows = pd.DataFrame(run.results(claim.needs, "estimators"))
+        rows = rows[rows["distance"] == rows["distance"].min()].set_index("estimator")
         if estimator not in rows.index:
             raise Missing(f"{claim.needs} has not measured {estimator!r}")
         mean, se, n = rows.loc[estimator, ["mean along pathwise", "se", "n"]].astype(float)
         half = stats.t.ppf(.975, n - 1) * se
-        return Effect(mean, mean - half, mean + half, int(n), 1, f"gradient of {estimator} along pathwise's, by batches", "1 would be the gradient of the KL")
+        note = f"1 would be the gradient of the KL: the interval {'holds' if mean - half <= 1 <= mean + half else 'leaves out'} it"
+        return Effect(mean, mean - half, mean + half, int(n), 1, f"gradient of {estimator} along pathwise's, by batches", note)
     return test
 
 
@@ -254,6 +260,8 @@ CLAIMS = (
           "MAR table", "06_mar", some("deqa ", "none", "PickScore")),
     Claim("loss_gradient", "The loss as written (detached reward times clipped ratio) follows the gradient of the KL", "5.1.1", "07_opd_estimators",
           follows("paper")),
+    Claim("code_gradient", "The public code's loss (the reward left attached) follows the gradient of the KL", "public code", "07_opd_estimators",
+          follows("as_coded")),
     Claim("loss_trains", "The loss as written trains the student beyond the merged start", "5.1.1", "07_opd_estimators", against("paper", "merged")),
     Claim("code_trains", "The public code's loss trains the student beyond the merged start", "public code", "07_opd_estimators", against("as_coded", "merged")),
     Claim("ood_mix", "Out of distribution, Flow-OPD is above GRPO-Mix (.618 against .587)", _OOD, "08_results", against("student", "GRPO-Mix")),
@@ -270,7 +278,7 @@ CLAIMS = (
 
 def judge(run_dir: str | Path, ood: pd.DataFrame | None = None, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
     """The ledger: a row a claim with verdict ("reproduced", "not reproduced", "not testable here"), claimed sign, effect, low, high (95 %), n, seeds,
-    measured, note. `ood` is notebook 08's table if it is not in the run's folder. Bootstraps draw prompts: they know nothing of other trainings."""
+    measured, note. `ood` is notebook 08's table if it is not in the run's folder. Bootstraps draw prompts, and trainings of a model that has several."""
     run, rows = Run(run_dir, ood), []
     for claim in claims:
         row = dict(claim=claim.key, statement=claim.statement, where=claim.where, verdict="not testable here", claimed=claim.claimed if claim.test else "",

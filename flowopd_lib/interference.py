@@ -57,10 +57,20 @@ def block_slices(policy: FlowPolicy, adapter: str) -> dict[str, slice]:
 
 @dataclass(frozen=True)
 class Interference:
-    """Gram matrices (tasks * batches, tasks * batches) of the gradients, by block and noise level; `all` is their sum."""
-    tasks: list[str]
-    batches: int
+    """Gram matrices (tasks * batches, tasks * batches) of the gradients, by block and noise level; `all` is their sum.
+
+    `gradients`: by task, (batches, P), over all noise levels.
+    """
+    gradients: dict[str, torch.Tensor]
     grams: dict[tuple[str, float | str], np.ndarray]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.gradients)
+
+    @property
+    def batches(self) -> int:
+        return len(self.gradients[self.tasks[0]])
 
     def _inner(self, gram: np.ndarray, kept: list[int]) -> np.ndarray:
         """(T, T): mean inner product over pairs of different batches."""
@@ -99,27 +109,32 @@ def interference(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: st
     """Gradients of every task at the adapter's present weights. Raises ValueError for fewer than three batches."""
     if batches < 3:
         raise ValueError(f"pairs of batches and a jackknife need at least three batches, not {batches}")
-    vectors = [reward_gradients(policy, objective, adapter, b) for objective in objectives.values() for b in range(batches)]
-    levels, grams = sorted(set().union(*vectors), reverse=True), {}
-    for sigma in (ALL, *levels):
-        rows = torch.stack([sum(v.values()) if sigma == ALL else v[sigma] for v in vectors])
+    levels: dict[float | str, list[torch.Tensor]] = {}
+    for objective in objectives.values():
+        for b in range(batches):
+            found = reward_gradients(policy, objective, adapter, b)
+            levels.setdefault(ALL, []).append(sum(found.values()))
+            for sigma, gradient in found.items():
+                levels.setdefault(sigma, []).append(gradient.bfloat16())        # half the memory; a batch's noise drowns the rounding
+    grams = {}
+    for sigma, vectors in levels.items():
         for block, columns in block_slices(policy, adapter).items():
-            grams[block, sigma] = (rows[:, columns] @ rows[:, columns].T).double().numpy()
-    return Interference(list(objectives), batches, grams)
+            rows = torch.stack([v[columns] for v in vectors]).float()
+            grams[block, sigma] = (rows @ rows.T).double().numpy()
+    return Interference({task: torch.stack(levels[ALL][i * batches:(i + 1) * batches]) for i, task in enumerate(objectives)}, grams)
 
 
-def taylor_check(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: str, size: float, batches: int = 8, images: int = 256,
+def taylor_check(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: str, size: float, gradients: Mapping[str, torch.Tensor], images: int = 256,
                  ) -> pd.DataFrame:
     """Predicted against measured change of every task's mean reward after a real step of length `size` along each task's gradient.
 
-    The direction comes from the first half of the batches, the prediction from the other; the change is measured on new prompts
+    Of `gradients`, an `Interference`'s, the first half of the batches gives the direction, the other the prediction; the change is measured on new prompts
     and seeds, the same before and after (paired), `images` a task. A row per pair: predicted and measured with 95 % intervals.
     """
+    batches = min(map(len, gradients.values()))
     if batches < 4 or batches % 2:
         raise ValueError(f"half of the batches give the direction and half the prediction: take an even number from 4, not {batches}")
     parameters = policy.train_adapter(adapter)
-    gradients = {task: torch.stack([sum(reward_gradients(policy, o, adapter, b).values()) for b in range(batches)])
-                 for task, o in objectives.items()}
     parameters_before = [p.detach().clone() for p in parameters]
     before = {task: _rewards(policy, o, adapter, batches, images) for task, o in objectives.items()}
     rows = []

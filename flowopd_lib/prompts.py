@@ -3,6 +3,8 @@
     geneval/{split}_metadata.jsonl   one GenEval record a line: tag, include, exclude, prompt
     ocr/{split}.txt                  one prompt a line, the target text in double quotes
     pickscore/{split}.txt            one prompt a line (Flow-GRPO's pickscore_sfw/ is read too)
+
+DeQA, a fourth task, has no file: its prompts are PickScore's, routed to its own teacher.
 """
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TASKS = ("geneval", "ocr", "pickscore")
-FILES = {"geneval": "{}_metadata.jsonl", "ocr": "{}.txt", "pickscore": "{}.txt"}
+TASKS = ("geneval", "ocr", "pickscore")         # those with prompts of their own
+FILES = {"geneval": "geneval/{}_metadata.jsonl", "ocr": "ocr/{}.txt", "pickscore": "pickscore/{}.txt", "deqa": "pickscore/{}.txt"}
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,10 @@ def load_prompts(folder: str | Path, task: str, split: str) -> list[Prompt]:
 
     Raises ValueError, with file and line, for what is not in the format, and FileNotFoundError with the splits there are.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
-    path = Path(folder) / task / FILES[task].format(split)
-    if task == "pickscore" and not path.parent.is_dir():
+    if task not in FILES:
+        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(FILES)}")
+    path = Path(folder) / FILES[task].format(split)
+    if path.parent.name == "pickscore" and not path.parent.is_dir():
         path = Path(folder) / "pickscore_sfw" / path.name
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
@@ -65,7 +67,7 @@ def load_prompts(folder: str | Path, task: str, split: str) -> list[Prompt]:
 
 def save_prompts(folder: str | Path, task: str, split: str, prompts: list[Prompt]) -> Path:
     """Write what `load_prompts` and Flow-GRPO read."""
-    path = Path(folder) / task / FILES[task].format(split)
+    path = Path(folder) / FILES[task].format(split)
     path.parent.mkdir(parents=True, exist_ok=True)
     if task == "geneval" and not all(p.metadata for p in prompts):
         raise ValueError("a GenEval file needs the metadata (tag, include) of every prompt")

@@ -94,7 +94,7 @@ def conclusion(ledger: pd.DataFrame) -> str:
     reasons = ledger[kinds == ""].groupby("note", sort=False)["claim"].agg(", ".join)
     lines += ["", "**Not testable here**", "", *(f"- {claims}: {note}" for note, claims in reasons.items())]
     if tested:
-        lines += ["", f"The intervals are over prompts or batches, so they speak of these trainings, not of other seeds. If none of the {tested} effects existed, "
+        lines += ["", f"The intervals are over prompts or batches; where a model has one training (`seeds`), they speak of that training alone. If none of the {tested} effects existed, "
                   f"about {.025 * tested:.1f} would still be expected to come out as reproduced."]
     return "\n".join(lines)
 

@@ -66,7 +66,8 @@ def write_run(folder, sign=1, noise=.05, leave_out=()):
     (folder / "01_gradient_interference").mkdir()
     write_json(folder / "01_gradient_interference" / "results.json",
                {"interference": cosines({p: -.5 * sign for p in PAIRS}), "taylor": taylor(sign)})
-    rows = [{"estimator": e, "mean along pathwise": float(sign), "se": .1, "n": 20} for e in ("pathwise", "paper", "as_coded")]
+    rows = [{"estimator": e, "distance": d, "mean along pathwise": float(sign) if d < 1 else 0., "se": .1, "n": 20}
+            for d in (1., .1) for e in ("pathwise", "paper", "as_coded")]
     write_json(folder / "07_opd_estimators" / "results.json", {"estimators": rows})
     write_json(folder / "05_opd" / "results.json", {"seconds": {"student": 60., "GRPO-Mix": 61.}})
     told = [{"model": m, "mean": .1, "low": 0., "high": .2, "n": 40} for m in TRUE["06_mar"]]
@@ -137,6 +138,20 @@ def test_a_prompt_counts_once_however_often_it_was_drawn_or_trained():
     assert (found.n, found.seeds, found.note) == (40, 3, "by training: +0.100, +0.200, +0.300") and found.effect == pytest.approx(.2)
     rows = model_scores(run.samples("05_opd")).set_index(["model", "judge"])
     assert rows.loc[("student", "OCR"), "n"] == 40 and rows.loc[("student", "Average"), "n"] == 120
+
+
+def test_an_interval_over_trainings_speaks_of_others():
+    """Trainings that differ by more than prompts do: an interval over prompts alone would nearly always miss the true gain of 0."""
+    rng, hits, widths = np.random.default_rng(0), {1: 0, 8: 0}, {}
+    for seed in range(40):
+        for n in hits:
+            table = samples({"a": {}, "b": {}}, noise=.1, seed=seed)
+            b = table[table.model == "b"]
+            rows = [b.assign(train_seed=s, OCR=b.OCR + rng.normal(0, .5)) for s in range(n)]
+            _, low, high, _ = paired(pd.concat([table[table.model == "a"], *rows]), "b", "a", [("OCR", "ocr", 1.)], resamples=400)
+            hits[n] += low <= 0 <= high
+            widths[n] = high - low
+    assert hits[8] >= 32 and hits[1] < 12 and widths[8] > 2 * widths[1]
 
 
 def test_many_looks_need_more_than_one_lucky_interval():

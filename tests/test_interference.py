@@ -77,7 +77,8 @@ def test_cosines_of_tasks_that_agree_fight_and_ignore_each_other():
 def test_taylors_prediction_is_what_a_small_step_does_and_the_step_is_taken_back():
     policy, objectives = setting()
     before = policy.weights["student"].detach().clone()
-    table = taylor_check(policy, objectives, "student", size=.1, batches=20, images=512).set_index(["task", "on"])
+    gradients = interference(policy, objectives, "student", batches=20).gradients
+    table = taylor_check(policy, objectives, "student", .1, gradients, images=512).set_index(["task", "on"])
     assert torch.equal(policy.weights["student"], before) and len(table) == 16
     for pair, sign in ((("one", "same"), 1), (("one", "against"), -1), (("same", "one"), 1)):
         row = table.loc[pair]
@@ -90,7 +91,7 @@ def test_settings_that_would_bias_are_refused():
     with pytest.raises(ValueError, match="at least three batches"):
         interference(policy, objectives, "student", batches=2)
     with pytest.raises(ValueError, match="even number"):
-        taylor_check(policy, objectives, "student", .1, batches=5)
+        taylor_check(policy, objectives, "student", .1, {name: torch.ones(5, 4) for name in objectives})
     objectives["one"].beta = .1
     with pytest.raises(ValueError, match="gradients of the reward itself"):
         reward_gradients(policy, objectives["one"], "student", 0)

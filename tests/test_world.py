@@ -106,6 +106,8 @@ def test_flow_grpos_own_lines_load(tmp_path):
     (tmp_path / "pickscore_sfw/test.txt").write_text("a cat, a dog\u2028and a bird\nanother\n", encoding="utf-8")
     assert [p.tag for p in load_prompts(tmp_path, "geneval", "test")] == ["position", "counting"]
     assert len(load_prompts(tmp_path, "pickscore", "test")) == 2
+    borrowed = load_prompts(tmp_path, "deqa", "test")           # DeQA has no prompts of its own
+    assert [p.text for p in borrowed] == ["a cat, a dog\u2028and a bird", "another"] and {p.task for p in borrowed} == {"deqa"}
 
 
 @pytest.mark.parametrize("task, name, line, message", [
