@@ -12,7 +12,7 @@ from flowopd_lib.recipes import build
 RECIPE = {**GRPO, "train": {"iterations": 6, "lr": 1e-3, "save_every": 100}}
 
 
-def until(condition, seconds=120):
+def until(condition, seconds=240):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited in vain"
@@ -20,8 +20,8 @@ def until(condition, seconds=120):
 
 
 def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_the_bit(tmp_path, monkeypatch):
-    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.setenv(name, ENVIRONMENT[name])
+    for name, value in {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE"}.items():      # threads that wait by spinning starve each other on a busy machine
+        monkeypatch.setenv(name, value)
     cut, whole = Launched(RECIPE, tmp_path / "cut", look=2), Launched(RECIPE, tmp_path / "whole")
     assert cut.state == "waiting" and cut.iterations == 6
     cut.start()

@@ -12,7 +12,7 @@ from IPython.display import display
 
 from ..gallery import TEACHER, Query, Samples, code_of, contact_sheet, page_of, rows_of, select
 from ..viz import COLORS
-from .common import STYLE, Guard, badge_html, headless, picture_html
+from .common import STYLE, Guard, badge_html, headless, note_html, picture_html
 
 TILE, ZOOM, PROMPTS_SHOWN = 128, 320, 300       # pixels; pixels; prompts listed at once, more are found by searching
 FLEX = ipw.Layout(width="auto")
@@ -72,6 +72,9 @@ class SampleGallery:
         first = next(iter(q.ranges), "")
         self.judge = choice(options=[("none", ""), *same(s.judges)], value=first, description="range of")
         self.range = ipw.FloatRangeSlider(disabled=True, readout_format=".2f", layout=ipw.Layout(width="330px"), continuous_update=True)
+        repeats = sorted(set(s.repeat))
+        self.repeat = choice(options=[("every seed", None), *((f"sample {r + 1} of each prompt", r) for r in repeats)], value=q.repeat, description="seeds",
+                             disabled=len(repeats) < 2)
         self.locked = ipw.Checkbox(q.locked, description="the same noise in a row", indent=False, layout=ipw.Layout(width="190px"))
         self.only_pinned = ipw.Checkbox(False, description="pinned only", indent=False, layout=ipw.Layout(width="110px"))
         self.back, self.forth = ipw.Button(description="◀ page", layout=ipw.Layout(width="80px")), ipw.Button(description="page ▶", layout=ipw.Layout(width="80px"))
@@ -86,14 +89,14 @@ class SampleGallery:
         self.detail = ipw.VBox([self.zoom, ipw.HBox([self.other, self.swipe, self.pin, self.code]), self.text], layout=ipw.Layout(display="none"))
         side = ipw.VBox([self.search, self.prompt, self.columns], layout=ipw.Layout(width="285px", flex="0 0 auto"))
         main = ipw.VBox([ipw.HBox([self.sort, self.against, self.descending]), ipw.HBox([self.of, self.judge, self.range]),
-                         ipw.HBox([self.tag, self.locked, self.only_pinned]),
+                         ipw.HBox([self.tag, self.repeat, self.locked, self.only_pinned]),
                          ipw.HBox([self.back, self.at, self.forth, self.count]), self.guard.box, self.body], layout=ipw.Layout(overflow="auto"))
         self.box = ipw.VBox([ipw.HTML(STYLE), ipw.HBox([side, main]), self.detail, ipw.HBox([self.as_sheet, self.as_csv, self.said])])
         self.box.add_class("fo")
         self._list_prompts()
-        self.prompt.value = next((v for _, v in self.prompt.options if v[1] == q.prompt and q.task in ("", v[0])), ("", ""))
+        self.prompt.value = next((v for _, v in self.prompt.options if v[2] == q.prompt and q.task in ("", v[0]) and q.split in ("", v[1])), ("", "", ""))
         self._set_range(q.ranges.get(first))
-        for control in (self.tag, self.of, self.sort, self.against, self.descending, self.range, self.locked, self.only_pinned, self.prompt, self.columns):
+        for control in (self.tag, self.repeat, self.of, self.sort, self.against, self.descending, self.range, self.locked, self.only_pinned, self.prompt, self.columns):
             control.observe(self.guard(self._changed), "value")
         self.search.observe(self.guard(self._searched), "value")
         self.judge.observe(self.guard(self._judged), "value")
@@ -108,14 +111,14 @@ class SampleGallery:
         self.as_csv.on_click(self.guard(lambda: self._export("gallery.csv")))
 
     def _list_prompts(self) -> None:
-        """The picker: a line that takes all of a task, below it those of its prompts that have the words searched for."""
-        words, options = self.search.value.lower().split(), [("all prompts", ("", ""))]
-        for task, prompts in self.samples.prompts.items():
+        """The picker: a line that takes all of a task (and split), below it those of its prompts that have the words searched for."""
+        words, options = self.search.value.lower().split(), [("all prompts", ("", "", ""))]
+        for (task, split), prompts in self.samples.prompts.items():
             found = [p for p in prompts if all(w in p.lower() for w in words)]
-            options.append((f"— {task}: {len(found)} —", (task, "")))
-            options += [(p, (task, p)) for p in found[:PROMPTS_SHOWN]]
+            options.append((f"— {task}{f', {split}' if split else ''}: {len(found)} —", (task, split, "")))
+            options += [(p, (task, split, p)) for p in found[:PROMPTS_SHOWN]]
             if len(found) > PROMPTS_SHOWN:
-                options.append((f"… {len(found) - PROMPTS_SHOWN} more: search", (task, "")))
+                options.append((f"… {len(found) - PROMPTS_SHOWN} more: search", (task, split, "")))
         if options != list(self.prompt.options):
             self.prompt.options = options
 
@@ -138,11 +141,11 @@ class SampleGallery:
         self._changed()
 
     def _changed(self) -> None:
-        task, prompt = self.prompt.value or ("", "")
+        task, split, prompt = self.prompt.value or ("", "", "")
         if not self.columns.value:
             raise ValueError("no models are chosen; choose one or more columns (Ctrl or Shift with a click or the arrows)")
         self.models = list(self.columns.value)
-        self.query = Query(self.search.value, task, self.tag.value, prompt, self.of.value, {self.judge.value: self.range.value} if self.judge.value else {},
+        self.query = Query(self.search.value, task, self.tag.value, prompt, split, self.repeat.value, self.of.value, {self.judge.value: self.range.value} if self.judge.value else {},
                            self.sort.value, self.against.value, self.descending.value, self.locked.value, tuple(self.pins) if self.only_pinned.value else None)
         self.grid = select(self.samples, self.query, self.models)
         self._turn(0)
@@ -232,4 +235,4 @@ class SampleGallery:
             self.table().to_csv(self.out / name, index=False)
         else:
             self.sheet().save(self.out / name)
-        self.said.value = f'<span class="fo-note" role="status">written: {escape(str(self.out / name))}</span>'
+        self.said.value = note_html(f"written: {self.out / name}")
