@@ -143,8 +143,8 @@ class Launched:
         if processes < 1:
             raise ValueError(f"a training needs at least one process, not {processes}")
         self.recipe, self.folder, self.iterations = dict(recipe), Path(folder), recipe["train"]["iterations"]
-        several = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", precision, "--dynamo_backend",
-                   "no", "--main_process_port", "0", *([] if torch.cuda.is_available() else ["--cpu"])] if processes > 1 else []
+        several = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", precision,
+                   "--dynamo_backend", "no", "--main_process_port", "0", *([] if torch.cuda.is_available() else ["--cpu"])] if processes > 1 else []
         self.command = [sys.executable, *several, "-m", "flowopd_lib.recipes", str(self.folder / "recipe.yaml"), "--folder", str(self.folder),
                         "--look", str(look)]
         self._environment = {**os.environ, "FLOWOPD_HEADLESS": "1", "ACCELERATE_MIXED_PRECISION": precision}
@@ -157,7 +157,7 @@ class Launched:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
         with (self.folder / "log.txt").open("w") as log:        # a session of its own: interrupting the kernel does not interrupt it
-            self._process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=self._environment)
+            self._process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True)
         atexit.register(self.stop)
 
     @property

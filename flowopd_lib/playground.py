@@ -64,7 +64,7 @@ def prompt_of(text: str, known: Sequence[Prompt] = ()) -> tuple[Prompt, str]:
             return prompt, f"A known {prompt.task} prompt: judged by {', '.join(JUDGES_OF_TASK[prompt.task])}."
     quoted = text.split('"')
     if len(quoted) > 2 and quoted[1].strip():
-        return Prompt(text, "ocr"), f"A prompt with a text in double quotes: judged by {', '.join(JUDGES_OF_TASK['ocr'])}; “{quoted[1]}” is what has to be read."
+        return Prompt(text, "ocr"), f"A prompt with a text in double quotes: judged by {', '.join(JUDGES_OF_TASK['ocr'])}; “{quoted[1]}” has to be read."
     return Prompt(text, "pickscore"), (f"Judged by {', '.join(JUDGES_OF_TASK['pickscore'])} only: OCR needs a text in double quotes, GenEval a prompt of its "
                                        "file, which says what must be seen.")
 

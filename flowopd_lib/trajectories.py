@@ -76,4 +76,5 @@ def walk_through(policy: FlowPolicy, prompt: Prompt, seed: int, sampler: Sampler
             difference[name].append(apart[0].square().mean(0).sqrt().cpu().numpy())
         kl.append(row)
     noisy, clean = (policy.decode(torch.cat(x)).cpu() for x in (latents, clean))
-    return Walk(prompt, seed, model, sampler, sigmas, noisy, clean, pd.DataFrame(kl, columns=teachers, dtype=float), {n: np.stack(d) for n, d in difference.items()})
+    apart = {name: np.stack(fields) for name, fields in difference.items()}
+    return Walk(prompt, seed, model, sampler, sigmas, noisy, clean, pd.DataFrame(kl, columns=teachers, dtype=float), apart)

@@ -50,7 +50,7 @@ def test_a_typed_prompt_is_judged_by_those_who_can():
     prompt, told = prompt_of(f"  {geneval.text.upper()} ", known)
     assert prompt is geneval and prompt.metadata["include"] and "GenEval, PickScore, DeQA" in told
     prompt, told = prompt_of('a sign that says "HELLO"', known)
-    assert prompt.task == "ocr" and "“HELLO” is what has to be read" in told
+    assert prompt.task == "ocr" and "“HELLO” has to be read" in told
     prompt, told = prompt_of('nothing between ""', known)
     assert prompt.task == "pickscore" and "PickScore, DeQA only" in told
     with pytest.raises(ValueError, match="there is no prompt"):

@@ -57,12 +57,12 @@ class TrajectoryExplorer:
 
     def _build(self) -> None:
         w, self.guard = self.walk, Guard()
-        wide = {"description_width": "80px"}
-        self.prompt = ipw.Dropdown(options=[(p.text, i) for i, p in enumerate(self.prompts)], description="prompt", style=wide, layout=ipw.Layout(width="420px"))
+        wide, texts = {"description_width": "80px"}, [(p.text, i) for i, p in enumerate(self.prompts)]
+        self.prompt = ipw.Dropdown(options=texts, description="prompt", style=wide, layout=ipw.Layout(width="420px"))
         self.seed = ipw.BoundedIntText(w.seed, 0, 1 << 30, description="seed", style=wide, layout=ipw.Layout(width="170px"))
         self.model = ipw.Dropdown(options=list(self.models), value=w.model, description="who walks", style=wide, layout=ipw.Layout(width="270px"))
-        self.teachers = ipw.SelectMultiple(options=list(self.models), value=list(w.difference), rows=min(5, len(self.models)), description="teachers", style=wide,
-                                           layout=ipw.Layout(width="270px"))
+        self.teachers = ipw.SelectMultiple(options=list(self.models), value=list(w.difference), rows=min(5, len(self.models)), description="teachers",
+                                           style=wide, layout=ipw.Layout(width="270px"))
         self.kind = ipw.ToggleButtons(options=[("SDE", "sde"), ("ODE", "ode"), ("CPS", "cps")], value=w.sampler.kind, style={"button_width": "60px"})
         self.noise = ipw.FloatSlider(w.sampler.noise_level, min=.1, max=1.2, step=.1, description="noise level", continuous_update=False, style=wide,
                                      layout=ipw.Layout(width="320px"))
@@ -85,7 +85,8 @@ class TrajectoryExplorer:
     def _again(self) -> None:
         self.said.value = note_html("walking …")
         sampler = Sampler(self.steps.value, self.kind.value, self.noise.value, self.walk.sampler.guidance)
-        self.walk = walk_through(self.policy, self.prompts[self.prompt.value], self.seed.value, sampler, self.models, self.model.value, list(self.teachers.value))
+        prompt, teachers = self.prompts[self.prompt.value], list(self.teachers.value)
+        self.walk = walk_through(self.policy, prompt, self.seed.value, sampler, self.models, self.model.value, teachers)
         self._walked()
 
     def _walked(self) -> None:
@@ -100,8 +101,10 @@ class TrajectoryExplorer:
         top = max((field.max() for field in w.difference.values()), default=1.)
         figures = [(picture_html(webp(w.clean[at]), f"Predicted clean picture. {w.alt(at)}", LARGE), "predicted clean picture"),
                    (picture_html(webp(w.noisy[at]), f"Noisy latent, decoded. {w.alt(at)}", SMALL), "noisy latent, decoded")]
-        figures += [(picture_html(png(heat(field[at], top)), f"Difference of velocities to {name}, root mean square {(field[at] ** 2).mean() ** .5:.3f}", SMALL, "png"),
-                     f"Δv to {escape(name)}, rms {(field[at] ** 2).mean() ** .5:.2f}") for name, field in w.difference.items()]
+        for name, field in w.difference.items():
+            rms = (field[at] ** 2).mean() ** .5
+            figures.append((picture_html(png(heat(field[at], top)), f"Difference of velocities to {name}, root mean square {rms:.3f}", SMALL, "png"),
+                            f"Δv to {escape(name)}, rms {rms:.2f}"))
         scale = f'<div class="fo-note fo-dim">Δv: black is 0, the brightest {top:.2f}, over all steps</div>' if w.difference else ""
         self.pictures.value = ('<div class="fo-pictures" style="max-width: 560px">'
                                + "".join(f'<figure class="fo-tile">{p}<figcaption>{c}</figcaption></figure>' for p, c in figures) + f"</div>{scale}")
@@ -115,8 +118,8 @@ class TrajectoryExplorer:
         def cell(name, value):
             bar = f'<span class="fo-bar" style="width: {max(1, 70 * value / most):.0f}px; background: {colors[name]}"></span>{value:.3g}'
             return f"<td>{bar if value == value else 'no noise'}</td>"
-        rows = "".join(f"<tr{' aria-current=step' if k == at else ''}><td>{k + 1}</td><td>{sigma:.2f}</td>{''.join(cell(*c) for c in w.kl.iloc[k].items())}</tr>"
-                       for k, sigma in enumerate(w.sigmas))
+        rows = "".join(f"<tr{' aria-current=step' if k == at else ''}><td>{k + 1}</td><td>{sigma:.2f}</td>"
+                       f"{''.join(cell(*c) for c in w.kl.iloc[k].items())}</tr>" for k, sigma in enumerate(w.sigmas))
         note = ", as if with the SDE's noise" if w.sampler.kind == "ode" else ""
         return (f'<table class="fo-bars"><caption>KL of a step to each teacher, nats{note}</caption>'
                 f"<tr><th>step</th><th>σ</th>{''.join(f'<th>{escape(n)}</th>' for n in w.kl)}</tr>{rows}</table>")

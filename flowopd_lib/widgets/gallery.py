@@ -14,7 +14,7 @@ from ..gallery import TEACHER, Query, Samples, code_of, contact_sheet, page_of, 
 from ..viz import COLORS
 from .common import STYLE, Guard, badge_html, headless, note_html, picture_html
 
-TILE, ZOOM, PROMPTS_SHOWN = 128, 320, 300       # pixels; pixels; prompts listed at once, more are found by searching
+TILE, COLUMN, ZOOM, PROMPTS_SHOWN = 128, 168, 320, 300       # pixels, thrice; prompts listed at once, more are found by searching
 FLEX = ipw.Layout(width="auto")
 
 
@@ -68,13 +68,13 @@ class SampleGallery:
         self.sort = choice(options=[("the run's order", ""), *same(s.judges)], value=q.sort, description="sort by")
         others = [("the score itself", ""), (f"minus {TEACHER}", TEACHER), *[(f"minus {m}", m) for m in s.models]]
         self.against = choice(options=others, value=q.against, description="")
-        self.descending = ipw.ToggleButtons(options=[("highest first", True), ("lowest first", False)], value=q.descending, style={"button_width": "90px"})
+        self.descending = ipw.ToggleButtons(options=[("highest first", True), ("lowest first", False)], value=q.descending, style={"button_width": "104px"})
         first = next(iter(q.ranges), "")
         self.judge = choice(options=[("none", ""), *same(s.judges)], value=first, description="range of")
         self.range = ipw.FloatRangeSlider(disabled=True, readout_format=".2f", layout=ipw.Layout(width="330px"), continuous_update=True)
         repeats = sorted(set(s.repeat))
-        self.repeat = choice(options=[("every seed", None), *((f"sample {r + 1} of each prompt", r) for r in repeats)], value=q.repeat, description="seeds",
-                             disabled=len(repeats) < 2)
+        self.repeat = choice(options=[("every seed", ""), *((f"sample {r + 1} of each prompt", r) for r in repeats)], description="seeds",
+                             value="" if q.repeat is None else q.repeat, disabled=len(repeats) < 2)
         self.locked = ipw.Checkbox(q.locked, description="the same noise in a row", indent=False, layout=ipw.Layout(width="190px"))
         self.only_pinned = ipw.Checkbox(False, description="pinned only", indent=False, layout=ipw.Layout(width="110px"))
         self.back, self.forth = ipw.Button(description="◀ page", layout=ipw.Layout(width="80px")), ipw.Button(description="page ▶", layout=ipw.Layout(width="80px"))
@@ -93,6 +93,7 @@ class SampleGallery:
                          ipw.HBox([self.back, self.at, self.forth, self.count]), self.guard.box, self.body], layout=ipw.Layout(overflow="auto"))
         self.box = ipw.VBox([ipw.HTML(STYLE), ipw.HBox([side, main]), self.detail, ipw.HBox([self.as_sheet, self.as_csv, self.said])])
         self.box.add_class("fo")
+        self.box.add_class("fo-gallery")
         self._list_prompts()
         self.prompt.value = next((v for _, v in self.prompt.options if v[2] == q.prompt and q.task in ("", v[0]) and q.split in ("", v[1])), ("", "", ""))
         self._set_range(q.ranges.get(first))
@@ -145,7 +146,8 @@ class SampleGallery:
         if not self.columns.value:
             raise ValueError("no models are chosen; choose one or more columns (Ctrl or Shift with a click or the arrows)")
         self.models = list(self.columns.value)
-        self.query = Query(self.search.value, task, self.tag.value, prompt, split, self.repeat.value, self.of.value, {self.judge.value: self.range.value} if self.judge.value else {},
+        self.query = Query(self.search.value, task, self.tag.value, prompt, split, None if self.repeat.value == "" else self.repeat.value,
+                           self.of.value, {self.judge.value: self.range.value} if self.judge.value else {},
                            self.sort.value, self.against.value, self.descending.value, self.locked.value, tuple(self.pins) if self.only_pinned.value else None)
         self.grid = select(self.samples, self.query, self.models)
         self._turn(0)
@@ -177,14 +179,14 @@ class SampleGallery:
                     button.disabled, button.tooltip = position < 0, "" if position < 0 else f"Look at {self.samples.alt(position)}"
                     button.description = "look ★" if position in self.pins else "look"
         if tuple(shown) != self.body.children:
-            self.body.layout.grid_template_columns = f"150px repeat({len(self.models)}, {TILE + 16}px)"
+            self.body.layout.grid_template_columns = f"150px repeat({len(self.models)}, {COLUMN}px)"
             self.body.children = shown
 
     def _cell(self, row: int, column: int) -> tuple[ipw.HTML, ipw.Button, ipw.Widget]:
         if (row, column) not in self.cells:
             tile, button = ipw.HTML(), ipw.Button(layout=ipw.Layout(width=f"{TILE}px", height="24px"))
             button.on_click(self.guard(lambda: self._choose(int(self.page[row, column]))))
-            self.cells[row, column] = tile, button, tile if row < 0 or column < 0 else ipw.VBox([tile, button], layout=ipw.Layout(margin="0 0 8px 0"))
+            self.cells[row, column] = tile, button, tile if row < 0 or column < 0 else ipw.VBox([tile, button], layout=ipw.Layout(margin="0 0 8px 0", overflow="hidden"))
         return self.cells[row, column]
 
     def _label(self, row: int, positions: np.ndarray) -> str:

@@ -12,12 +12,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..gallery import Query, contact_sheet, select
+from ..gallery import Query, Samples, contact_sheet, select
 from ..launch import InProcess, Launched, looks_of, read_lines
 from ..viz import COLORS, training_curves
 from .common import STYLE, Guard, badge_html, headless, note_html, picture_html, png
 
-EVERY, TILE = 1., 96        # seconds between two looks into the folder; pixels
+EVERY, TILE, WIDTH = 1., 96, 168        # seconds between two looks into the folder; pixels of a picture, and of its column
 _ALL = Query()
 
 
@@ -74,7 +74,8 @@ class TrainingMonitor:
         self.go_on = ipw.Button(description="▶ go on", tooltip="from the checkpoint", layout=ipw.Layout(width="90px"))
         self.bar, self.said = ipw.IntProgress(0, 0, self.training.iterations, layout=ipw.Layout(width="240px")), ipw.HTML()
         self.curves, self.samples = ipw.HTML(), ipw.HTML()
-        self.box = ipw.VBox([ipw.HTML(STYLE), ipw.HBox([self.stop, self.go_on, self.bar, self.said]), self.guard.box, self.following.box, self.curves, self.samples])
+        self.box = ipw.VBox([ipw.HTML(STYLE), ipw.HBox([self.stop, self.go_on, self.bar, self.said]), self.guard.box, self.following.box, self.curves,
+                             self.samples])
         self.box.add_class("fo")
         self.box.add_class("fo-monitor")
         self.stop.on_click(self.guard(self._stop))
@@ -118,10 +119,11 @@ class TrainingMonitor:
         if state == "failed":
             raise RuntimeError(self.training.error)
 
-    def _row(self, looks, model: str) -> str:
+    def _row(self, looks: Samples, model: str) -> str:
         tiles = []
-        for position in select(looks, _ALL, [model])[:, 0]:
+        for position in select(looks, _ALL, [model])[:, 0].tolist():
             if position >= 0:
-                badges = "".join(badge_html(j, v, c, COLORS[j]) for j, v, c in looks.scores(int(position), looks.models[0]))
-                tiles.append(f'<figure class="fo-tile">{picture_html(looks.picture(int(position)), looks.alt(int(position)), TILE)}<figcaption>{badges}</figcaption></figure>')
+                badges = "".join(badge_html(j, v, c, COLORS[j]) for j, v, c in looks.scores(position, looks.models[0]))
+                picture = picture_html(looks.picture(position), looks.alt(position), TILE)
+                tiles.append(f'<figure class="fo-tile" style="width: {WIDTH}px">{picture}<figcaption>{badges}</figcaption></figure>')
         return f'<div class="fo-head">{model}</div><div class="fo-pictures">{"".join(tiles)}</div>'

@@ -27,8 +27,8 @@ class Playground:
     Headless: the pictures with what was found on them, and a table.
     """
 
-    def __init__(self, policy: FlowPolicy, models: Mapping[str, str | None], judges: Mapping[str, Reward], text: str, known: Sequence[Prompt] = (), seed: int = 0,
-                 sampler: Sampler = Sampler(20)):
+    def __init__(self, policy: FlowPolicy, models: Mapping[str, str | None], judges: Mapping[str, Reward], text: str, known: Sequence[Prompt] = (),
+                 seed: int = 0, sampler: Sampler = Sampler(20)):
         self.policy, self.models, self.judges, self.known, self.sampler = policy, dict(models), dict(judges), list(known), sampler
         self._try(text, seed, list(models), sampler.steps)
         if not headless():
@@ -72,7 +72,8 @@ class Playground:
         self.next = ipw.Button(description="another seed", layout=ipw.Layout(width="110px"))
         self.said, self.body = ipw.HTML(), ipw.HTML()
         controls = ipw.VBox([self.marks, ipw.HBox([self.again, self.next])])
-        self.box = ipw.VBox([ipw.HTML(STYLE), ipw.HBox([self.text, self.seed, self.steps]), ipw.HBox([self.chosen, controls]), self.said, self.guard.box, self.body])
+        self.box = ipw.VBox([ipw.HTML(STYLE), ipw.HBox([self.text, self.seed, self.steps]), ipw.HBox([self.chosen, controls]), self.said, self.guard.box,
+                             self.body])
         self.box.add_class("fo")
         self.box.add_class("fo-playground")
         for control in (self.text, self.seed, self.steps, self.chosen):
