@@ -124,6 +124,7 @@ def walk_figure(walk: Walk, title: str, columns: int = 8) -> Figure:
         for name, color in model_colors(names).items():
             axis.plot(range(1, len(walk.sigmas) + 1), walk.kl[name], "o-", ms=4, color=color, label=name)
         axis.set(yscale="log" if (walk.kl > 0).any(axis=None) else "linear", xlabel="step", ylabel="KL of a step, nats")
+        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         axis.legend(fontsize=8, ncols=4)
     figure.suptitle(title, fontweight="bold")
     return figure

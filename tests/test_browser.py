@@ -1,4 +1,4 @@
-"""Notebook 09 in a real JupyterLab in headless Chromium, worked by mouse and keys: what the page shows, and what it exports.
+"""Notebook 09 and a training in a real JupyterLab in headless Chromium, worked by mouse and keys: what the page shows, and what it exports.
 
 Screenshots and what was measured are left in build/browser (`make test-browser` installs Chromium first).
 """
@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 
+import nbformat
 import pandas as pd
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from flowopd_lib.checkpoint import load_state
 from flowopd_lib.runs import NOTEBOOKS, ROOT
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -31,9 +33,19 @@ ARGUMENTS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
              "--disable-sync", "--window-size=1500,1700", "--force-device-scale-factor=1")
 
 
+TRAINING = """
+from flowopd_lib import InProcess, Look, Sampler, TrainingMonitor, some_prompts
+from flowopd_lib.recipes import build
+policy, objective, config = build({"student": {"rank": 4, "alpha": 8}, "sampler": {"steps": 4}, "train": {"iterations": 100000, "lr": 1e-3},
+                                   "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4}, "grpo": {"rewards": {"OCR": 1.}}})
+look = Look(some_prompts(objective.schedule, 4), objective.judges, 2, Sampler(8))
+TrainingMonitor(InProcess(policy, objective, "training", config, look=look), ["OCR", "kl"])
+"""
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab over a copy of notebook 09 that exports beside it: (address, folder)."""
+    """JupyterLab over a copy of notebook 09 that exports beside it, and a notebook with a training: (address of a file, folder)."""
     place = tmp_path_factory.mktemp("lab")
     root = place / "root"
     root.mkdir()
@@ -42,6 +54,8 @@ def lab(tmp_path_factory):
     assert changed != text
     (root / "09_gallery.ipynb").write_text(changed)
     (root / "out").mkdir()
+    training = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TRAINING)], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    nbformat.write(training, root / "training.ipynb")
     for name, settings in SETTINGS.items():
         file = place / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +79,7 @@ def lab(tmp_path_factory):
             except (urllib.error.URLError, OSError):
                 assert server.poll() is None and time.time() < end, (place / "log.txt").read_text()[-2000:]
                 time.sleep(.2)
-        yield f"http://127.0.0.1:{port}/lab/tree/09_gallery.ipynb?token=for-the-test", root
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token=for-the-test", root
     finally:
         server.terminate()
         server.wait(20)
@@ -101,6 +115,15 @@ class Page:
     def run(self, command, arguments="{}"):
         """One of JupyterLab's commands, to its end."""
         self.driver.execute_async_script(f"jupyterapp.commands.execute('{command}', {arguments}).then(() => arguments[0](), e => arguments[0](String(e)))")
+
+    def open_and_run(self, address):
+        def says(script):
+            return self.driver.execute_script(f"return {script}")
+        self.driver.get(address)
+        self.until(lambda: says("!!window.jupyterapp && !!document.querySelector('.jp-Notebook .jp-CodeCell')"), "the notebook", 60)
+        self.until(lambda: says("jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status == 'idle'"), "a kernel", 60)
+        self.run("application:toggle-left-area")
+        self.driver.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
 
     def all(self, css, within=None):
         return (within or self.driver).find_elements(By.CSS_SELECTOR, css)
@@ -149,20 +172,14 @@ class Page:
 
 def count(page, gallery):
     """Rows that the filter lets through, as the gallery says."""
-    note = next(text for text in page.read(".fo-note", gallery) if " rows, " in text)
+    note = next(text for text in page.read(".fo-note", gallery) if " samples" in text)
     return int(note.split(";")[1].split()[0])
 
 
 def test_notebook_09_in_jupyterlab(lab, page):
     address, root = lab
     measured, began = {}, time.time()
-    page.driver.get(address)
-    def says(script):
-        return page.driver.execute_script(f"return {script}")
-    page.until(lambda: says("!!window.jupyterapp && document.querySelectorAll('.jp-Notebook .jp-CodeCell').length > 4"), "the notebook", 60)
-    page.until(lambda: says("jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status == 'idle'"), "a kernel", 60)
-    page.run("application:toggle-left-area")
-    page.driver.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.open_and_run(address.format("09_gallery.ipynb"))
     page.until(lambda: page.all(".fo-gallery img"), "the gallery", 120)
     measured["seconds from opening the notebook to the first gallery"] = round(time.time() - began, 1)
     page.until(lambda: page.all(".fo-playground img") and "minus base" in page.all(".jp-CodeCell")[-1].text, "the last cell", 120)
@@ -179,6 +196,28 @@ def test_notebook_09_in_jupyterlab(lab, page):
     assert saved.stat().st_size < 200_000 and "widgets" not in json.loads(saved.read_text())["metadata"]
     (SHOTS / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     print(measured)
+
+
+def test_a_training_is_watched_stopped_and_gone_on_with(lab, page):
+    address, root = lab
+    page.open_and_run(address.format("training.ipynb"))
+    page.until(lambda: page.all(".fo-monitor"), "the monitor", 60)
+    monitor = page.one(".fo-monitor")
+
+    def alts():
+        return page.read("img", monitor, "alt")
+    page.until(lambda: any(alt.startswith("Curves of training: 4 of 100000") for alt in alts()), "curves that go on", 60)
+    page.until(lambda: "iteration 0" in monitor.text and "iteration 4" in monitor.text and len(alts()) == 1 + 3 * 4, "the newest samples")
+    page.press(page.button("stop", monitor))
+    page.until(lambda: "stopped: training" in monitor.text and page.button("go on", monitor).is_enabled(), "the stop")
+    done = len((root / "training" / "metrics.jsonl").read_text().splitlines())
+    assert load_state(root / "training" / "state.safetensors")["iteration"] == done and not (root / "training" / "adapter").exists()
+    page.shot("monitor", monitor)
+    page.press(page.button("go on", monitor))
+    page.until(lambda: len((root / "training" / "metrics.jsonl").read_text().splitlines()) > done, "more iterations", 60)
+    page.press(page.button("stop", monitor))
+    page.until(lambda: "stopped: training" in monitor.text and page.button("go on", monitor).is_enabled(), "the second stop")
+    assert not page.all(".fo-problem")
 
 
 def work_the_gallery(page, out):

@@ -24,10 +24,11 @@ STYLE = """<style>
 .fo-swipe { position: relative; width: max-content; }
 .fo-swipe img + img { position: absolute; top: 0; left: 0; }
 .fo-pictures { display: flex; flex-wrap: wrap; gap: 14px; }
-.fo-bars { border-collapse: collapse; font-size: 12px; color: var(--jp-ui-font-color1); max-height: 420px; overflow: auto; display: block; }
-.fo-bars th, .fo-bars td { padding: 0 8px; text-align: right; white-space: nowrap; }
-.fo-bars td:has(.fo-bar) { text-align: left; min-width: 120px; }
-.fo-bars tr[aria-current] { background: var(--jp-layout-color3); font-weight: 600; }
+.fo .fo-bars { border-collapse: collapse; font-size: 12px; color: var(--jp-ui-font-color1); max-height: 480px; overflow-y: auto; display: block; margin: 0; }
+.fo .fo-bars caption { text-align: left; padding: 0 8px 4px; }
+.fo .fo-bars th, .fo .fo-bars td { padding: 1px 10px; text-align: left; white-space: nowrap; line-height: 1.35; }
+.fo .fo-bars td:has(.fo-bar) { min-width: 130px; }
+.fo .fo-bars tr[aria-current] { background: var(--jp-layout-color3); font-weight: 600; }
 .fo-bar { display: inline-block; height: 10px; margin-right: 5px; }
 .fo select option { color: var(--jp-ui-font-color1); }
 </style>"""

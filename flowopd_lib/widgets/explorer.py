@@ -6,6 +6,7 @@ from html import escape
 
 import ipywidgets as ipw
 import matplotlib.pyplot as plt
+import numpy as np
 from IPython.display import display
 
 from ..policy import FlowPolicy
@@ -74,8 +75,9 @@ class TrajectoryExplorer:
         self.pictures, self.bars, self.said = ipw.HTML(), ipw.HTML(), ipw.HTML()
         # Beside each other where there is room, below each other where there is none.
         below = ipw.Layout(flex_flow="row wrap", align_items="flex-start")
-        self.box = ipw.VBox([ipw.HTML(STYLE), ipw.HBox([self.prompt, self.seed, self.steps]), ipw.HBox([self.model, self.kind, self.noise]), self.teachers,
-                             self.guard.box, ipw.HBox([self.play, self.step, self.said]), ipw.HBox([self.pictures, self.bars], layout=below)])
+        how = ipw.VBox([ipw.HBox([self.prompt, self.seed, self.steps]), ipw.HBox([self.model, self.kind, self.noise])])
+        self.box = ipw.VBox([ipw.HTML(STYLE), ipw.HBox([how, self.teachers]), self.guard.box, ipw.HBox([self.play, self.step, self.said]),
+                             ipw.HBox([self.pictures, self.bars], layout=below)])
         self.box.add_class("fo")
         self.box.add_class("fo-explorer")
         for control in (self.prompt, self.seed, self.model, self.teachers, self.kind, self.noise, self.steps):
@@ -106,20 +108,22 @@ class TrajectoryExplorer:
             figures.append((picture_html(png(heat(field[at], top)), f"Difference of velocities to {name}, root mean square {rms:.3f}", SMALL, "png"),
                             f"Δv to {escape(name)}, rms {rms:.2f}"))
         scale = f'<div class="fo-note fo-dim">Δv: black is 0, the brightest {top:.2f}, over all steps</div>' if w.difference else ""
-        self.pictures.value = ('<div class="fo-pictures" style="max-width: 560px">'
-                               + "".join(f'<figure class="fo-tile">{p}<figcaption>{c}</figcaption></figure>' for p, c in figures) + f"</div>{scale}")
+        tiles = [f'<figure class="fo-tile" style="width: {SMALL if i else LARGE}px">{p}<figcaption>{c}</figcaption></figure>' for i, (p, c) in enumerate(figures)]
+        self.pictures.value = f'<div class="fo-pictures" style="max-width: 560px">{"".join(tiles)}</div>{scale}'
         self.bars.value = self._bars(at) if w.difference else ""
         self.said.value = note_html(f"step {at + 1} of {len(w.sigmas)}, σ {w.sigmas[at]:.2f}")
 
     def _bars(self, at: int) -> str:
-        w, most = self.walk, self.walk.kl.max().max() or 1.
-        colors = model_colors(w.kl)
+        w, colors = self.walk, model_colors(self.walk.kl)
+        positive = w.kl.to_numpy()[w.kl.to_numpy() > 0]
+        low, high = (positive.min() / 2, positive.max()) if len(positive) else (1., 2.)
 
-        def cell(name, value):
-            bar = f'<span class="fo-bar" style="width: {max(1, 70 * value / most):.0f}px; background: {colors[name]}"></span>{value:.3g}'
+        def cell(name, value):      # on a log scale: the KL of the steps differs by orders of magnitude
+            wide = 70 * np.log(value / low) / np.log(high / low) if value > 0 else 0.
+            bar = f'<span class="fo-bar" style="width: {wide:.0f}px; background: {colors[name]}"></span>{value:.3g}'
             return f"<td>{bar if value == value else 'no noise'}</td>"
         rows = "".join(f"<tr{' aria-current=step' if k == at else ''}><td>{k + 1}</td><td>{sigma:.2f}</td>"
                        f"{''.join(cell(*c) for c in w.kl.iloc[k].items())}</tr>" for k, sigma in enumerate(w.sigmas))
         note = ", as if with the SDE's noise" if w.sampler.kind == "ode" else ""
-        return (f'<table class="fo-bars"><caption>KL of a step to each teacher, nats{note}</caption>'
+        return (f'<table class="fo-bars"><caption>KL of a step to each teacher, nats{note} (bars: log scale)</caption>'
                 f"<tr><th>step</th><th>σ</th>{''.join(f'<th>{escape(n)}</th>' for n in w.kl)}</tr>{rows}</table>")

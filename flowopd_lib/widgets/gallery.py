@@ -124,7 +124,7 @@ class SampleGallery:
             self.prompt.options = options
 
     def _set_range(self, value: tuple[float, float] | None = None) -> None:
-        self.range.disabled = not self.judge.value
+        self.range.disabled, self.range.layout.visibility = not self.judge.value, "visible" if self.judge.value else "hidden"
         if not self.judge.value:
             return
         scores = self.samples.table[self.judge.value]
@@ -162,7 +162,7 @@ class SampleGallery:
         """Write the page into its tiles; they are made once, and only shown, hidden and written anew."""
         shown, page, pages = [], self.page, max(1, -(-len(self.grid) // self.size))
         self.at.max = pages
-        self.count.value = (f'<span class="fo-note">of {pages}; {len(self.grid)} rows, {int((self.grid >= 0).sum())} of {len(self.samples.table)} samples'
+        self.count.value = (f'<span class="fo-note">of {pages}; {len(self.grid)} row{"s" * (len(self.grid) != 1)}, {int((self.grid >= 0).sum())} of {len(self.samples.table)} samples'
                             f'{"" if len(self.grid) else ": nothing passes; widen the filter"}</span>')
         self.back.disabled, self.forth.disabled = self.number == 0, self.number == pages - 1
         for row in range(-1, len(page)):
