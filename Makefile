@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Installed first; any release that pyproject.toml allows will do: make setup TORCH=torch
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test lab clean
+.PHONY: setup demo test test-browser lab clean
 
 setup: .venv/done
 
@@ -28,6 +28,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Notebook 09 in JupyterLab in headless Chromium (Debian's, installed if it is not there; that needs root). Screenshots: build/browser.
+test-browser: setup
+	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { apt-get update && apt-get install -y chromium chromium-driver; }
+	$(BIN)/python -m pytest tests/test_browser.py -s
 
 lab: setup
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb

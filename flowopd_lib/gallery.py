@@ -32,8 +32,9 @@ TEACHER = "its teacher"         # as `Query.against`: the model that a prompt's 
 class Query:
     """What to show. `of` is the model whose scores filter and sort ("": the last); a sample without the score asked for fails a range and sorts last.
 
-    search   words that must all be in the prompt           ranges    judge: (low, high), both included
-    task, tag, prompt   exactly this one; "" is any         sort      a judge, or "" for the table's order
+    search   words that must all be in the prompt               ranges    judge: (low, high), both included
+    task, tag, prompt, split    exactly this one; "" is any     sort  a judge, or "": the table's order, tasks in turn
+    repeat   only each prompt's sample of this number (the table's `repeat`), so one noise a prompt; None is all
     against  a model, or `TEACHER`: sort by the score minus that model's on the same prompt and noise
     locked   the same noise in a row; else each model's column is filtered and sorted on its own
     pinned   only rows with one of these positions of the table; None is all
@@ -42,6 +43,8 @@ class Query:
     task: str = ""
     tag: str = ""
     prompt: str = ""
+    split: str = ""
+    repeat: int | None = None
     of: str = ""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     sort: str = ""
@@ -72,8 +75,14 @@ class Samples:
         column = table["model"].map({m: i for i, m in enumerate(self.models)}).to_numpy()
         self.cells = np.full((len(keys), len(self.models)), -1)     # position in the table of each prompt and noise under each model
         self.cells[row, column] = np.arange(len(table))
+        # The tasks take turns, so that a first page shows all of them.
+        turn = pd.Series(keys.get_level_values(0))
+        self.cells = self.cells[np.argsort(turn.groupby(turn).cumcount().to_numpy(), kind="stable")]
         first = self.cells.max(1)
         self.task, self.tag, self.prompt = (table[c].to_numpy(object)[first] for c in ("task", "tag", "prompt"))
+        # What not every table says: which split a prompt is of, and which of a prompt's samples a row is.
+        self.split = table["split"].to_numpy(object)[first] if "split" in table else np.full(len(keys), "", object)
+        self.repeat = table["repeat"].to_numpy(int)[first] if "repeat" in table else np.zeros(len(keys), int)
         self._lower = [p.lower() for p in self.prompt]
 
     @cached_property
@@ -82,9 +91,14 @@ class Samples:
         return {j: np.where(self.cells < 0, np.nan, self.table[j].to_numpy(float)[self.cells]) for j in self.judges}
 
     @cached_property
-    def prompts(self) -> dict[str, list[str]]:
-        """The different prompts by task, in the table's order."""
-        return {task: list(dict.fromkeys(self.prompt[self.task == task])) for task in dict.fromkeys(self.task)}
+    def prompts(self) -> dict[tuple[str, str], list[str]]:
+        """The different prompts by (task, split), in the table's order; "" is the split where the table says none."""
+        groups = dict.fromkeys(zip(self.task, self.split))
+        return {(task, split): list(dict.fromkeys(self.prompt[(self.task == task) & (self.split == split)])) for task, split in groups}
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(self.task))
 
     def teacher(self, task: str) -> str | None:
         """The model that was trained for a task, by the names the notebooks give it."""
@@ -123,10 +137,12 @@ def load_samples(folder: str | Path) -> Samples:
         raise ValueError(f"{folder / 'samples.parquet'}: {error}") from error
 
 
-def draw_samples(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping, folder: str | Path, models: Mapping[str, str | None],
+def draw_samples(policy: FlowPolicy, prompts: Mapping[str, Sequence[Prompt]], judges: Mapping, folder: str | Path, models: Mapping[str, str | None],
                  sampler: Sampler = Sampler(), seed: int = 0, repeats: int = 1) -> Samples:
-    """Samples drawn now from loaded models, kept in `folder` like a run's; `evaluate` says what the rest is."""
-    table = evaluate(policy, prompts, judges, seed, sampler, models, repeats, pictures=Path(folder) / "pictures")
+    """Samples of prompts (by split) drawn now from loaded models, kept in `folder` like a run's; `evaluate` says what the rest is."""
+    table = evaluate(policy, [p for part in prompts.values() for p in part], judges, seed, sampler, models, repeats, pictures=Path(folder) / "pictures")
+    split = {(p.task, p.text): name for name, part in prompts.items() for p in part}
+    table["split"] = [split[key] for key in zip(table["task"], table["prompt"])]
     table.to_parquet(Path(folder) / "samples.parquet")
     return load_samples(folder)
 
@@ -140,9 +156,11 @@ def select(samples: Samples, query: Query, models: Sequence[str] | None = None) 
     for name in (*query.ranges, *([query.sort] if query.sort else [])):
         _known(name, samples.judges, "judge")
     keep = np.ones(len(samples.cells), bool)
-    for wanted, values in ((query.task, samples.task), (query.tag, samples.tag), (query.prompt, samples.prompt)):
+    for wanted, values in ((query.task, samples.task), (query.tag, samples.tag), (query.prompt, samples.prompt), (query.split, samples.split)):
         if wanted:
             keep &= values == wanted
+    if query.repeat is not None:
+        keep &= samples.repeat == query.repeat
     if words := query.search.lower().split():
         keep &= np.fromiter((all(w in p for w in words) for p in samples._lower), bool, len(keep))
     if query.pinned is not None:
@@ -166,7 +184,7 @@ def _ordered(samples: Samples, query: Query, rows: np.ndarray, of: int) -> np.nd
         return rows
     value = samples._scores[query.sort][rows, of]
     if query.against == TEACHER:
-        teachers = {t: samples.teacher(t) for t in samples.prompts}
+        teachers = {t: samples.teacher(t) for t in samples.tasks}
         numbers = np.array([-1 if teachers[t] is None else samples.models.index(teachers[t]) for t in samples.task[rows]], int)
         value = value - np.where(numbers < 0, np.nan, samples._scores[query.sort][rows, numbers])
     elif query.against:

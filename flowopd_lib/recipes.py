@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,11 +26,12 @@ import yaml
 from accelerate import Accelerator
 
 from . import tinyworld
+from .launch import STOPPED, Look, some_prompts
 from .merge import merge
 from .objectives import GRPO, OPD, Objective
 from .policy import FlowPolicy
 from .prompts import TASKS, Prompt, load_prompts
-from .rewards import OCR, DeQA, PickScore
+from .rewards import OCR, DeQA, PickScore, Reward
 from .rollout import Sampler
 from .runs import nearest
 from .schedule import Schedule
@@ -77,10 +80,14 @@ def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: torch.dtyp
     _student(policy, recipe.get("student", {}), seed)
     if "opd" in recipe:
         return policy, OPD(prompts, sampler=sampler, **_options("opd", recipe["opd"], OPD, ("schedule", "sampler"))), config
+    return policy, GRPO(prompts, judges_of(recipe), sampler=sampler, **_options("grpo", recipe["grpo"], GRPO, ("schedule", "judges", "sampler"))), config
+
+
+def judges_of(recipe: Mapping) -> dict[str, Reward]:
+    """The judges that a recipe names; without any, the small world's."""
     judges = recipe.get("judges", {})
     check_keys("judges", judges, JUDGES)
-    judges = {name: JUDGES[name](**settings) for name, settings in judges.items()} if judges else tinyworld.training_judges()
-    return policy, GRPO(prompts, judges, sampler=sampler, **_options("grpo", recipe["grpo"], GRPO, ("schedule", "judges", "sampler"))), config
+    return {name: JUDGES[name](**settings) for name, settings in judges.items()} if judges else tinyworld.training_judges()
 
 
 def _weighed(prompts: list[Prompt], tags: Mapping[str, int]) -> list[Prompt]:
@@ -108,7 +115,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flowopd_lib.recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="a YAML file")
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints, metrics and the adapter; resumed if it holds some")
+    parser.add_argument("--look", type=int, default=0, help="after every so many iterations, draw and judge about six of its prompts into the folder; 0: never")
     args = parser.parse_args()
+    asked = threading.Event()       # to stop: by a scheduler that wants its machine back, or by `launch`
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.mixed_precision not in ("no", "bf16"):
         sys.exit(f"error: mixed precision {accelerator.mixed_precision} is not supported; use no or bf16")
@@ -116,11 +126,24 @@ def main() -> None:
         torch.set_num_threads(os.cpu_count())
     try:
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        policy, objective, config = build(yaml.safe_load(args.recipe.read_text()), accelerator.device, dtype)
-        for info in train(policy, objective, args.folder, config, accelerator=accelerator):
-            if info.metrics and accelerator.is_main_process:
+        recipe = yaml.safe_load(args.recipe.read_text())
+        policy, objective, config = build(recipe, accelerator.device, dtype)
+        updates = train(policy, objective, args.folder, config, accelerator=accelerator)
+        if args.look and accelerator.is_main_process:
+            judges = getattr(objective, "judges", None) or ({} if recipe.get("model") and not recipe.get("judges") else judges_of(recipe))
+            updates = Look(some_prompts(objective.schedule), judges, args.look).during(updates, policy, "student", args.folder)
+        for info in updates:
+            if not info.metrics:
+                continue
+            if accelerator.is_main_process:
                 shown = " ".join(f"{name} {value:.4g}" for name, value in info.metrics.items())
                 print(f"{info.iteration + 1}/{config.iterations} {info.seconds:.0f} s loss {info.loss:.4g} {shown}", flush=True)
+            # Several processes hear of it at different moments, and must stop at the same iteration.
+            if accelerator.reduce(torch.tensor(float(asked.is_set()), device=accelerator.device), "sum") > 0:
+                updates.close()
+                if accelerator.is_main_process:
+                    print(f"{STOPPED} {info.iteration + 1}; the same command goes on from there", flush=True)
+                break
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 

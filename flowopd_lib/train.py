@@ -121,7 +121,8 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
     """Train one adapter of `policy`; yield a `StepInfo` after each update.
 
     `folder` gets `state.safetensors` (resumed from, if it is there), `metrics.jsonl` (a line an iteration) and, at the end,
-    `adapter/`: the averaged weights in PEFT's format, which the policy then holds too.
+    `adapter/`: the averaged weights in PEFT's format, which the policy then holds too. Closed after an iteration (`close()` of the generator), it
+    writes `state.safetensors` and no more.
 
     Raises TrainingDiverged, with the last good state left in `folder`, and ValueError for a folder of another training.
     """
@@ -175,7 +176,13 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
                         run.save()
                         saved = time.time()
             paused = time.time()
-            yield info
+            try:
+                yield info
+            except GeneratorExit:           # the caller stops here: between two iterations that is a place to go on from
+                if last and accelerator.is_main_process:
+                    run.save()
+                policy.train_adapter(None)
+                raise
             began += time.time() - paused
     if config.ema:
         with torch.no_grad():

@@ -11,11 +11,7 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
-from .evaluate import score
-from .policy import FlowPolicy
-from .prompts import Prompt
-from .rewards import Reward
-from .rollout import Sampler, Step, sample
+from .trajectories import Walk
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLORS = {"GenEval": "#0072B2", "OCR": "#D55E00", "PickScore": "#009E73", "DeQA": "#CC79A7"}
@@ -60,14 +56,6 @@ def captions_of(table: pd.DataFrame) -> list[str]:
             for _, row in table.iterrows()]
 
 
-def model_gallery(policy: FlowPolicy, prompts: Sequence[Prompt], models: Mapping[str, str | None], judges: Mapping[str, Reward], sampler: Sampler, seed: int,
-                  title: str) -> Figure:
-    """Every prompt (a column) under every model (a row), sampled with the same noise and scored; `models` as for `evaluate`."""
-    images = {name: sample(policy, prompts, range(seed, seed + len(prompts)), sampler, adapter) for name, adapter in models.items()}
-    captions = [f"{name}: {caption}" for name, drawn in images.items() for caption in captions_of(score(drawn, prompts, judges))]
-    return image_grid(torch.cat(list(images.values())), captions, len(prompts), title)
-
-
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
     """A summary with "mean [low, high]" in one column, for a reader."""
     text = [f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for _, r in summary.iterrows()]
@@ -109,17 +97,35 @@ def judge_figure(tests: pd.DataFrame, graded: pd.DataFrame) -> Figure:
     return figure
 
 
-def trajectory_strip(policy: FlowPolicy, steps: Sequence[Step], title: str, row: int = 0) -> Figure:
-    """Two rows for one sample: the noisy latent decoded, and the clean picture predicted, along the steps given."""
-    figure, axes = plt.subplots(2, len(steps), figsize=(1.35 * len(steps) + .8, 3.4), squeeze=False)
-    for column, step in enumerate(steps):
-        for axis, latent in zip(axes[:, column], (step.x, step.x0_hat)):
-            axis.imshow(policy.decode(latent[row:row + 1])[0].permute(1, 2, 0).cpu().numpy())
+def walk_figure(walk: Walk, title: str, columns: int = 8) -> Figure:
+    """A walk at `columns` of its steps: the noisy latent decoded, the clean picture predicted, where each teacher's velocity differs (one scale for all);
+    below, the KL to each teacher at every step."""
+    shown = sorted({round(i * (len(walk.sigmas) - 1) / (columns - 1)) for i in range(columns)})
+    names, top = list(walk.difference), max((field.max() for field in walk.difference.values()), default=1.)
+    rows = 2 + len(names)
+    figure = plt.figure(figsize=(1.35 * len(shown) + 1.2, 1.45 * rows + (2.6 if names else .5)))
+    grid = figure.add_gridspec(rows + bool(names), len(shown), height_ratios=[1] * rows + [1.7] * bool(names))
+    for column, step in enumerate(shown):
+        pictures = [(walk.noisy[step], "$x_σ$ decoded"), (walk.clean[step], "predicted $x_0$"), *((walk.difference[n][step], f"Δv to\n{n}") for n in names)]
+        for row, (picture, label) in enumerate(pictures):
+            axis = figure.add_subplot(grid[row, column])
+            if row < 2:
+                axis.imshow(picture.permute(1, 2, 0).numpy())
+            else:
+                axis.imshow(picture, cmap="magma", vmin=0, vmax=top)
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
-        axes[0, column].set_title(f"σ {step.sigma:.2f}", fontsize=10, fontweight="normal")
-    axes[0, 0].set_ylabel("$x_σ$ decoded", fontsize=10)
-    axes[1, 0].set_ylabel("predicted $x_0$", fontsize=10)
+            if not column:
+                axis.set_ylabel(label, fontsize=9)
+            if not row:
+                axis.set_title(f"σ {walk.sigmas[step]:.2f}", fontsize=10, fontweight="normal")
+    if names:
+        axis = figure.add_subplot(grid[rows, :])
+        for name, color in model_colors(names).items():
+            axis.plot(range(1, len(walk.sigmas) + 1), walk.kl[name], "o-", ms=4, color=color, label=name)
+        axis.set(yscale="log" if (walk.kl > 0).any(axis=None) else "linear", xlabel="step", ylabel="KL of a step, nats")
+        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        axis.legend(fontsize=8, ncols=4)
     figure.suptitle(title, fontweight="bold")
     return figure
 
@@ -141,9 +147,14 @@ def model_panels(summary: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def training_curves(curves: Mapping[str, pd.DataFrame], columns: Sequence[str], title: str) -> Figure:
-    """A panel per column of the metrics, a line per training: its value at every iteration, faint, and the mean of ten neighbours."""
-    figure, axes = plt.subplots(1, len(columns), figsize=(4.2 * len(columns), 3.3), squeeze=False)
+def training_curves(curves: Mapping[str, pd.DataFrame], columns: Sequence[str], title: str, figure: Figure | None = None) -> Figure:
+    """A panel per column of the metrics, a line per training: its value at every iteration, faint, and the mean of ten neighbours.
+
+    Drawn into `figure`, if it is given; else into one of pyplot's, which only the main thread may make.
+    """
+    figure = figure or plt.figure()
+    figure.set_size_inches(4.2 * len(columns), 3.3)
+    axes = figure.subplots(1, len(columns), squeeze=False)
     for axis, column in zip(axes[0], columns):
         for (name, curve), color in zip(curves.items(), sns.color_palette("colorblind", len(curves))):
             if column in curve:

@@ -33,7 +33,7 @@ def made_up(folder, n=4):
 def test_select_filters_sorts_and_keeps_the_noise_together(tmp_path):
     s = made_up(tmp_path)
     seeds = lambda grid, c=0: s.table["seed"].iloc[grid[:, c]].tolist()     # noqa: E731
-    assert select(s, Query()).shape == (8, 3) and seeds(select(s, Query())) == list(range(50, 58))
+    assert select(s, Query()).shape == (8, 3) and seeds(select(s, Query())) == [50, 54, 51, 55, 52, 56, 53, 57], "tasks in turn"
     assert seeds(select(s, Query(search="RED 2"))) == [52] and seeds(select(s, Query(task="ocr"))) == [54, 55, 56, 57]
     assert seeds(select(s, Query(tag="counting", prompt="a photo of 1 red stars"))) == [51]
     assert len(select(s, Query(search="nothing like it"))) == 0
@@ -42,7 +42,7 @@ def test_select_filters_sorts_and_keeps_the_noise_together(tmp_path):
     assert set(seeds(by_score)[4:]) == {50, 51, 52, 53}                                          # no score: last
     assert seeds(select(s, Query(sort="OCR", of="student", descending=False)))[4:] == [50, 51, 52, 53]
     low = select(s, Query(ranges={"DeQA": (3.25, 3.45)}, of="student"))
-    assert seeds(low) == [53, 54]
+    assert seeds(low) == [54, 53]
     assert seeds(select(s, Query(ranges={"OCR": (0, 1)}))) == [54, 55, 56, 57]
 
 
@@ -74,13 +74,13 @@ def test_pages_pins_and_rows(tmp_path):
     grid = select(s, Query())
     assert page_of(grid, 1, 3).tolist() == grid[3:6].tolist() and page_of(grid, 99, 3).tolist() == grid[6:].tolist()
     assert len(page_of(grid[:0], 0, 3)) == 0
-    assert select(s, Query(pinned=(int(grid[4, 2]),))).tolist() == [grid[4].tolist()]
-    rows = rows_of(s, grid[4:6])
+    assert select(s, Query(pinned=(int(grid[1, 2]),))).tolist() == [grid[1].tolist()]
+    rows = rows_of(s, grid[[1, 3]])
     assert rows["row"].tolist() == [0, 0, 0, 1, 1, 1] and rows["model"].tolist() == list(MODELS) * 2
     assert rows["OCR - base"].tolist() == pytest.approx([0, .01, .02, 0, -.01, -.02])
-    assert s.scores(int(grid[4, 2])) == [("OCR", pytest.approx(.42), pytest.approx(.02)), ("DeQA", pytest.approx(3.4), pytest.approx(2.))]
-    assert s.under(int(grid[4, 2]), "base") == grid[4, 0]
-    assert s.alt(int(grid[4, 2])) == 'student, seed 54: a sign that says "E"; OCR 0.42, DeQA 3.40'
+    assert s.scores(int(grid[1, 2])) == [("OCR", pytest.approx(.42), pytest.approx(.02)), ("DeQA", pytest.approx(3.4), pytest.approx(2.))]
+    assert s.under(int(grid[1, 2]), "base") == grid[1, 0]
+    assert s.alt(int(grid[1, 2])) == 'student, seed 54: a sign that says "E"; OCR 0.42, DeQA 3.40'
 
 
 def test_a_sheet_shows_every_sample(tmp_path):
@@ -94,8 +94,9 @@ def test_a_sheet_shows_every_sample(tmp_path):
 
 def test_evaluate_keeps_thumbnails_and_a_sample_is_drawn_again(policy, judges, test_prompts, tmp_path):
     prompts = test_prompts["ocr"][:3] + test_prompts["geneval"][:3]
-    s = draw_samples(policy, prompts, {"DeQA": judges["DeQA"]}, tmp_path, {"base": None, "same": None}, Sampler(2), seed=9)
+    s = draw_samples(policy, {"test": prompts[:4], "ood": prompts[4:]}, {"DeQA": judges["DeQA"]}, tmp_path, {"base": None, "same": None}, Sampler(2), seed=9)
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["00_base.zip", "01_same.zip", "about.json"]
+    assert list(s.prompts) == [("ocr", "test"), ("geneval", "test"), ("geneval", "ood")] and len(select(s, Query(split="ood"))) == 2
     assert s.picture(4) == s.picture(10) and s.picture(4) != s.picture(5)
     assert Image.open(io.BytesIO(s.picture(0))).size == (64, 64)
     image = redraw(policy, s, 4)

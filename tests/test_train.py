@@ -62,15 +62,42 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(expert, tmp_path):
     assert process.returncode == -signal.SIGKILL and load_state(folder / "state.safetensors")["iteration"] < 6
     resumed = subprocess.run(command(recipe, folder), check=True, env=ENVIRONMENT, capture_output=True, text=True).stdout
     assert resumed.startswith(("3/6", "5/6"))
-    a, b = (load_state(tmp_path / name / "state.safetensors") for name in ("whole", "killed"))
-    assert a["iteration"] == b["iteration"] == 6 and a["updates"] == b["updates"]
+    assert_same_training(tmp_path / "whole", folder, 6)
+
+
+def assert_same_training(whole, other, iterations):
+    a, b = (load_state(folder / "state.safetensors") for folder in (whole, other))
+    assert a["iteration"] == b["iteration"] == iterations and a["updates"] == b["updates"]
     for key in ("parameters", "average"):
         assert all(torch.equal(x, y) for x, y in zip(a[key], b[key], strict=True))
     for i, moments in a["optimizer"]["state"].items():
         assert all(torch.equal(moments[k], b["optimizer"]["state"][i][k]) for k in moments)
-    rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-            for name in ("whole", "killed")]
-    assert rows[0] == rows[1] and [r["iteration"] for r in rows[0]] == list(range(6))
+    rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (whole, other)]
+    assert rows[0] == rows[1] and [r["iteration"] for r in rows[0]] == list(range(iterations))
+
+
+@pytest.mark.parametrize("recipe", [OPD, GRPO], ids=["opd", "grpo"])
+def test_a_generator_closed_after_an_iteration_leaves_a_checkpoint_to_go_on_from_to_the_bit(recipe, expert, tmp_path):
+    recipe = {**recipe, "adapters": {"expert": str(expert)}, "train": {"iterations": 4, "lr": 1e-3, "save_every": 100}}
+    for folder, stops in (("whole", ()), ("cut", (1, 3))):
+        for stop in (*stops, None):
+            policy, objective, config = build(recipe)
+            updates = train(policy, objective, tmp_path / folder, config)
+            for info in updates:
+                if info.metrics and info.iteration + 1 == stop:
+                    updates.close()
+                    assert load_state(tmp_path / folder / "state.safetensors")["iteration"] == stop and not (tmp_path / folder / "adapter").exists()
+                    assert not any(p.requires_grad for p in policy.adapter_parameters("student").values())
+    assert_same_training(tmp_path / "whole", tmp_path / "cut", 4)
+
+
+def test_a_generator_closed_between_the_updates_of_an_iteration_writes_nothing(expert, tmp_path):
+    policy, objective, config = build(GRPO)
+    updates = train(policy, objective, tmp_path, config)
+    assert not next(updates).metrics
+    updates.close()
+    assert not (tmp_path / "state.safetensors").exists()
 
 
 @pytest.mark.parametrize("name, recipe", [("opd", OPD), ("grpo", GRPO)])

@@ -1,10 +1,14 @@
-"""The gallery's widgets, worked as a hand would, and what stands in their place headless."""
+"""The widgets, worked as a hand would, and what stands in their place headless."""
 import pandas as pd
 import pytest
 
-from flowopd_lib import SampleGallery
+from test_launch import until
+from test_train import sft
+
+from flowopd_lib import (FlowPolicy, InProcess, Look, Playground, Prompt, SampleGallery, Sampler, TrainConfig, TrainingMonitor, TrajectoryExplorer,
+                         tinyworld)
 from flowopd_lib.bench_gallery import MODELS, made_up_samples, measure
-from flowopd_lib.gallery import Query
+from flowopd_lib.gallery import Query, Samples
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def test_search_filter_sort(gallery, samples):
     gallery.search.value = "no such"
     assert "nothing passes" in gallery.count.value
     gallery.search.value = ""
-    gallery.prompt.value = ("ocr", "")
+    gallery.prompt.value = ("ocr", "", "")
     gallery.sort.value, gallery.descending.value = "OCR", False
     assert samples.table["OCR"].iloc[gallery.grid[:, 3]].is_monotonic_increasing and len(gallery.grid) == 7
     gallery.judge.value = "OCR"
@@ -86,3 +90,102 @@ def test_headless_a_sheet_and_a_table(samples, monkeypatch, capsys):
 def test_the_benchmark_measures_every_change(samples):
     spent = measure(samples, 2)
     assert len(spent) == 7 and (spent["median ms"] < 200).all()
+
+
+@pytest.fixture
+def live(monkeypatch):
+    monkeypatch.delenv("FLOWOPD_HEADLESS", raising=False)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Headless, with what is displayed kept."""
+    monkeypatch.setenv("FLOWOPD_HEADLESS", "1")
+    things = []
+    for name in ("explorer", "monitor", "playground"):
+        monkeypatch.setattr(f"flowopd_lib.widgets.{name}.display", lambda *them: things.extend(them))
+    return things
+
+
+def test_the_explorer_scrubs_and_walks_again(live, policy, test_prompts):
+    prompts = [test_prompts["ocr"][0], test_prompts["geneval"][0]]
+    explorer = TrajectoryExplorer(policy, {"base": None, "same": None}, prompts, 4, Sampler(4, "sde"), "base")
+    assert "step 1 of 4" in explorer.said.value and "σ 1.00" in explorer.said.value and explorer.pictures.value.count("<img") == 3
+    explorer.step.value = 2
+    assert "step 3 of 4" in explorer.said.value and "step 3 of 4" in explorer.pictures.value and prompts[0].text[:6] in explorer.pictures.value
+    assert explorer.bars.value.count("<tr") == 5 and "aria-current=step><td>3</td>" in explorer.bars.value and "no noise" in explorer.bars.value
+    before = explorer.walk
+    explorer.kind.value = "ode"
+    assert "as if with the SDE" in explorer.bars.value and explorer.walk is not before and explorer.step.value == 2
+    explorer.noise.value, explorer.seed.value, explorer.prompt.value, explorer.steps.value = .3, 5, 1, 3
+    assert (explorer.walk.seed, explorer.walk.sampler.noise_level, explorer.walk.prompt, explorer.step.max) == (5, .3, prompts[1], 2)
+    explorer.teachers.value = ()
+    assert explorer.bars.value == "" and explorer.guard.box.value == ""
+    explorer.kind.value, explorer.noise.value = "cps", 1.2
+    assert "noise level of CPS lies in [0, 1]" in explorer.guard.box.value
+    with pytest.raises(ValueError, match="no prompt to walk"):
+        TrajectoryExplorer(policy, {"base": None}, [])
+
+
+def test_the_playground_tries_what_is_typed(live, policy, judges, test_prompts):
+    playground = Playground(policy, {"base": None, "same": None}, judges, 'a sign that says "GWEN"', test_prompts["geneval"], 1, Sampler(4))
+    assert playground.body.value.count("<img") == 2 and "OCR" in playground.body.value and "double quotes" in playground.said.value
+    assert 'alt="base, seed 1: a sign that says &quot;GWEN&quot;; OCR' in playground.body.value
+    before = playground.body.value
+    playground.marks.value = False
+    assert playground.body.value != before
+    playground.text.value = test_prompts["geneval"][0].text
+    assert "A known geneval prompt" in playground.said.value and "GenEval" in playground.body.value
+    playground.next.click()
+    assert playground.seed.value == 2 == playground.trials[0].seed
+    playground.chosen.value = ("same",)
+    assert playground.body.value.count("<img") == 1
+    playground.text.value = ""
+    assert "there is no prompt" in playground.guard.box.value and playground.said.value == ""
+
+
+def test_the_monitor_follows_stops_and_goes_on(live, tmp_path):
+    policy = FlowPolicy(tinyworld.BASE)
+    policy.add_adapter("student", rank=4, alpha=8)
+    look = Look([Prompt("a photo of one red star", "pickscore")], every=1, sampler=Sampler(2))
+    monitor = TrainingMonitor(InProcess(policy, sft(policy), tmp_path / "student", TrainConfig(10 ** 6, lr=1e-3), look=look))
+    until(lambda: 'alt="Curves of student' in monitor.curves.value and monitor.samples.value.count("<img") >= 2)
+    assert "running: student" in monitor.said.value and "iteration 0" in monitor.samples.value and monitor.go_on.disabled
+    monitor.stop.click()
+    until(lambda: "stopped: student" in monitor.said.value and not monitor.go_on.disabled)
+    done = len(monitor.table())
+    assert (tmp_path / "student" / "state.safetensors").is_file() and monitor.stop.disabled and monitor.bar.value == done
+    monitor.go_on.click()
+    until(lambda: len(monitor.table()) > done)
+    monitor.stop.click()
+    until(lambda: not monitor.go_on.disabled)
+    monitor.training._arguments = (*monitor.training._arguments[:3], TrainConfig(9, lr=2.), "student")     # another lr than the checkpoint's
+    monitor.go_on.click()
+    until(lambda: "another lr" in monitor.following.box.value)
+    assert 'role="alert"' in monitor.following.box.value
+
+
+def test_headless_figures_and_tables(shown, policy, judges, test_prompts, tmp_path):
+    TrajectoryExplorer(policy, {"base": None, "same": None}, test_prompts["ocr"][:1], 0, Sampler(3), "base")._ipython_display_()
+    assert len(shown[0].axes) == 3 * 3 + 1 and list(shown[1]) == ["sigma", "same"]
+    Playground(policy, {"base": None}, judges, "a photo of one red star", (), 0, Sampler(3))._ipython_display_()
+    assert len(shown[2].axes) == 1 and {"PickScore", "read", "seen"} <= set(shown[3])
+    policy = FlowPolicy(tinyworld.BASE)
+    policy.add_adapter("student", rank=4, alpha=8)
+    monitor = TrainingMonitor(InProcess(policy, sft(policy), tmp_path, TrainConfig(2, lr=1e-3), look=Look(test_prompts["ocr"][:2], every=1, sampler=Sampler(2))))
+    monitor._ipython_display_()
+    assert "2 of 2 iterations" in shown[4]._suptitle.get_text() and shown[5].width > 300 and len(shown[6]) == 2
+    with pytest.raises(ValueError, match="at least one metric"):
+        TrainingMonitor(monitor.training, [])
+
+
+def test_prompts_are_grouped_by_split_and_one_seed_can_be_kept(samples, live):
+    table = samples.table.assign(split=["ood" if i % 2 else "test" for i in range(20)] * 5, repeat=[i % 4 // 2 for i in range(20)] * 5)
+    gallery = SampleGallery(Samples(table, samples.folder))
+    heads = [label for label, value in gallery.prompt.options if label.startswith("—")]
+    assert sorted(heads) == ["— geneval, ood: 7 —", "— geneval, test: 6 —", "— ocr, ood: 3 —", "— ocr, test: 4 —"]
+    gallery.prompt.value = ("ocr", "ood", "")
+    assert len(gallery.grid) == 3
+    gallery.prompt.value = ("", "", "")
+    gallery.repeat.value = 1
+    assert len(gallery.grid) == 10 and set(table["repeat"].iloc[gallery.grid[:, 0]]) == {1}

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 from collections.abc import Callable
 from html import escape
 
 import ipywidgets as ipw
+from PIL import Image
 
 STYLE = """<style>
 .fo-tile { margin: 0; line-height: 1.35; }
@@ -21,6 +23,13 @@ STYLE = """<style>
 .fo .jupyter-button:focus-visible { outline: 2px solid var(--jp-brand-color1); }
 .fo-swipe { position: relative; width: max-content; }
 .fo-swipe img + img { position: absolute; top: 0; left: 0; }
+.fo-pictures { display: flex; flex-wrap: wrap; gap: 14px; }
+.fo .fo-bars { border-collapse: collapse; font-size: 12px; color: var(--jp-ui-font-color1); max-height: 480px; overflow-y: auto; display: block; margin: 0; }
+.fo .fo-bars caption { text-align: left; padding: 0 8px 4px; }
+.fo .fo-bars th, .fo .fo-bars td { padding: 1px 10px; text-align: left; white-space: nowrap; line-height: 1.35; }
+.fo .fo-bars td:has(.fo-bar) { min-width: 130px; }
+.fo .fo-bars tr[aria-current] { background: var(--jp-layout-color3); font-weight: 600; }
+.fo-bar { display: inline-block; height: 10px; margin-right: 5px; }
 .fo select option { color: var(--jp-ui-font-color1); }
 </style>"""
 
@@ -32,6 +41,18 @@ def headless() -> bool:
 def picture_html(picture: bytes, alt: str, width: int, kind: str = "webp", style: str = "") -> str:
     data = base64.b64encode(picture).decode()
     return f'<img src="data:image/{kind};base64,{data}" alt="{escape(alt)}" title="{escape(alt)}" width="{width}" style="{style}">'
+
+
+def png(picture: Image.Image) -> bytes:
+    """For pictures that are drawn upon: lossless."""
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()
+
+
+def note_html(text: str) -> str:
+    """A line that a screen reader reads out when it changes."""
+    return f'<span class="fo-note" role="status">{escape(text)}</span>'
 
 
 def badge_html(judge: str, score: float, change: float, color: str) -> str:

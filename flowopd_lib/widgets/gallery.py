@@ -12,9 +12,9 @@ from IPython.display import display
 
 from ..gallery import TEACHER, Query, Samples, code_of, contact_sheet, page_of, rows_of, select
 from ..viz import COLORS
-from .common import STYLE, Guard, badge_html, headless, picture_html
+from .common import STYLE, Guard, badge_html, headless, note_html, picture_html
 
-TILE, ZOOM, PROMPTS_SHOWN = 128, 320, 300       # pixels; pixels; prompts listed at once, more are found by searching
+TILE, COLUMN, ZOOM, PROMPTS_SHOWN = 128, 168, 320, 300       # pixels, thrice; prompts listed at once, more are found by searching
 FLEX = ipw.Layout(width="auto")
 
 
@@ -68,10 +68,13 @@ class SampleGallery:
         self.sort = choice(options=[("the run's order", ""), *same(s.judges)], value=q.sort, description="sort by")
         others = [("the score itself", ""), (f"minus {TEACHER}", TEACHER), *[(f"minus {m}", m) for m in s.models]]
         self.against = choice(options=others, value=q.against, description="")
-        self.descending = ipw.ToggleButtons(options=[("highest first", True), ("lowest first", False)], value=q.descending, style={"button_width": "90px"})
+        self.descending = ipw.ToggleButtons(options=[("highest first", True), ("lowest first", False)], value=q.descending, style={"button_width": "104px"})
         first = next(iter(q.ranges), "")
         self.judge = choice(options=[("none", ""), *same(s.judges)], value=first, description="range of")
         self.range = ipw.FloatRangeSlider(disabled=True, readout_format=".2f", layout=ipw.Layout(width="330px"), continuous_update=True)
+        repeats = sorted(set(s.repeat))
+        self.repeat = choice(options=[("every seed", ""), *((f"sample {r + 1} of each prompt", r) for r in repeats)], description="seeds",
+                             value="" if q.repeat is None else q.repeat, disabled=len(repeats) < 2)
         self.locked = ipw.Checkbox(q.locked, description="the same noise in a row", indent=False, layout=ipw.Layout(width="190px"))
         self.only_pinned = ipw.Checkbox(False, description="pinned only", indent=False, layout=ipw.Layout(width="110px"))
         self.back, self.forth = ipw.Button(description="◀ page", layout=ipw.Layout(width="80px")), ipw.Button(description="page ▶", layout=ipw.Layout(width="80px"))
@@ -86,14 +89,15 @@ class SampleGallery:
         self.detail = ipw.VBox([self.zoom, ipw.HBox([self.other, self.swipe, self.pin, self.code]), self.text], layout=ipw.Layout(display="none"))
         side = ipw.VBox([self.search, self.prompt, self.columns], layout=ipw.Layout(width="285px", flex="0 0 auto"))
         main = ipw.VBox([ipw.HBox([self.sort, self.against, self.descending]), ipw.HBox([self.of, self.judge, self.range]),
-                         ipw.HBox([self.tag, self.locked, self.only_pinned]),
+                         ipw.HBox([self.tag, self.repeat, self.locked, self.only_pinned]),
                          ipw.HBox([self.back, self.at, self.forth, self.count]), self.guard.box, self.body], layout=ipw.Layout(overflow="auto"))
         self.box = ipw.VBox([ipw.HTML(STYLE), ipw.HBox([side, main]), self.detail, ipw.HBox([self.as_sheet, self.as_csv, self.said])])
         self.box.add_class("fo")
+        self.box.add_class("fo-gallery")
         self._list_prompts()
-        self.prompt.value = next((v for _, v in self.prompt.options if v[1] == q.prompt and q.task in ("", v[0])), ("", ""))
+        self.prompt.value = next((v for _, v in self.prompt.options if v[2] == q.prompt and q.task in ("", v[0]) and q.split in ("", v[1])), ("", "", ""))
         self._set_range(q.ranges.get(first))
-        for control in (self.tag, self.of, self.sort, self.against, self.descending, self.range, self.locked, self.only_pinned, self.prompt, self.columns):
+        for control in (self.tag, self.repeat, self.of, self.sort, self.against, self.descending, self.range, self.locked, self.only_pinned, self.prompt, self.columns):
             control.observe(self.guard(self._changed), "value")
         self.search.observe(self.guard(self._searched), "value")
         self.judge.observe(self.guard(self._judged), "value")
@@ -108,19 +112,19 @@ class SampleGallery:
         self.as_csv.on_click(self.guard(lambda: self._export("gallery.csv")))
 
     def _list_prompts(self) -> None:
-        """The picker: a line that takes all of a task, below it those of its prompts that have the words searched for."""
-        words, options = self.search.value.lower().split(), [("all prompts", ("", ""))]
-        for task, prompts in self.samples.prompts.items():
+        """The picker: a line that takes all of a task (and split), below it those of its prompts that have the words searched for."""
+        words, options = self.search.value.lower().split(), [("all prompts", ("", "", ""))]
+        for (task, split), prompts in self.samples.prompts.items():
             found = [p for p in prompts if all(w in p.lower() for w in words)]
-            options.append((f"— {task}: {len(found)} —", (task, "")))
-            options += [(p, (task, p)) for p in found[:PROMPTS_SHOWN]]
+            options.append((f"— {task}{f', {split}' if split else ''}: {len(found)} —", (task, split, "")))
+            options += [(p, (task, split, p)) for p in found[:PROMPTS_SHOWN]]
             if len(found) > PROMPTS_SHOWN:
-                options.append((f"… {len(found) - PROMPTS_SHOWN} more: search", (task, "")))
+                options.append((f"… {len(found) - PROMPTS_SHOWN} more: search", (task, split, "")))
         if options != list(self.prompt.options):
             self.prompt.options = options
 
     def _set_range(self, value: tuple[float, float] | None = None) -> None:
-        self.range.disabled = not self.judge.value
+        self.range.disabled, self.range.layout.visibility = not self.judge.value, "visible" if self.judge.value else "hidden"
         if not self.judge.value:
             return
         scores = self.samples.table[self.judge.value]
@@ -138,11 +142,12 @@ class SampleGallery:
         self._changed()
 
     def _changed(self) -> None:
-        task, prompt = self.prompt.value or ("", "")
+        task, split, prompt = self.prompt.value or ("", "", "")
         if not self.columns.value:
             raise ValueError("no models are chosen; choose one or more columns (Ctrl or Shift with a click or the arrows)")
         self.models = list(self.columns.value)
-        self.query = Query(self.search.value, task, self.tag.value, prompt, self.of.value, {self.judge.value: self.range.value} if self.judge.value else {},
+        self.query = Query(self.search.value, task, self.tag.value, prompt, split, None if self.repeat.value == "" else self.repeat.value,
+                           self.of.value, {self.judge.value: self.range.value} if self.judge.value else {},
                            self.sort.value, self.against.value, self.descending.value, self.locked.value, tuple(self.pins) if self.only_pinned.value else None)
         self.grid = select(self.samples, self.query, self.models)
         self._turn(0)
@@ -157,7 +162,7 @@ class SampleGallery:
         """Write the page into its tiles; they are made once, and only shown, hidden and written anew."""
         shown, page, pages = [], self.page, max(1, -(-len(self.grid) // self.size))
         self.at.max = pages
-        self.count.value = (f'<span class="fo-note">of {pages}; {len(self.grid)} rows, {int((self.grid >= 0).sum())} of {len(self.samples.table)} samples'
+        self.count.value = (f'<span class="fo-note">of {pages}; {len(self.grid)} row{"s" * (len(self.grid) != 1)}, {int((self.grid >= 0).sum())} of {len(self.samples.table)} samples'
                             f'{"" if len(self.grid) else ": nothing passes; widen the filter"}</span>')
         self.back.disabled, self.forth.disabled = self.number == 0, self.number == pages - 1
         for row in range(-1, len(page)):
@@ -174,14 +179,14 @@ class SampleGallery:
                     button.disabled, button.tooltip = position < 0, "" if position < 0 else f"Look at {self.samples.alt(position)}"
                     button.description = "look ★" if position in self.pins else "look"
         if tuple(shown) != self.body.children:
-            self.body.layout.grid_template_columns = f"150px repeat({len(self.models)}, {TILE + 16}px)"
+            self.body.layout.grid_template_columns = f"150px repeat({len(self.models)}, {COLUMN}px)"
             self.body.children = shown
 
     def _cell(self, row: int, column: int) -> tuple[ipw.HTML, ipw.Button, ipw.Widget]:
         if (row, column) not in self.cells:
             tile, button = ipw.HTML(), ipw.Button(layout=ipw.Layout(width=f"{TILE}px", height="24px"))
             button.on_click(self.guard(lambda: self._choose(int(self.page[row, column]))))
-            self.cells[row, column] = tile, button, tile if row < 0 or column < 0 else ipw.VBox([tile, button], layout=ipw.Layout(margin="0 0 8px 0"))
+            self.cells[row, column] = tile, button, tile if row < 0 or column < 0 else ipw.VBox([tile, button], layout=ipw.Layout(margin="0 0 8px 0", overflow="hidden"))
         return self.cells[row, column]
 
     def _label(self, row: int, positions: np.ndarray) -> str:
@@ -232,4 +237,4 @@ class SampleGallery:
             self.table().to_csv(self.out / name, index=False)
         else:
             self.sheet().save(self.out / name)
-        self.said.value = f'<span class="fo-note" role="status">written: {escape(str(self.out / name))}</span>'
+        self.said.value = note_html(f"written: {self.out / name}")

@@ -1,0 +1,328 @@
+"""Notebook 09 and a training in a real JupyterLab in headless Chromium, worked by mouse and keys: what the page shows, and what it exports.
+
+Screenshots and what was measured are left in build/browser (`make test-browser` installs Chromium first).
+"""
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import nbformat
+import pandas as pd
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from flowopd_lib.checkpoint import load_state
+from flowopd_lib.runs import NOTEBOOKS, ROOT
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with its chromedriver on the PATH; `make test-browser` installs both (Debian)")
+SHOTS = ROOT / "build" / "browser"
+SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}, "notebook-extension/tracker": {"windowingMode": "none"}}
+ARGUMENTS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+             "--disable-sync", "--window-size=1500,1700", "--force-device-scale-factor=1")
+
+
+TRAINING = """
+from flowopd_lib import InProcess, Look, Sampler, TrainingMonitor, some_prompts
+from flowopd_lib.recipes import build
+policy, objective, config = build({"student": {"rank": 4, "alpha": 8}, "sampler": {"steps": 4}, "train": {"iterations": 100000, "lr": 1e-3},
+                                   "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4}, "grpo": {"rewards": {"OCR": 1.}}})
+look = Look(some_prompts(objective.schedule, 4), objective.judges, 2, Sampler(8))
+TrainingMonitor(InProcess(policy, objective, "training", config, look=look), ["OCR", "kl"])
+"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab over a copy of notebook 09 that exports beside it, and a notebook with a training: (address of a file, folder)."""
+    place = tmp_path_factory.mktemp("lab")
+    root = place / "root"
+    root.mkdir()
+    text = (NOTEBOOKS / "09_gallery.ipynb").read_text()
+    changed = text.replace('out_dir = \\"\\" ', f'out_dir = \\"{root / "out"}\\" ')
+    assert changed != text
+    (root / "09_gallery.ipynb").write_text(changed)
+    (root / "out").mkdir()
+    training = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TRAINING)], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    nbformat.write(training, root / "training.ipynb")
+    for name, settings in SETTINGS.items():
+        file = place / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k != "FLOWOPD_HEADLESS"}
+    environment |= {"JUPYTERLAB_SETTINGS_DIR": str(place / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(place / "workspaces"),
+                    "JUPYTER_CONFIG_DIR": str(place / "config"), "JUPYTER_RUNTIME_DIR": str(place / "runtime"), "IPYTHONDIR": str(place / "ipython")}
+    with (place / "log.txt").open("w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
+                                   "--IdentityProvider.token=for-the-test", f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True"],
+                                  stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=root)
+    try:
+        end = time.time() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=for-the-test", timeout=2).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert server.poll() is None and time.time() < end, (place / "log.txt").read_text()[-2000:]
+                time.sleep(.2)
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token=for-the-test", root
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    yield Page(driver)
+    driver.quit()
+
+
+class Page:
+    """What a reader does: find a control by its label, look at what stands there."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def until(self, condition, what, seconds=30):
+        def holds(_):
+            return condition()
+        try:
+            return WebDriverWait(self.driver, seconds, .1, [WebDriverException]).until(holds)
+        except WebDriverException as error:
+            self.shot("failed")
+            raise AssertionError(f"waited {seconds} s in vain: {what}") from error
+
+    def run(self, command, arguments="{}"):
+        """One of JupyterLab's commands, to its end."""
+        self.driver.execute_async_script(f"jupyterapp.commands.execute('{command}', {arguments}).then(() => arguments[0](), e => arguments[0](String(e)))")
+
+    def open_and_run(self, address):
+        def says(script):
+            return self.driver.execute_script(f"return {script}")
+        self.driver.get(address)
+        self.until(lambda: says("!!window.jupyterapp && !!document.querySelector('.jp-Notebook .jp-CodeCell')"), "the notebook", 60)
+        self.until(lambda: says("jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status == 'idle'"), "a kernel", 60)
+        self.run("application:toggle-left-area")
+        self.driver.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
+
+    def all(self, css, within=None):
+        return (within or self.driver).find_elements(By.CSS_SELECTOR, css)
+
+    def one(self, css, within=None):
+        return (within or self.driver).find_element(By.CSS_SELECTOR, css)
+
+    def read(self, css, within, what="textContent"):
+        """A property of all there are, at one moment: elements found before may be gone when they are asked."""
+        return self.driver.execute_script("""return [...arguments[1].querySelectorAll(arguments[0])]
+            .map(e => e[arguments[2]].replaceAll('\\u00a0', ' '))""", css, within, what)
+
+    def labelled(self, label, kind, within):
+        return within.find_element(By.XPATH, f".//label[normalize-space()='{label}']/..//{kind}")
+
+    def handle(self, label, within, number=0):
+        slider = within.find_element(By.XPATH, f".//label[normalize-space()='{label}']/..")
+        return self.all(".noUi-handle", slider)[number]
+
+    def button(self, text, within, number=0):
+        return within.find_elements(By.XPATH, f".//button[contains(normalize-space(), '{text}')]")[number]
+
+    def press(self, element):
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
+
+    def shot(self, name, element=None):
+        if element is not None:
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", element)
+            element.screenshot(str(SHOTS / f"{name}.png"))
+        else:
+            self.driver.save_screenshot(str(SHOTS / f"{name}.png"))
+
+    def contrast(self, element):
+        """WCAG's contrast of an element's text against what is behind it."""
+        return self.driver.execute_script("""
+            const rgb = s => s.match(/[\\d.]+/g).map(Number);
+            const light = c => c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+                                .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+            let e = arguments[0], behind = [0, 0, 0, 0];
+            const text = rgb(getComputedStyle(e).color);
+            while (e && !(behind.length == 3 || behind[3] > 0)) { behind = rgb(getComputedStyle(e).backgroundColor); e = e.parentElement; }
+            const [a, b] = [light(text), light(behind)].sort((x, y) => y - x);
+            return (a + .05) / (b + .05);""", element)
+
+
+def count(page, gallery):
+    """Rows that the filter lets through, as the gallery says."""
+    note = next(text for text in page.read(".fo-note", gallery) if " samples" in text)
+    return int(note.split(";")[1].split()[0])
+
+
+def test_notebook_09_in_jupyterlab(lab, page):
+    address, root = lab
+    measured, began = {}, time.time()
+    page.open_and_run(address.format("09_gallery.ipynb"))
+    page.until(lambda: page.all(".fo-gallery img"), "the gallery", 120)
+    measured["seconds from opening the notebook to the first gallery"] = round(time.time() - began, 1)
+    page.until(lambda: page.all(".fo-playground img") and "minus base" in page.all(".jp-CodeCell")[-1].text, "the last cell", 120)
+    measured["seconds from opening the notebook to its last cell"] = round(time.time() - began, 1)
+    assert not page.all(".fo-problem") and not page.all("[data-mime-type='application/vnd.jupyter.stderr'], [data-mime-type='application/vnd.jupyter.error']")
+    work_the_gallery(page, root / "out")
+    scrub_the_explorer(page)
+    try_the_playground(page)
+    look_at_the_dark_theme(page)
+    page.run("docmanager:save")
+    saved = root / "09_gallery.ipynb"
+    page.until(lambda: '"outputs": [\n    {' in saved.read_text(), "the saved notebook")
+    measured["bytes of the saved notebook, outputs and all"] = saved.stat().st_size
+    assert saved.stat().st_size < 200_000 and "widgets" not in json.loads(saved.read_text())["metadata"]
+    (SHOTS / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    print(measured)
+
+
+def test_a_training_is_watched_stopped_and_gone_on_with(lab, page):
+    address, root = lab
+    page.open_and_run(address.format("training.ipynb"))
+    page.until(lambda: page.all(".fo-monitor"), "the monitor", 60)
+    monitor = page.one(".fo-monitor")
+
+    def alts():
+        return page.read("img", monitor, "alt")
+    page.until(lambda: any(alt.startswith("Curves of training: 4 of 100000") for alt in alts()), "curves that go on", 60)
+    page.until(lambda: "iteration 0" in monitor.text and "iteration 4" in monitor.text and len(alts()) == 1 + 3 * 4, "the newest samples")
+    page.press(page.button("stop", monitor))
+    page.until(lambda: "stopped: training" in monitor.text and page.button("go on", monitor).is_enabled(), "the stop")
+    done = len((root / "training" / "metrics.jsonl").read_text().splitlines())
+    assert load_state(root / "training" / "state.safetensors")["iteration"] == done and not (root / "training" / "adapter").exists()
+    page.shot("monitor", monitor)
+    page.press(page.button("go on", monitor))
+    page.until(lambda: len((root / "training" / "metrics.jsonl").read_text().splitlines()) > done, "more iterations", 60)
+    page.press(page.button("stop", monitor))
+    page.until(lambda: "stopped: training" in monitor.text and page.button("go on", monitor).is_enabled(), "the second stop")
+    assert not page.all(".fo-problem")
+
+
+def work_the_gallery(page, out):
+    gallery = page.all(".fo-gallery")[0]
+    page.shot("gallery", gallery)
+    every = count(page, gallery)
+    search = page.labelled("search", "input", gallery)
+    page.press(search)
+    search.send_keys("sign")
+
+    def rows():
+        return [text for text in page.read(".fo-row", gallery) if "seed" in text]
+    page.until(lambda: count(page, gallery) < every and rows() and all("sign" in text for text in rows()), "the search")
+    labels = rows()
+    search.send_keys(Keys.TAB)
+    assert page.driver.switch_to.active_element == page.one(".widget-select select", gallery), "Tab goes on to the prompts"
+    listed = page.read(".widget-select option", gallery)
+    assert any(text.startswith("— ocr, ood:") for text in listed) and any('"' in text for text in listed)
+
+    both = count(page, gallery)
+    seeds = Select(page.labelled("seeds", "select", gallery))
+    seeds.select_by_visible_text("sample 2 of each prompt")
+    page.until(lambda: count(page, gallery) == both // 2 and rows() and not set(rows()) & set(labels), "another seed of the same prompts")
+    seeds.select_by_visible_text("every seed")
+    page.until(lambda: count(page, gallery) == both, "every seed")
+
+    Select(page.labelled("sort by", "select", gallery)).select_by_visible_text("OCR")
+    of = Select(page.labelled("scores of", "select", gallery)).first_selected_option.text
+
+    def scores():
+        alts = page.read(".fo-tile img", gallery, "alt")
+        return [float(alt.split("OCR ")[1].split(",")[0]) for alt in alts if alt.startswith(f"{of}, ")]
+    Select(page.one(".widget-select-multiple select", gallery)).select_by_visible_text(of)
+    page.until(lambda: len(scores()) > 1 and scores() == sorted(scores(), reverse=True) and len(set(scores())) > 1, "the order")
+
+    Select(page.labelled("range of", "select", gallery)).select_by_visible_text("OCR")
+    low = page.all(".noUi-handle", gallery)[0]
+    page.press(low)
+    low.send_keys(*[Keys.PAGE_UP] * 14, Keys.ARROW_RIGHT)
+    page.until(lambda: 0 < count(page, gallery) < both and min(scores()) > .7, "the range")
+
+    page.press(page.button("look", gallery))
+    page.until(lambda: len(page.all(".fo-swipe img", gallery)) == 2, "the zoom")
+    swipe = page.handle("A | B", gallery)
+    page.press(swipe)
+    swipe.send_keys(Keys.PAGE_UP, Keys.PAGE_UP, Keys.PAGE_UP, Keys.PAGE_UP)
+    page.until(lambda: "inset(0px 100% 0px 0px)" not in page.all(".fo-swipe img", gallery)[1].value_of_css_property("clip-path"), "the swipe")
+    page.press(page.button("pin", gallery))
+    page.until(lambda: page.button("look ★", gallery), "the pin")
+    page.shot("gallery_looked", gallery)
+    before = count(page, gallery)
+    page.press(gallery.find_element(By.XPATH, ".//label[contains(., 'pinned only')]//input"))
+    page.until(lambda: count(page, gallery) == 1 <= before, "the pinned row alone")
+
+    page.press(page.button("CSV", gallery))
+    page.until(lambda: "gallery.csv" in gallery.text, "the CSV")
+    page.press(page.button("contact sheet", gallery))
+    page.until(lambda: "gallery.png" in gallery.text, "the contact sheet")
+    page.press(page.button("code of", gallery))
+    page.until(lambda: "redraw(policy, samples" in page.one("textarea", gallery).get_attribute("value"), "the code")
+    table = pd.read_csv(out / "gallery.csv")
+    assert set(table["task"]) == {"ocr"} and table["row"].nunique() == 1 and table["OCR"].between(0, 1).all() and "OCR - base" in table
+    with Image.open(out / "gallery.png") as sheet:
+        assert sheet.width > 300 and len(sheet.convert("RGB").getcolors(1 << 20)) > 100
+    compile(page.one("textarea", gallery).get_attribute("value"), "cell", "exec")
+
+
+def scrub_the_explorer(page):
+    explorer = page.one(".fo-explorer")
+    assert "step 1 of 20" in explorer.text
+    scrubber = page.handle("step", explorer)
+    page.press(scrubber)
+    scrubber.send_keys(*[Keys.ARROW_RIGHT] * 9)
+    page.until(lambda: "step 10 of 20" in explorer.text, "the scrubber")
+    assert "step 10 of 20" in page.read("img", explorer, "alt")[0] and page.read("[aria-current]", explorer)[0].startswith("10")
+    page.shot("explorer", explorer)
+    before = page.read("img", explorer, "src")[0]
+    page.press(page.button("ODE", explorer))
+    page.until(lambda: "as if with the SDE" in explorer.text and page.read("img", explorer, "src")[0] != before, "the ODE's walk")
+    noise = page.handle("noise level", explorer)
+    first = page.read("[aria-current]", explorer)[0]
+    page.press(noise)
+    noise.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
+    page.until(lambda: page.read("[aria-current]", explorer)[0] != first, "another noise level weighs the KL otherwise")
+
+
+def try_the_playground(page):
+    playground = page.one(".fo-playground")
+    text = page.labelled("prompt", "input", playground)
+    page.press(text)
+    text.send_keys(Keys.CONTROL, "a")
+    text.send_keys('a label saying "HRS"', Keys.ENTER)
+    page.until(lambda: "known ocr prompt" in playground.text and 'saying "HRS"' in page.read("img", playground, "alt")[0], "the prompt typed")
+    assert all(word in page.read("img", playground, "alt")[0] for word in ("seed 0", "OCR", "PickScore", "DeQA", "read: ", "seen: "))
+    page.press(page.button("another seed", playground))
+    page.until(lambda: "seed 1:" in page.read("img", playground, "alt")[0], "another seed")
+    page.shot("playground", playground)
+
+
+def look_at_the_dark_theme(page):
+    def least():
+        seen = [e for css in (".fo-note", ".fo-row", ".fo-badge > span", ".fo-head", ".fo-bars td", ".fo-dim") for e in page.all(css)[:3] if e.is_displayed()]
+        return min(page.contrast(e) for e in seen)
+    assert least() >= 4.5
+    page.run("apputils:change-theme", "{theme: 'JupyterLab Dark'}")
+    page.until(lambda: page.one("body").get_attribute("data-jp-theme-light") == "false" and least() >= 4.5, "a dark page that can be read")
+    for name in ("gallery", "explorer", "playground"):
+        page.shot(f"{name}_dark", page.all(f".fo-{name}")[0])
