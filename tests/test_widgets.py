@@ -1,4 +1,7 @@
 """The widgets, worked as a hand would, and what stands in their place headless."""
+import threading
+import time
+
 import pandas as pd
 import pytest
 
@@ -9,6 +12,7 @@ from flowopd_lib import (FlowPolicy, InProcess, Look, Playground, Prompt, Sample
                          tinyworld)
 from flowopd_lib.bench_gallery import MODELS, made_up_samples, measure
 from flowopd_lib.gallery import Query, Samples
+from flowopd_lib.widgets.common import Guard
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +193,21 @@ def test_prompts_are_grouped_by_split_and_one_seed_can_be_kept(samples, live):
     gallery.prompt.value = ("", "", "")
     gallery.repeat.value = 1
     assert len(gallery.grid) == 10 and set(table["repeat"].iloc[gallery.grid[:, 0]]) == {1}
+
+
+def test_callbacks_in_several_threads_take_turns_and_none_is_lost():
+    guard, inside, most, done = Guard(), [], [], []
+
+    def act():
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(.02)
+        guard(lambda: done.append("never: set off by a callback"))()
+        inside.pop()
+        done.append("yes")
+    threads = [threading.Thread(target=guard(act)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == ["yes"] * 5 and max(most) == 1 and guard.box.value == ""
