@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from selenium import webdriver
-from selenium.common.exceptions import WebDriverException
+from selenium.common.exceptions import TimeoutException, WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -107,8 +107,9 @@ class Page:
         def holds(_):
             return condition()
         try:
-            return WebDriverWait(self.driver, seconds, .1, [WebDriverException]).until(holds)
-        except WebDriverException as error:
+            # What is not there yet, or is just being replaced, is asked for again.
+            return WebDriverWait(self.driver, seconds, .1, [WebDriverException, LookupError, StopIteration, ValueError]).until(holds)
+        except TimeoutException as error:
             self.shot("failed")
             raise AssertionError(f"waited {seconds} s in vain: {what}") from error
 
@@ -147,6 +148,7 @@ class Page:
         return within.find_elements(By.XPATH, f".//button[contains(normalize-space(), '{text}')]")[number]
 
     def press(self, element):
+        self.until(lambda: element.is_displayed() and element.is_enabled(), "something to press")
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
 
