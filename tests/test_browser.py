@@ -37,7 +37,8 @@ TRAINING = """
 from flowopd_lib import InProcess, Look, Sampler, TrainingMonitor, some_prompts
 from flowopd_lib.recipes import build
 policy, objective, config = build({"student": {"rank": 4, "alpha": 8}, "sampler": {"steps": 4}, "train": {"iterations": 100000, "lr": 1e-3},
-                                   "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4}, "grpo": {"rewards": {"OCR": 1.}, "micro": 4}})
+                                   "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4},
+                                   "grpo": {"rewards": {"OCR": 1.}, "micro": 4}})
 look = Look(some_prompts(objective.schedule, 4), objective.judges, 2, Sampler(8))
 TrainingMonitor(InProcess(policy, objective, "training", config, look=look), ["OCR", "kl"])
 """

@@ -176,7 +176,8 @@ def test_headless_figures_and_tables(shown, policy, judges, test_prompts, tmp_pa
     assert len(shown[2].axes) == 1 and {"PickScore", "read", "seen"} <= set(shown[3])
     policy = FlowPolicy(tinyworld.BASE)
     policy.add_adapter("student", rank=4, alpha=8)
-    monitor = TrainingMonitor(InProcess(policy, sft(policy), tmp_path, TrainConfig(2, lr=1e-3), look=Look(test_prompts["ocr"][:2], every=1, sampler=Sampler(2))))
+    look = Look(test_prompts["ocr"][:2], every=1, sampler=Sampler(2))
+    monitor = TrainingMonitor(InProcess(policy, sft(policy), tmp_path, TrainConfig(2, lr=1e-3), look=look))
     monitor._ipython_display_()
     assert "2 of 2 iterations" in shown[4]._suptitle.get_text() and shown[5].width > 300 and len(shown[6]) == 2
     with pytest.raises(ValueError, match="at least one metric"):
