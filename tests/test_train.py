@@ -108,11 +108,12 @@ def test_two_processes_make_the_update_of_one(name, recipe, expert, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(launch + command(recipe, tmp_path / "two")[1:], check=True, env=ENVIRONMENT, capture_output=True)
     one, two = (load_state(tmp_path / f / "state.safetensors") for f in ("one", "two"))
-    for a, b in zip(one["parameters"], two["parameters"], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)         # a tenth of one update of 1e-3
-    assert not all(torch.equal(a, b) for a, b in zip(one["parameters"], two["parameters"])), "sums in another order: there were two"
     start = build(yaml.safe_load(recipe.read_text()))[0].adapter_parameters("student").values()
-    assert max((a - b).abs().max() for a, b in zip(one["parameters"], start)) > 1e-3
+    one, two, start = (torch.cat([p.detach().flatten() for p in parameters]) for parameters in (one["parameters"], two["parameters"], start))
+    # Not number by number: where a gradient is almost 0, AdamW makes a step of its rounding.
+    apart = ((two - one).norm() / (one - start).norm()).item()
+    assert 0 < apart < .01, "sums in another order, so there were two, and the same update"
+    assert (one - start).abs().max() > 1e-3
 
 
 def sft(policy, scale=1.):
