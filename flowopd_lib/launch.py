@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import torch
 import yaml
 
 from .evaluate import evaluate
@@ -143,8 +142,8 @@ class Launched:
         if processes < 1:
             raise ValueError(f"a training needs at least one process, not {processes}")
         self.recipe, self.folder, self.iterations = dict(recipe), Path(folder), recipe["train"]["iterations"]
-        several = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", precision,
-                   "--dynamo_backend", "no", "--main_process_port", "0", *([] if torch.cuda.is_available() else ["--cpu"])] if processes > 1 else []
+        # Not `accelerate launch`, which without a GPU or MPI starts one process, whatever it is asked for.
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
         self.command = [sys.executable, *several, "-m", "flowopd_lib.recipes", str(self.folder / "recipe.yaml"), "--folder", str(self.folder),
                         "--look", str(look)]
         self._environment = {**os.environ, "FLOWOPD_HEADLESS": "1", "ACCELERATE_MIXED_PRECISION": precision}

@@ -5,12 +5,13 @@ One backbone, any number of PEFT adapters by name: the student, its teachers, th
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
@@ -36,6 +37,15 @@ class TextEmbedding:
         return TextEmbedding(self.tokens[rows], self.pooled[rows])
 
 
+def _alone(method: Callable) -> Callable:
+    """One thread at a time: which adapter is in use is a state of the whole network. JupyterLab runs widgets' callbacks beside the cells."""
+    @wraps(method)
+    def turn(self, *args, **kwargs):
+        with self._turn:
+            return method(self, *args, **kwargs)
+    return turn
+
+
 class FlowPolicy:
     """A `StableDiffusion3Pipeline` folder or hub id, taken apart into what samplers and losses need."""
 
@@ -55,7 +65,7 @@ class FlowPolicy:
                        self.pipeline.text_encoder_3):
             if module is not None:
                 module.eval().requires_grad_(False)
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self._turn = torch.device(device), dtype, threading.RLock()
         # T5 positions are not masked, so their number is part of the model: the tokenizer's, or the pipeline's default.
         tokenizer = self.pipeline.tokenizer_3
         self.max_sequence_length = min(256, tokenizer.model_max_length) if tokenizer is not None else 256
@@ -67,6 +77,7 @@ class FlowPolicy:
         self._training: str | None = None
         self._trained: list[torch.nn.Parameter] = []
 
+    @_alone
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> TextEmbedding:
         """Embed prompts; each different text is encoded once and kept.
@@ -161,6 +172,7 @@ class FlowPolicy:
         self.peft.base_model.add_weighted_adapter(list(adapters), list(weights), name, **how)
         self._settle()
 
+    @_alone
     def train_adapter(self, name: str | None) -> list[torch.nn.Parameter]:
         """Let gradients flow into one adapter and no other (None: into none); its weights."""
         self._training, self._trained = name, list(self.adapter_parameters(name).values()) if name is not None else []
@@ -176,6 +188,7 @@ class FlowPolicy:
             raise ValueError(f"no adapter {name!r}; there are {', '.join(self.adapters) or 'none'} (None is the base)")
         return name
 
+    @_alone
     def _settle(self) -> None:
         """After the set of adapters changed: nothing trains but what `train_adapter` named, and the base is in use."""
         self.transformer.eval().requires_grad_(False)
@@ -214,6 +227,7 @@ class FlowPolicy:
                 p.requires_grad_(True)
         self._used = name
 
+    @_alone
     def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, text: TextEmbedding, guidance: float = 1.0,
                  adapter: str | None = None) -> torch.Tensor:
         """`v(x, sigma)` in float32, (B, C, H, W), under one adapter; `sigma` is a number or (B,). `guidance` is classifier-free guidance: 1 is none,

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from selenium import webdriver
-from selenium.common.exceptions import WebDriverException
+from selenium.common.exceptions import TimeoutException, WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -37,7 +37,8 @@ TRAINING = """
 from flowopd_lib import InProcess, Look, Sampler, TrainingMonitor, some_prompts
 from flowopd_lib.recipes import build
 policy, objective, config = build({"student": {"rank": 4, "alpha": 8}, "sampler": {"steps": 4}, "train": {"iterations": 100000, "lr": 1e-3},
-                                   "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4}, "grpo": {"rewards": {"OCR": 1.}}})
+                                   "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4},
+                                   "grpo": {"rewards": {"OCR": 1.}, "micro": 4}})
 look = Look(some_prompts(objective.schedule, 4), objective.judges, 2, Sampler(8))
 TrainingMonitor(InProcess(policy, objective, "training", config, look=look), ["OCR", "kl"])
 """
@@ -107,8 +108,9 @@ class Page:
         def holds(_):
             return condition()
         try:
-            return WebDriverWait(self.driver, seconds, .1, [WebDriverException]).until(holds)
-        except WebDriverException as error:
+            # What is not there yet, or is just being replaced, is asked for again.
+            return WebDriverWait(self.driver, seconds, .1, [WebDriverException, LookupError, StopIteration, ValueError]).until(holds)
+        except TimeoutException as error:
             self.shot("failed")
             raise AssertionError(f"waited {seconds} s in vain: {what}") from error
 
@@ -147,6 +149,7 @@ class Page:
         return within.find_elements(By.XPATH, f".//button[contains(normalize-space(), '{text}')]")[number]
 
     def press(self, element):
+        self.until(lambda: element.is_displayed() and element.is_enabled(), "something to press")
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
 

@@ -1,10 +1,13 @@
 """The pure parts of the trajectory explorer and the playground."""
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from small_policy import SmallPolicy
 
-from flowopd_lib import OPD, Prompt, Sampler, Schedule, walk_figure
+from flowopd_lib import OPD, FlowPolicy, Prompt, Sampler, Schedule, tinyworld, trajectory, walk_figure
 from flowopd_lib.playground import Trial, draw_findings, known_prompts, prompt_of, table_of, try_prompt
 from flowopd_lib.rewards import Detection
 from flowopd_lib.tinyworld import PROMPTS
@@ -20,7 +23,6 @@ def test_a_walks_kl_is_what_opd_minimises_at_the_same_states(kind):
     walk = walk_through(policy, PROMPT, 3, sampler, {"base": None, "expert": "teacher"}, "base", ["expert"])
     assert walk.noisy.shape == walk.clean.shape == (5, 3, 1, 1) and walk.difference["expert"].shape == (5, 1, 1) and walk.sigmas[0] == 1
     objective = OPD(Schedule({"geneval": [PROMPT]}, 1), {"geneval": "teacher"}, sampler, mar=0.)
-    from flowopd_lib import trajectory
     for step, kl in zip(trajectory(policy, [PROMPT], [3], sampler), walk.kl["expert"]):
         if step.sigma_next == 0:
             assert np.isnan(kl), "the last step has no noise"
@@ -32,6 +34,18 @@ def test_a_walks_kl_is_what_opd_minimises_at_the_same_states(kind):
     assert np.isnan(step_weight(Sampler(5, "sde", 0.), .8, .6))
     with pytest.raises(ValueError, match="no model 'expert 2'.*base, expert"):
         walk_through(policy, PROMPT, 3, sampler, {"base": None, "expert": "teacher"}, "expert 2", [])
+
+
+def test_two_threads_that_ask_one_policy_do_not_mix_its_adapters():
+    policy = FlowPolicy(tinyworld.BASE)
+    models = {name: name for name in tinyworld.load_experts(policy)}
+
+    def kl(_):
+        return walk_through(policy, PROMPT, 0, Sampler(6, "sde"), models, "ocr", ["geneval", "deqa"]).kl
+    alone = kl(0)
+    with ThreadPoolExecutor(3) as threads:
+        for table in threads.map(kl, range(3)):
+            pd.testing.assert_frame_equal(table, alone)
 
 
 def test_a_walks_figure_has_every_picture_and_a_curve_per_teacher():

@@ -104,14 +104,16 @@ def test_a_generator_closed_between_the_updates_of_an_iteration_writes_nothing(e
 def test_two_processes_make_the_update_of_one(name, recipe, expert, tmp_path):
     recipe = written(recipe, tmp_path / "recipe.yaml", expert)
     subprocess.run(command(recipe, tmp_path / "one"), check=True, env=ENVIRONMENT, capture_output=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", str(29500 + os.getpid() % 2000)]
+    # `accelerate launch --cpu` would start one process, whatever it is asked for.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(launch + command(recipe, tmp_path / "two")[1:], check=True, env=ENVIRONMENT, capture_output=True)
     one, two = (load_state(tmp_path / f / "state.safetensors") for f in ("one", "two"))
-    for a, b in zip(one["parameters"], two["parameters"], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     start = build(yaml.safe_load(recipe.read_text()))[0].adapter_parameters("student").values()
-    assert max((a - b).abs().max() for a, b in zip(one["parameters"], start)) > 1e-3
+    one, two, start = (torch.cat([p.detach().flatten() for p in parameters]) for parameters in (one["parameters"], two["parameters"], start))
+    # Not number by number: where a gradient is almost 0, AdamW makes a step of its rounding.
+    apart = ((two - one).norm() / (one - start).norm()).item()
+    assert 0 < apart < .01, "sums in another order, so there were two, and the same update"
+    assert (one - start).abs().max() > 1e-3
 
 
 def sft(policy, scale=1.):

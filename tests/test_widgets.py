@@ -1,4 +1,7 @@
 """The widgets, worked as a hand would, and what stands in their place headless."""
+import threading
+import time
+
 import pandas as pd
 import pytest
 
@@ -9,6 +12,7 @@ from flowopd_lib import (FlowPolicy, InProcess, Look, Playground, Prompt, Sample
                          tinyworld)
 from flowopd_lib.bench_gallery import MODELS, made_up_samples, measure
 from flowopd_lib.gallery import Query, Samples
+from flowopd_lib.widgets.common import Guard
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +176,8 @@ def test_headless_figures_and_tables(shown, policy, judges, test_prompts, tmp_pa
     assert len(shown[2].axes) == 1 and {"PickScore", "read", "seen"} <= set(shown[3])
     policy = FlowPolicy(tinyworld.BASE)
     policy.add_adapter("student", rank=4, alpha=8)
-    monitor = TrainingMonitor(InProcess(policy, sft(policy), tmp_path, TrainConfig(2, lr=1e-3), look=Look(test_prompts["ocr"][:2], every=1, sampler=Sampler(2))))
+    look = Look(test_prompts["ocr"][:2], every=1, sampler=Sampler(2))
+    monitor = TrainingMonitor(InProcess(policy, sft(policy), tmp_path, TrainConfig(2, lr=1e-3), look=look))
     monitor._ipython_display_()
     assert "2 of 2 iterations" in shown[4]._suptitle.get_text() and shown[5].width > 300 and len(shown[6]) == 2
     with pytest.raises(ValueError, match="at least one metric"):
@@ -189,3 +194,21 @@ def test_prompts_are_grouped_by_split_and_one_seed_can_be_kept(samples, live):
     gallery.prompt.value = ("", "", "")
     gallery.repeat.value = 1
     assert len(gallery.grid) == 10 and set(table["repeat"].iloc[gallery.grid[:, 0]]) == {1}
+
+
+def test_callbacks_in_several_threads_take_turns_and_none_is_lost():
+    guard, inside, most, done = Guard(), [], [], []
+
+    def act():
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(.02)
+        guard(lambda: done.append("never: set off by a callback"))()
+        inside.pop()
+        done.append("yes")
+    threads = [threading.Thread(target=guard(act)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == ["yes"] * 5 and max(most) == 1 and guard.box.value == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import threading
 from collections.abc import Callable
 from html import escape
 
@@ -62,21 +63,23 @@ def badge_html(judge: str, score: float, change: float, color: str) -> str:
 
 
 class Guard:
-    """Callbacks whose errors are shown in `box`. One that sets other controls does not set off their callbacks too."""
+    """Callbacks whose errors are shown in `box`, one at a time whatever threads they come in (JupyterLab has several). One that sets other controls does
+    not set off their callbacks too."""
 
     def __init__(self):
-        self.box, self.busy = ipw.HTML(), False
+        self.box, self._turn, self._owner = ipw.HTML(), threading.Lock(), None
 
     def __call__(self, act: Callable[[], None]) -> Callable[..., None]:
         def run(*_) -> None:
-            if self.busy:
+            if self._owner == threading.get_ident():
                 return
-            self.busy = True
-            try:
-                self.box.value = ""
-                act()
-            except Exception as error:      # noqa: BLE001: whatever it is, a widget would swallow it
-                self.box.value = f'<div class="fo-problem" role="alert">{escape(type(error).__name__)}: {escape(str(error))}</div>'
-            finally:
-                self.busy = False
+            with self._turn:
+                self._owner = threading.get_ident()
+                try:
+                    self.box.value = ""
+                    act()
+                except Exception as error:      # noqa: BLE001: whatever it is, a widget would swallow it
+                    self.box.value = f'<div class="fo-problem" role="alert">{escape(type(error).__name__)}: {escape(str(error))}</div>'
+                finally:
+                    self._owner = None
         return run

@@ -108,7 +108,8 @@ class TrajectoryExplorer:
             figures.append((picture_html(png(heat(field[at], top)), f"Difference of velocities to {name}, root mean square {rms:.3f}", SMALL, "png"),
                             f"Δv to {escape(name)}, rms {rms:.2f}"))
         scale = f'<div class="fo-note fo-dim">Δv: black is 0, the brightest {top:.2f}, over all steps</div>' if w.difference else ""
-        tiles = [f'<figure class="fo-tile" style="width: {SMALL if i else LARGE}px">{p}<figcaption>{c}</figcaption></figure>' for i, (p, c) in enumerate(figures)]
+        tiles = [f'<figure class="fo-tile" style="width: {SMALL if i else LARGE}px">{picture}<figcaption>{caption}</figcaption></figure>'
+                 for i, (picture, caption) in enumerate(figures)]
         self.pictures.value = f'<div class="fo-pictures" style="max-width: 560px">{"".join(tiles)}</div>{scale}'
         self.bars.value = self._bars(at) if w.difference else ""
         self.said.value = note_html(f"step {at + 1} of {len(w.sigmas)}, σ {w.sigmas[at]:.2f}")

@@ -61,8 +61,8 @@ class SampleGallery:
         self.search = ipw.Text(q.search, description="search", placeholder="words of a prompt", layout=ipw.Layout(width="270px"), continuous_update=True,
                                style={"description_width": "50px"})
         self.prompt = ipw.Select(rows=18, layout=ipw.Layout(width="270px"))
-        self.columns = ipw.SelectMultiple(options=s.models, value=self.models, rows=min(6, len(s.models)), layout=ipw.Layout(width="270px"), description="models",
-                                          style={"description_width": "50px"})
+        self.columns = ipw.SelectMultiple(options=s.models, value=self.models, rows=min(6, len(s.models)), description="models",
+                                          layout=ipw.Layout(width="270px"), style={"description_width": "50px"})
         self.tag = choice(options=[("any", ""), *same(dict.fromkeys(s.tag))], value=q.tag, description="tag")
         self.of = choice(options=s.models, value=q.of or s.models[-1], description="scores of")
         self.sort = choice(options=[("the run's order", ""), *same(s.judges)], value=q.sort, description="sort by")
@@ -77,7 +77,7 @@ class SampleGallery:
                              value="" if q.repeat is None else q.repeat, disabled=len(repeats) < 2)
         self.locked = ipw.Checkbox(q.locked, description="the same noise in a row", indent=False, layout=ipw.Layout(width="190px"))
         self.only_pinned = ipw.Checkbox(False, description="pinned only", indent=False, layout=ipw.Layout(width="110px"))
-        self.back, self.forth = ipw.Button(description="◀ page", layout=ipw.Layout(width="80px")), ipw.Button(description="page ▶", layout=ipw.Layout(width="80px"))
+        self.back, self.forth = (ipw.Button(description=d, layout=ipw.Layout(width="80px")) for d in ("◀ page", "page ▶"))
         self.at, self.count = ipw.BoundedIntText(1, min=1, max=1, layout=ipw.Layout(width="70px")), ipw.HTML()
         self.cells, self.body = {}, ipw.GridBox()
         self.zoom, self.other = ipw.HTML(), ipw.Dropdown(options=s.models, description="swipe to", style={"description_width": "60px"})
@@ -97,7 +97,8 @@ class SampleGallery:
         self._list_prompts()
         self.prompt.value = next((v for _, v in self.prompt.options if v[2] == q.prompt and q.task in ("", v[0]) and q.split in ("", v[1])), ("", "", ""))
         self._set_range(q.ranges.get(first))
-        for control in (self.tag, self.repeat, self.of, self.sort, self.against, self.descending, self.range, self.locked, self.only_pinned, self.prompt, self.columns):
+        for control in (self.tag, self.repeat, self.of, self.sort, self.against, self.descending, self.range, self.locked, self.only_pinned, self.prompt,
+                        self.columns):
             control.observe(self.guard(self._changed), "value")
         self.search.observe(self.guard(self._searched), "value")
         self.judge.observe(self.guard(self._judged), "value")
@@ -162,7 +163,8 @@ class SampleGallery:
         """Write the page into its tiles; they are made once, and only shown, hidden and written anew."""
         shown, page, pages = [], self.page, max(1, -(-len(self.grid) // self.size))
         self.at.max = pages
-        self.count.value = (f'<span class="fo-note">of {pages}; {len(self.grid)} row{"s" * (len(self.grid) != 1)}, {int((self.grid >= 0).sum())} of {len(self.samples.table)} samples'
+        rows = f"{len(self.grid)} row{'s' * (len(self.grid) != 1)}"
+        self.count.value = (f'<span class="fo-note">of {pages}; {rows}, {int((self.grid >= 0).sum())} of {len(self.samples.table)} samples'
                             f'{"" if len(self.grid) else ": nothing passes; widen the filter"}</span>')
         self.back.disabled, self.forth.disabled = self.number == 0, self.number == pages - 1
         for row in range(-1, len(page)):
@@ -186,7 +188,8 @@ class SampleGallery:
         if (row, column) not in self.cells:
             tile, button = ipw.HTML(), ipw.Button(layout=ipw.Layout(width=f"{TILE}px", height="24px"))
             button.on_click(self.guard(lambda: self._choose(int(self.page[row, column]))))
-            self.cells[row, column] = tile, button, tile if row < 0 or column < 0 else ipw.VBox([tile, button], layout=ipw.Layout(margin="0 0 8px 0", overflow="hidden"))
+            label = row < 0 or column < 0
+            self.cells[row, column] = tile, button, tile if label else ipw.VBox([tile, button], layout=ipw.Layout(margin="0 0 8px 0", overflow="hidden"))
         return self.cells[row, column]
 
     def _label(self, row: int, positions: np.ndarray) -> str:
@@ -199,7 +202,8 @@ class SampleGallery:
         if position < 0:
             return '<div class="fo-note fo-dim">no sample</div>'
         badges = "".join(badge_html(judge, score, change, COLORS[judge]) for judge, score, change in self.samples.scores(position))
-        return f'<figure class="fo-tile">{picture_html(self.samples.picture(position), self.samples.alt(position), width)}<figcaption>{badges}</figcaption></figure>'
+        picture = picture_html(self.samples.picture(position), self.samples.alt(position), width)
+        return f'<figure class="fo-tile">{picture}<figcaption>{badges}</figcaption></figure>'
 
     def _choose(self, position: int) -> None:
         self.chosen, self.swipe.value, self.text.layout.display = position, 0, "none"
