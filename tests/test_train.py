@@ -100,20 +100,18 @@ def test_a_generator_closed_between_the_updates_of_an_iteration_writes_nothing(e
     assert not (tmp_path / "state.safetensors").exists()
 
 
-@pytest.mark.parametrize("name, recipe", [("opd", OPD), ("grpo", GRPO)])
-def test_two_processes_make_the_update_of_one(name, recipe, expert, tmp_path):
-    recipe = written(recipe, tmp_path / "recipe.yaml", expert)
+# GRPO's rewards are not the same to the last bit when a judge sees half of the pictures, and centred in their group they lose digits.
+@pytest.mark.parametrize("recipe, tolerance", [(OPD, 1e-5), (GRPO | {"grpo": GRPO["grpo"] | {"updates": 1}}, 1e-3)], ids=["opd", "grpo"])
+def test_two_processes_make_the_update_of_one(recipe, tolerance, expert, tmp_path):
+    recipe = written({**recipe, "train": {"iterations": 1, "lr": 1e-3}}, tmp_path / "recipe.yaml", expert)
     subprocess.run(command(recipe, tmp_path / "one"), check=True, env=ENVIRONMENT, capture_output=True)
     # `accelerate launch --cpu` would start one process, whatever it is asked for.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(launch + command(recipe, tmp_path / "two")[1:], check=True, env=ENVIRONMENT, capture_output=True)
-    one, two = (load_state(tmp_path / f / "state.safetensors") for f in ("one", "two"))
-    start = build(yaml.safe_load(recipe.read_text()))[0].adapter_parameters("student").values()
-    one, two, start = (torch.cat([p.detach().flatten() for p in parameters]) for parameters in (one["parameters"], two["parameters"], start))
-    # Not number by number: where a gradient is almost 0, AdamW makes a step of its rounding.
-    apart = ((two - one).norm() / (one - start).norm()).item()
-    assert 0 < apart < .01, "sums in another order, so there were two, and the same update"
-    assert (one - start).abs().max() > 1e-3
+    # AdamW's first moments after its first update are the gradient; the weights themselves moved by its sign, which rounding decides where it is almost 0.
+    one, two = (torch.cat([m["exp_avg"].flatten() for m in load_state(tmp_path / f / "state.safetensors")["optimizer"]["state"].values()]) for f in ("one", "two"))
+    apart = ((two - one).norm() / one.norm()).item()
+    assert 0 < apart < tolerance, "sums in another order, so there were two, and the same update"
 
 
 def sft(policy, scale=1.):
