@@ -35,6 +35,17 @@ def load_experts(policy) -> tuple[str, ...]:
     return names
 
 
+def merged_policy(method: str = "svd"):
+    """A policy in bfloat16 on `BASE` with the four experts and `merged`, their average of rank 32 (`method`: see `merge`): where students start."""
+    import torch
+
+    from ..merge import merge
+    from ..policy import FlowPolicy
+    policy = FlowPolicy(BASE, dtype=torch.bfloat16)
+    merge(policy, load_experts(policy), "merged", method, rank=32)
+    return policy
+
+
 def training_judges() -> dict:
     """The judges, and `GenEvalPartial`, which gives credit for a part of what a prompt asks for."""
     from ..rewards import GenEval
