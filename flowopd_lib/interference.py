@@ -3,12 +3,14 @@
 To first order a step of size lr along the gradient of J_i changes J_j by `lr <g_i, g_j>`. Inner products of noisy gradients are
 estimated from pairs of *different* batches (a U-statistic), so the noise of a batch never meets itself: unbiased, also for <g_i, g_i>.
 The cosine made of them is not pulled towards 0 as that of two noisy gradients is. Intervals: jackknife over batches.
+
+The same is asked of distillation: does pulling the student to one teacher, on its prompts, bring it nearer another, on that one's prompts?
 """
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +18,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from .objectives import GRPO, Share
+from .objectives import GRPO, OPD, Share
 from .policy import FlowPolicy
 from .rollout import sample
 
@@ -41,6 +43,22 @@ def reward_gradients(policy: FlowPolicy, objective: GRPO, adapter: str, iteratio
         scale = -len(data.parts[0].steps) * group / (group - 1)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).cpu() * scale
         found[step.sigma] = found.get(step.sigma, 0) + gradient
+    return found
+
+
+def pull_gradients(policy: FlowPolicy, objective: OPD, adapter: str, iteration: int) -> dict[float, torch.Tensor]:
+    """One batch's estimate of where distillation pulls: minus the gradient of the KL at the visited states, in nats, (P,) for each noise level trained.
+
+    The parts of all steps add up. Raises ValueError for another reading than `pathwise`, or an anchor, which is no task's.
+    """
+    if objective.estimator != "pathwise" or objective.mar or objective.updates != 1:
+        raise ValueError("the pull of a teacher needs OPD(estimator='pathwise', mar=0., updates=1)")
+    parameters = policy.train_adapter(adapter)
+    data = objective.collect(policy, adapter, iteration, Share())
+    sigmas, found = policy.sigmas(objective.sampler.steps), {}
+    for k, loss in zip(itertools.cycle(data.trained), objective.losses(policy, adapter, data, 0)):      # step by step, chunk after chunk
+        gradient = -torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).cpu()
+        found[sigmas[k]] = found.get(sigmas[k], 0) + gradient
     return found
 
 
@@ -105,14 +123,16 @@ class Interference:
         return pd.DataFrame(rows)
 
 
-def interference(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: str, batches: int = 8) -> Interference:
-    """Gradients of every task at the adapter's present weights. Raises ValueError for fewer than three batches."""
+def interference(policy: FlowPolicy, objectives: Mapping[str, GRPO | OPD], adapter: str, batches: int = 8,
+                 gradients_of: Callable = reward_gradients) -> Interference:
+    """Gradients of every task at the adapter's present weights, of the reward or (`pull_gradients`) of distillation. Raises ValueError for fewer than
+    three batches."""
     if batches < 3:
         raise ValueError(f"pairs of batches and a jackknife need at least three batches, not {batches}")
     levels: dict[float | str, list[torch.Tensor]] = {}
     for objective in objectives.values():
         for b in range(batches):
-            found = reward_gradients(policy, objective, adapter, b)
+            found = gradients_of(policy, objective, adapter, b)
             levels.setdefault(ALL, []).append(sum(found.values()))
             for sigma, gradient in found.items():
                 levels.setdefault(sigma, []).append(gradient.bfloat16())        # half the memory; a batch's noise drowns the rounding

@@ -227,28 +227,30 @@ def gain_matrix(differences: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def interference_figure(table: pd.DataFrame) -> Figure:
-    """Cosines and inner products of the tasks' gradients over all weights and noise levels, with intervals; below by block and by noise level, a pair a
-    colour. `floor`: the cosine that two single batches would show if the true gradients were parallel, noise pulling it to 0."""
+def interference_figure(table: pd.DataFrame, unit: str = "reward", title: str = "Gradients of the rewards") -> Figure:
+    """Cosines and inner products (`unit` squared) of the tasks' gradients over all weights and noise levels, with intervals; below by block and by noise
+    level, a pair a colour. A cosine without a known interval has no colour. `floor`: the cosine that two single batches would show if the true gradients
+    were parallel, noise pulling it to 0."""
     whole = table[(table["block"] == "all") & (table["sigma"] == "all")].set_index(["task", "on"])
     tasks = list(dict.fromkeys(table["task"]))
     pairs = [(a, b) for i, a in enumerate(tasks) for b in tasks[i + 1:]]
     figure, ((left, middle), (below, right)) = plt.subplots(2, 2, figsize=(13, 9))
-    for axis, name, style in ((left, "cosine", "+.2f"), (middle, "inner", "+.2g")):
-        values = np.array([[whole.loc[(a, b), name] for b in tasks] for a in tasks], float)
+    for axis, name in ((left, "cosine"), (middle, "inner")):
+        cells = {(i, j): whole.loc[(a, b)] for i, a in enumerate(tasks) for j, b in enumerate(tasks)}
+        known = {at: pd.notna(cell[name] if at[0] == at[1] else cell[f"{name}_low"]) for at, cell in cells.items()}
+        values = np.array([[cells[i, j][name] if known[i, j] else np.nan for j in range(len(tasks))] for i in range(len(tasks))], float)
         limit = 1. if name == "cosine" else np.nanmax(np.abs(values))
+        power = 0 if name == "cosine" else int(np.floor(np.log10(limit)))
         axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        for i, a in enumerate(tasks):
-            for j, b in enumerate(tasks):
-                cell = whole.loc[(a, b)]
-                low, high = cell[f"{name}_low"], cell[f"{name}_high"]
-                text = "lost in noise" if np.isnan(low) else f"{cell[name]:{style}}\n[{low:{style}}, {high:{style}}]"
-                if name == "cosine":
-                    text = "1" if i == j else f"{text}\nfloor {cell['floor']:.2g}"
-                axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(values[i, j]) > .6 * limit else "black")
+        for (i, j), cell in cells.items():
+            numbers = [f"{cell[name + end] / 10 ** power:+.2f}" for end in ("", "_low", "_high")]
+            text = f"{numbers[0]}\n[{numbers[1]}, {numbers[2]}]" if known[i, j] else "lost in noise"
+            if name == "cosine":
+                text = "1" if i == j and known[i, j] else f"{text}\nfloor {cell['floor']:.2g}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(values[i, j]) > .6 * limit else "black")
         axis.set_xticks(range(len(tasks)), tasks)
         axis.set_yticks(range(len(tasks)), tasks)
-        axis.set_title(f"{'cosine of gradients' if name == 'cosine' else 'inner product (reward²)'}, n={whole['batches'].iloc[0]} batches")
+        axis.set_title(f"{'cosine of gradients' if name == 'cosine' else f'inner product ($10^{{{power}}}$ {unit}²)'}, n={whole['batches'].iloc[0]} batches")
         axis.grid(False)
     for axis, column, fixed in ((below, "block", "sigma"), (right, "sigma", "block")):
         part = table[(table[fixed] == "all") & (table[column] != "all")]
@@ -261,8 +263,9 @@ def interference_figure(table: pd.DataFrame) -> Figure:
                           capsize=2, color=color, label=f"{a} / {b}")
         axis.axhline(0, color=".4", lw=1)
         axis.set_xticks(range(len(places)), [p if isinstance(p, str) else f"{p:.2f}" for p in places], fontsize=9)
-        axis.set(ylim=(-1.5, 1.5), title=f"cosine by {'block' if column == 'block' else 'noise level σ'}")
+        axis.set(ylim=(-1.5, 1.5), ylabel="cosine", title=f"cosine by {'block' if column == 'block' else 'noise level σ'}")
     right.legend(fontsize=8, ncols=2, loc="lower left")
+    figure.suptitle(title)
     return figure
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from small_policy import SmallPolicy
 
-from flowopd_lib.interference import ALL, interference, reward_gradients, taylor_check
-from flowopd_lib.objectives import GRPO, Share
+from flowopd_lib.interference import ALL, interference, pull_gradients, reward_gradients, taylor_check
+from flowopd_lib.objectives import GRPO, OPD, Share
 from flowopd_lib.prompts import Prompt
 from flowopd_lib.rollout import Sampler
 from flowopd_lib.schedule import Schedule
@@ -84,6 +84,34 @@ def test_taylors_prediction_is_what_a_small_step_does_and_the_step_is_taken_back
         row = table.loc[pair]
         assert sign * row.measured > 0 and sign * row.predicted > 0
         assert row.predicted == pytest.approx(row.measured, rel=.4)
+
+
+def pulled(policy, name, estimator="pathwise", mar=0.):
+    return OPD(Schedule({"ocr": [Prompt("x", "ocr")]}, 16, 1, seed=3), {"ocr": name}, Sampler(5, "sde"), estimator, mar=mar, micro=8)
+
+
+def test_a_pull_is_the_way_down_the_kl_and_teachers_on_opposite_sides_fight():
+    policy, nudge = Policy(2, student=torch.full((2, 2), .1, requires_grad=True)), torch.tensor([[0., 0.], [.2, 0.]])
+    for name, side in (("near", 1.), ("far", 3.), ("behind", -1.)):
+        policy.weights[name] = policy.weights["student"].detach() + side * nudge
+    found = pull_gradients(policy, pulled(policy, "near"), "student", 0)
+    assert list(found) == policy.sigmas(5)[:4]          # the last step has no noise, and is not trained
+    # Two chunks of images: the sum over both and all steps is the gradient of the loss itself.
+    data = pulled(policy, "near").collect(policy, "student", 0, Share())
+    whole = torch.autograd.grad(sum(pulled(policy, "near").losses(policy, "student", data, 0)), policy.train_adapter("student"))[0]
+    torch.testing.assert_close(sum(found.values()), -whole.flatten())
+    assert (sum(found.values()) * nudge.flatten()).sum() > 0
+    table = interference(policy, {name: pulled(policy, name) for name in ("near", "far", "behind")}, "student", 4, pull_gradients).table()
+    rows = table[(table.block == ALL) & (table.sigma == ALL)].set_index(["task", "on"])
+    assert rows.loc[("near", "far"), "cosine"] == pytest.approx(1., abs=.01) and rows.loc[("near", "behind"), "cosine"] == pytest.approx(-1., abs=.01)
+    assert rows.loc[("near", "far"), "inner"] == pytest.approx(3 * rows.loc[("near", "near"), "inner"], rel=.01)
+
+
+@pytest.mark.parametrize("settings", [{"estimator": "paper"}, {"mar": .1}])
+def test_only_the_pull_of_a_teacher_alone_is_measured(settings):
+    policy = Policy(2, student=torch.full((2, 2), .1, requires_grad=True))
+    with pytest.raises(ValueError, match="the pull of a teacher needs"):
+        pull_gradients(policy, pulled(policy, None, **settings), "student", 0)
 
 
 def test_settings_that_would_bias_are_refused():
