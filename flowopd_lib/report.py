@@ -51,18 +51,18 @@ def checkout(root: Path, besides: Path) -> dict | None:
         return None
 
 
-def manifest(profile: str, folder: Path, status: Mapping[str, dict], commit: dict | None, inputs: Mapping[str, str]) -> dict:
-    """What was run, on what, and the hashes of what came out, but for the states of trainings (safetensors). No host name."""
+def manifest(profile: str, folder: Path, status: Mapping[str, dict], inputs: Mapping[str, str]) -> dict:
+    """What was run, from which commit, on what, and the hashes of what came out, but for the states of trainings (safetensors). No host name."""
     def files(notebook: str) -> dict:
         paths = sorted(p for p in (folder / notebook).rglob("*") if p.is_file() and p.suffix != ".safetensors")
         return {p.relative_to(folder / notebook).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
     return {
-        "profile": profile, "date": datetime.now(UTC).isoformat(timespec="seconds"), "git": commit,
+        "profile": profile, "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "machine": {"cpus": os.cpu_count(), "architecture": platform.machine(),
                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"},
         "inputs": dict(inputs),
-        "notebooks": {n: {**{k: s.get(k) for k in ("state", "parameters", "seconds", "fingerprint")},
+        "notebooks": {n: {**{k: s.get(k) for k in ("state", "parameters", "seconds", "fingerprint", "git")},
                           **({"resumed": True} if s.get("resumed") else {}),
                           "files": {} if s["state"] == "waiting" else files(n)} for n, s in status.items()},
     }
@@ -78,13 +78,14 @@ def page(manifest: Mapping, folder: Path) -> str:
             label = f'<a href="#{label}">{label}</a>'
         parameters = ", ".join(f"{k} = {v!r}" for k, v in (entry["parameters"] or {}).items())
         seconds = "" if entry["seconds"] is None else f"{entry['seconds']:.0f}" + (" (after a resume)" if entry.get("resumed") else "")
-        rows.append(f"<tr><td>{label}</td><td>{entry['state']}</td><td>{seconds}</td><td>{html.escape(parameters)}</td></tr>")
-    git, machine, title = manifest["git"], manifest["machine"], html.escape(f"Flow-OPD lab: {manifest['profile']}")
-    about = [manifest["date"], f"{machine['cpus']} CPUs ({machine['architecture']}), GPU {machine['gpu']}",
-             *([f"commit {git['commit'][:10]}" + (" with changes" if git["dirty"] else "")] if git else [])]
+        git = entry["git"] and entry["git"]["commit"][:10] + (" with changes" if entry["git"]["dirty"] else "")
+        cells = (label, entry["state"], seconds, git or "", html.escape(parameters))
+        rows.append(f"<tr>{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
+    machine, title = manifest["machine"], html.escape(f"Flow-OPD lab: {manifest['profile']}")
+    about = f"{manifest['date']}; {machine['cpus']} CPUs ({machine['architecture']}), GPU {machine['gpu']}"
     return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
-            f"<h1>{title}</h1>\n<p>{html.escape('; '.join(about))}</p>\n"
-            f"<table>\n<tr><th>notebook</th><th>state</th><th>seconds</th><th>parameters</th></tr>\n{chr(10).join(rows)}\n</table>\n"
+            f"<h1>{title}</h1>\n<p>{html.escape(about)}</p>\n"
+            f"<table>\n<tr><th>notebook</th><th>state</th><th>seconds</th><th>commit</th><th>parameters</th></tr>\n{chr(10).join(rows)}\n</table>\n"
             + "\n".join(sections) + "\n</body>\n</html>\n")
 
 

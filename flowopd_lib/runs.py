@@ -238,7 +238,7 @@ def run_profile(name: str, only: str = "", overrides: Mapping | None = None, fol
             (folder / f"{notebook}.ipynb").unlink(missing_ok=True)
             if not keep:
                 shutil.rmtree(folder / notebook, ignore_errors=True)
-            status[notebook] = {"state": "running", "parameters": parameters, "fingerprint": now[notebook], **({"resumed": True} if keep else {})}
+            status[notebook] = {"state": "running", "parameters": parameters, "fingerprint": now[notebook], "git": commit, **({"resumed": True} if keep else {})}
             write_json(folder / "status.json", status)
             log(f"[{i + 1}/{len(chosen)}] {notebook} ...{rest}")
             try:
@@ -253,7 +253,7 @@ def run_profile(name: str, only: str = "", overrides: Mapping | None = None, fol
             log(f"[{i + 1}/{len(chosen)}] {notebook} done in {report.duration(spent)}: {folder / notebook}.ipynb")
     finally:
         read = {n: digest for n, digest in inputs().items() if not n.endswith(".py")}
-        manifest = scrub(report.manifest(name, folder, status, commit, read), folder)
+        manifest = scrub(report.manifest(name, folder, status, read), folder)
         write_json(folder / "manifest.json", manifest)
         (folder / "report.html").write_text(report.page(manifest, folder))
     return folder

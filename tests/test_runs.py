@@ -223,15 +223,17 @@ def wait(condition, seconds=60):
 
 def test_what_is_written_says_all_and_no_path_and_two_runs_compare(lab, capsys, monkeypatch):
     folder = tiny(only="1")
+    monkeypatch.setattr(report, "checkout", lambda root, besides: {"commit": "feed" * 10, "dirty": True})
     tiny(only="2")
     manifest = json.loads((folder / "manifest.json").read_text())
-    entry = manifest["notebooks"]["1_first"]
+    entry, later = manifest["notebooks"]["1_first"], manifest["notebooks"]["2_second"]
+    assert entry["git"] is None and later["git"] == {"commit": "feed" * 10, "dirty": True}      # what ran where, if not all at once
     assert list(entry["files"]) == ["results.json"] and entry["files"]["results.json"]["sha256"] == report.sha256(folder / "1_first" / "results.json")
     assert entry["state"] == "done" and entry["seconds"] > 0 and len(entry["fingerprint"]) == 64
-    assert manifest["git"] is None and manifest["versions"].keys() > {"python", "torch"} and manifest["machine"]["cpus"] == os.cpu_count()
+    assert manifest["versions"].keys() > {"python", "torch"} and manifest["machine"]["cpus"] == os.cpu_count()
     assert set(manifest["inputs"]) == {"flowopd_lib/assets/manifest.json", "flowopd_lib/assets/experts/ocr/manifest.json"}
     page = (folder / "report.html").read_text()
-    assert page.count('src="data:image/webp;base64,') == 1 and '<section id="2_second">' in page
+    assert page.count('src="data:image/webp;base64,') == 1 and '<section id="2_second">' in page and page.count("feedfeedfe with changes") == 1
     assert "written to ./1_first by flowopd-lab/notebooks" in page and "import base64" not in page and "http" not in page
     first = nbformat.read(folder / "1_first.ipynb", 4)
     assert "out_dir = \"./1_first\"" in first.cells[2].source and "image/png" in first.cells[3].outputs[1].data
