@@ -198,7 +198,7 @@ def most_opposed(run: Run, claim: Claim) -> Effect:
 def first_order(run: Run, claim: Claim) -> Effect:
     """Test: slope of measured on predicted changes of the *other* tasks after a real step; 1 is exact, noise of the prediction pulls it to 0.
 
-    Weighted by the measurement's variance. Changes of one task are measured on the same images, so their errors are taken as fully
+    Weighted by the measurement's variance. Changes of one task are measured on the same prompts, so their errors are taken as fully
     correlated, the widest case: se(slope) = sqrt(sum_on (sum_task |p|/se)^2) / sum p^2/se^2.
     """
     rows = pd.DataFrame(run.results(claim.needs, "taylor"))
@@ -208,7 +208,7 @@ def first_order(run: Run, claim: Claim) -> Effect:
     error = (rows["measured_high"] - rows["measured_low"]) / 2 / stats.t.ppf(.975, rows["n"] - 1)
     p, m = rows["predicted"] / error, rows["measured"] / error
     slope, half = (p * m).sum() / (p ** 2).sum(), 1.96 * np.sqrt((p.abs().groupby(rows["on"]).sum() ** 2).sum()) / (p ** 2).sum()
-    return Effect(slope, slope - half, slope + half, len(rows), 1, f"slope of measured on predicted change, by pairs of tasks ({rows['n'].iloc[0]} images each)",
+    return Effect(slope, slope - half, slope + half, len(rows), 1, f"slope of measured on predicted change, by pairs of tasks ({rows['n'].iloc[0]} prompts each)",
                   f"the interval {'holds' if slope - half <= 1 <= slope + half else 'leaves out'} 1, the exact prediction")
 
 

@@ -69,15 +69,12 @@ def compare_estimators(gradients_of: dict[str, torch.Tensor]) -> pd.DataFrame:
 
 def measure(batches: int = 24, images: int = 12, seed: int = 0, estimators: Sequence[str] = ESTIMATORS, distance: float = 1.) -> pd.DataFrame:
     """The table for the small world's experts and their merged student; the teachers lie at `distance` (a share) of the way from the student to an expert."""
-    policy, teachers = FlowPolicy(tinyworld.BASE), {task: task if distance == 1 else f"near {task}" for task in TASKS}
-    for name in TASKS:
-        policy.load_adapter(name, tinyworld.EXPERTS / name)
-    merge(policy, TASKS, "student", "svd")
+    policy, teachers = tinyworld.merged_policy(dtype="float32"), {task: task if distance == 1 else f"near {task}" for task in TASKS}
     for task, name in teachers.items():
         if name != task:
-            merge(policy, ["student", task], name, "cat", [1 - distance, distance])
+            merge(policy, ["merged", task], name, "cat", [1 - distance, distance])
     schedule = Schedule({t: load_prompts(tinyworld.PROMPTS, t, "train") for t in TASKS}, images, seed=seed)
-    return compare_estimators({name: gradients(policy, "student", OPD(schedule, teachers, Sampler(10, "sde"), name, mar=0.), batches) for name in estimators})
+    return compare_estimators({name: gradients(policy, "merged", OPD(schedule, teachers, Sampler(10, "sde"), name, mar=0.), batches) for name in estimators})
 
 
 def main() -> None:

@@ -149,7 +149,8 @@ def taylor_check(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: st
     """Predicted against measured change of every task's mean reward after a real step of length `size` along each task's gradient.
 
     Of `gradients`, an `Interference`'s, the first half of the batches gives the direction, the other the prediction; the change is measured on new prompts
-    and seeds, the same before and after (paired), `images` a task. A row per pair: predicted and measured with 95 % intervals.
+    and seeds, the same before and after (paired), `images` a task. A row per pair: predicted and measured with 95 % intervals, over batches and over the
+    `n` prompts measured.
     """
     batches = min(map(len, gradients.values()))
     if batches < 4 or batches % 2:
@@ -166,7 +167,9 @@ def taylor_check(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: st
                 p.add_(size * d.view_as(p).to(p.device))
         for on, objective in objectives.items():
             predicted = size * (gradients[on][batches // 2:] @ direction).numpy()
-            measured = _rewards(policy, objective, adapter, batches, images) - before[on]
+            change = _rewards(policy, objective, adapter, batches, images) - before[on]
+            prompt = np.arange(images) // objective.schedule.repeats        # neighbours share one, so they are not independent
+            measured = np.bincount(prompt, change) / np.bincount(prompt)
             row = dict(task=task, on=on, size=size, n=len(measured))
             for name, values in (("predicted", predicted), ("measured", measured)):
                 error = stats.t.ppf(.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))

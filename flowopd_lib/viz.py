@@ -160,22 +160,27 @@ def training_curves(curves: Mapping[str, pd.DataFrame], columns: Sequence[str], 
             if column in curve:
                 axis.plot(curve["iteration"], curve[column], color=color, alpha=.25, lw=1)
                 axis.plot(curve["iteration"], curve[column].rolling(10, min_periods=1, center=True).mean(), color=color, lw=2, label=name)
-        axis.set(xlabel="iteration", title=column)
-    axes[0, 0].legend(fontsize=9)
+        axis.set(xlabel="iteration", title=column, ylabel="nats" if column in ("kl", "mar") else "")
+    known = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}     # a first panel may lack some
+    axes[0, 0].legend(known.values(), known, fontsize=9)
     figure.suptitle(title, fontweight="bold")
     return figure
 
 
 def probe_curves(probes: Mapping[str, pd.DataFrame], x: str, title: str) -> Figure:
-    """A panel per judge, a line per training: what `fit`'s probes told on the way, with 95 % intervals, over `iteration` or `seconds` of training."""
+    """A panel per judge, a line per training: what `fit`'s probes told on the way, with 95 % intervals, over `iteration` or `seconds` of training.
+
+    Lines are moved apart by a hundredth of the axis, lest intervals hide each other.
+    """
     judges = list(dict.fromkeys(judge for rows in probes.values() for judge in rows["judge"]))
     figure, axes = plt.subplots(1, len(judges), figsize=(3.3 * len(judges), 3.5), squeeze=False)
     colors = model_colors(probes)
     for axis, judge in zip(axes[0], judges):
-        for name, rows in probes.items():
+        for number, (name, rows) in enumerate(probes.items()):
             part = rows[rows["judge"] == judge].sort_values("iteration")
-            axis.plot(part[x], part["mean"], "o-", color=colors[name], lw=2, ms=4, label=name)
-            axis.vlines(part[x], part["low"], part["high"], color=colors[name], alpha=.35, lw=1.5)
+            at = part[x] + (number - (len(probes) - 1) / 2) * .012 * max(r[x].max() for r in probes.values())
+            axis.plot(at, part["mean"], "o-", color=colors[name], lw=2, ms=4, label=name)
+            axis.vlines(at, part["low"], part["high"], color=colors[name], alpha=.35, lw=1.5)
         axis.set(title=f"{judge} (n={part['n'].iloc[0]})", xlabel="training, s" if x == "seconds" else x)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(probes), 6), fontsize=9)
     figure.suptitle(title, fontweight="bold")
@@ -186,15 +191,15 @@ def kl_figure(curve: pd.DataFrame, sigmas: Sequence[float], title: str) -> Figur
     """How the KL to the teachers falls while a student is distilled: by task, and by step of its walk (`sigmas`: the sampler's grid)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True)
     tasks, steps = ([c for c in curve if c.startswith("kl_") and c.startswith("kl_step_") == step] for step in (False, True))
-    names = {"kl_geneval": "GenEval", "kl_ocr": "OCR", "kl_pickscore": "PickScore"}
+    names = {"kl_geneval": "GenEval", "kl_ocr": "OCR", "kl_pickscore": "PickScore", "kl_deqa": "DeQA"}
     for column in tasks:
         left.plot(curve["iteration"], curve[column].rolling(5, min_periods=1, center=True).mean(), lw=2,
-                  color=COLORS.get(names.get(column)), label=f"{names.get(column, column)} prompts")
+                  color=COLORS.get(names.get(column)), label=f"to the {names.get(column, column)} teacher")
     steps = sorted(steps, key=lambda c: int(c.split("_")[-1]))
     for column, color in zip(steps, sns.color_palette("viridis", len(steps))):
         right.plot(curve["iteration"], curve[column].rolling(5, min_periods=1, center=True).mean(), lw=1.6, color=color,
                    label=f"σ {sigmas[int(column.split('_')[-1])]:.2f}")
-    left.set(yscale="log", xlabel="iteration", ylabel="KL of a step, nats", title="by task")
+    left.set(yscale="log", xlabel="iteration", ylabel="KL of a step, nats", title="by teacher")
     right.set(xlabel="iteration", title="by noise level")
     left.legend(fontsize=9)
     figure.legend(*right.get_legend_handles_labels(), fontsize=9, loc="outside right center")
@@ -279,6 +284,6 @@ def taylor_figure(check: pd.DataFrame) -> Figure:
                       yerr=[rows["measured"] - rows["measured_low"], rows["measured_high"] - rows["measured"]])
     ends = [check[["predicted", "measured"]].min().min(), check[["predicted", "measured"]].max().max()]
     axis.plot(ends, ends, color=".4", lw=1, ls="--", label="identity")
-    axis.set(xlabel="predicted change (first order)", ylabel="measured change", title=f"Taylor's prediction (n={check['n'].iloc[0]} images a task)")
+    axis.set(xlabel="predicted change (first order)", ylabel="measured change", title=f"Taylor's prediction (n={check['n'].iloc[0]} prompts a task)")
     axis.legend(fontsize=9)
     return figure

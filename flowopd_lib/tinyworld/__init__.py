@@ -35,13 +35,13 @@ def load_experts(policy) -> tuple[str, ...]:
     return names
 
 
-def merged_policy(method: str = "svd"):
-    """A policy in bfloat16 on `BASE` with the four experts and `merged`, their average of rank 32 (`method`: see `merge`): where students start."""
+def merged_policy(method: str = "svd", dtype: str = "bfloat16"):
+    """A policy on `BASE` with the four experts and `merged`, their average of rank 32 (`method`: see `merge`): where students start."""
     import torch
 
     from ..merge import merge
     from ..policy import FlowPolicy
-    policy = FlowPolicy(BASE, dtype=torch.bfloat16)
+    policy = FlowPolicy(BASE, dtype=getattr(torch, dtype))
     merge(policy, load_experts(policy), "merged", method, rank=32)
     return policy
 
