@@ -216,9 +216,7 @@ def follows(estimator: str):
     """Test: the mean gradient of a reading of the loss along that of `pathwise`, in its lengths, with the nearest teachers, where noise is least."""
     def test(run: Run, claim: Claim) -> Effect:
         rows = pd.DataFrame(run.results(claim.needs, "estimators"))
-        if "distance" in rows:          # earlier runs measured with the experts alone
-            rows = rows[rows["distance"] == rows["distance"].min()]
-        rows = rows.set_index("estimator")
+        rows = rows[rows["distance"] == rows["distance"].min()].set_index("estimator")
         if estimator not in rows.index:
             raise Missing(f"{claim.needs} has not measured {estimator!r}")
         mean, se, n = rows.loc[estimator, ["mean along pathwise", "se", "n"]].astype(float)

@@ -240,12 +240,12 @@ def interference_figure(table: pd.DataFrame, unit: str = "reward", title: str = 
     tasks = list(dict.fromkeys(table["task"]))
     pairs = [(a, b) for i, a in enumerate(tasks) for b in tasks[i + 1:]]
     figure, ((left, middle), (below, right)) = plt.subplots(2, 2, figsize=(13, 9))
+    cells = {(i, j): whole.loc[(a, b)] for i, a in enumerate(tasks) for j, b in enumerate(tasks)}
     for axis, name in ((left, "cosine"), (middle, "inner")):
-        cells = {(i, j): whole.loc[(a, b)] for i, a in enumerate(tasks) for j, b in enumerate(tasks)}
         known = {at: pd.notna(cell[name] if at[0] == at[1] else cell[f"{name}_low"]) for at, cell in cells.items()}
         values = np.array([[cells[i, j][name] if known[i, j] else np.nan for j in range(len(tasks))] for i in range(len(tasks))], float)
-        limit = 1. if name == "cosine" else np.nanmax(np.abs(values))
-        power = 0 if name == "cosine" else int(np.floor(np.log10(limit)))
+        limit = 1. if name == "cosine" else max(np.nanmax(np.abs(values)), 1e-12)
+        power = int(np.floor(np.log10(limit)))
         axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         for (i, j), cell in cells.items():
             numbers = [f"{cell[name + end] / 10 ** power:+.2f}" for end in ("", "_low", "_high")]

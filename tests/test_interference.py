@@ -80,6 +80,7 @@ def test_taylors_prediction_is_what_a_small_step_does_and_the_step_is_taken_back
     gradients = interference(policy, objectives, "student", batches=20).gradients
     table = taylor_check(policy, objectives, "student", .1, gradients, images=512).set_index(["task", "on"])
     assert torch.equal(policy.weights["student"], before) and len(table) == 16
+    assert set(table["n"]) == {512 // 8}            # prompts, for the images of one are not independent
     for pair, sign in ((("one", "same"), 1), (("one", "against"), -1), (("same", "one"), 1)):
         row = table.loc[pair]
         assert sign * row.measured > 0 and sign * row.predicted > 0
