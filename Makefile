@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Installed first; any release that pyproject.toml allows will do: make setup TORCH=torch
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-browser lab clean
+.PHONY: setup demo test test-browser drill lab clean
 
 setup: .venv/done
 
@@ -33,6 +33,10 @@ test: setup
 test-browser: setup
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { apt-get update && apt-get install -y chromium chromium-driver; }
 	$(BIN)/python -m pytest tests/test_browser.py -s
+
+# Kills, full disks, two starters, lost ranks, bad inputs: some half an hour. Filling a disk needs root.
+drill: setup
+	$(BIN)/python tests/drill.py
 
 lab: setup
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb

@@ -209,7 +209,7 @@ def main() -> None:
         if key != "cases":
             print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

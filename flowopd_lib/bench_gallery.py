@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from .gallery import TEACHER, Samples
-from .thumbnails import ThumbnailWriter
+from .thumbnails import webp, write_thumbnails
 from .widgets import SampleGallery
 
 MODELS = ("base", "geneval expert", "ocr expert", "merged", "student")
@@ -27,13 +27,12 @@ def made_up_samples(folder: str | Path, n: int, seed: int = 0) -> Samples:
     count = n // len(MODELS)
     prompts = [f'a sign that says "{i:04d}"' if i % 3 == 0 else f"a photo of {i} red stars" for i in range(count)]
     for number, model in enumerate(MODELS):
-        writer = ThumbnailWriter(Path(folder) / "pictures", number, model)
+        pictures = torch.from_numpy(rng.random((count, 3, 64, 64), np.float32))
         tables.append(pd.DataFrame({
             "model": model, "task": np.where(np.arange(count) % 3 == 0, "ocr", "geneval"), "tag": np.where(np.arange(count) % 3 == 0, "ocr", "counting"),
-            "prompt": prompts, "seed": np.arange(count), "picture": writer.add(torch.from_numpy(rng.random((count, 3, 64, 64), np.float32))),
+            "prompt": prompts, "seed": np.arange(count), "picture": write_thumbnails(Path(folder) / "pictures", number, model, [webp(p) for p in pictures]),
             "GenEval": np.where(np.arange(count) % 3 == 0, np.nan, rng.integers(0, 2, count)),
             "OCR": np.where(np.arange(count) % 3 == 0, rng.random(count), np.nan), "PickScore": rng.normal(11, 3, count), "DeQA": rng.uniform(1, 5, count)}))
-        writer.close()
     return Samples(pd.concat(tables, ignore_index=True), folder)
 
 

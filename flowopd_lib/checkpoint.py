@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+
+from .files import write_whole
 
 
 def save_state(path: str | Path, state: Any) -> None:
@@ -27,11 +28,7 @@ def save_state(path: str | Path, state: Any) -> None:
         return node
 
     skeleton = json.dumps(strip(state))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"skeleton": skeleton})
-    os.replace(partial, path)
+    write_whole(path, save(tensors, {"skeleton": skeleton}))
 
 
 def load_state(path: str | Path) -> Any:

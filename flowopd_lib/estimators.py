@@ -92,7 +92,7 @@ def main() -> None:
     table = measure(args.batches, args.images, distance=args.distance)
     print(table.round(4).to_string(index=False))
     if args.out:
-        args.out.write_text(json.dumps(table.to_dict("records"), indent=1) + "\n")
+        write_json(args.out, table)
 
 
 if __name__ == "__main__":

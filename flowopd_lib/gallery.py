@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .evaluate import JUDGES_OF_TASK, evaluate
+from .files import write_table
 from .policy import FlowPolicy
 from .prompts import Prompt
 from .rollout import Sampler, sample
@@ -140,10 +141,12 @@ def load_samples(folder: str | Path) -> Samples:
 def draw_samples(policy: FlowPolicy, prompts: Mapping[str, Sequence[Prompt]], judges: Mapping, folder: str | Path, models: Mapping[str, str | None],
                  sampler: Sampler = Sampler(), seed: int = 0, repeats: int = 1) -> Samples:
     """Samples of prompts (by split) drawn now from loaded models, kept in `folder` like a run's; `evaluate` says what the rest is."""
-    table = evaluate(policy, [p for part in prompts.values() for p in part], judges, seed, sampler, models, repeats, pictures=Path(folder) / "pictures")
+    folder = Path(folder)
+    table = evaluate(policy, [p for part in prompts.values() for p in part], judges, seed, sampler, models, repeats, pictures=folder / "pictures",
+                     into=folder / "drawn.parquet")
     split = {(p.task, p.text): name for name, part in prompts.items() for p in part}
     table["split"] = [split[key] for key in zip(table["task"], table["prompt"])]
-    table.to_parquet(Path(folder) / "samples.parquet")
+    write_table(folder / "samples.parquet", table)
     return load_samples(folder)
 
 

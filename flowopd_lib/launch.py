@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import os
 import subprocess
 import sys
@@ -17,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import yaml
 
 from .evaluate import evaluate
+from .files import append_lines, locked, read_lines, write_whole
 from .gallery import JUDGES, Samples
 from .objectives import Objective
 from .policy import FlowPolicy
@@ -31,12 +30,6 @@ from .schedule import Schedule
 from .train import StepInfo, TrainConfig, train
 
 STOPPED = "stopped after iteration"
-
-
-def read_lines(path: Path) -> pd.DataFrame:
-    """A file of JSON lines that another may be writing to: the lines that are whole; empty where there is none."""
-    text = path.read_text() if path.is_file() else ""
-    return pd.read_json(io.StringIO(text[:text.rfind("\n") + 1]), lines=True) if "\n" in text else pd.DataFrame()
 
 
 def looks_of(folder: str | Path) -> Samples | None:
@@ -67,15 +60,14 @@ class Look:
         judges = {name: judge for name, judge in self.judges.items() if name in JUDGES}     # some are for training only
         rows = evaluate(policy, self.prompts, judges, self.seed, self.sampler, {f"iteration {iteration}": adapter}, progress=False,
                         pictures=folder / "looks")
-        with (folder / "looks.jsonl").open("a") as file:        # one write: a reader sees all of a look's rows or none
-            file.write(rows.to_json(orient="records", lines=True))
+        append_lines(folder / "looks.jsonl", rows.to_json(orient="records", lines=True))       # one write: a reader sees all of a look's rows or none
 
     def during(self, updates: Iterator[StepInfo], policy: FlowPolicy, adapter: str, folder: str | Path) -> Iterator[StepInfo]:
         """The same updates, with looks between them; closing this closes `updates`."""
         folder, done = Path(folder), 0
-        folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "state.safetensors").exists():
-            self(policy, adapter, folder, 0)
+            with locked(folder, f"a look at {adapter}"):        # `updates` has not begun, so it has no lock yet
+                self(policy, adapter, folder, 0)
         with contextlib.closing(updates):
             for info in updates:
                 if info.metrics:
@@ -148,22 +140,25 @@ class Launched:
                         "--look", str(look)]
         self._environment = {**os.environ, "FLOWOPD_HEADLESS": "1", "ACCELERATE_MIXED_PRECISION": precision}
         self._process: subprocess.Popen | None = None
+        self._since = 0         # where in the log the present start begins
 
     def start(self) -> None:
         """Begin, or go on from the checkpoint in the folder."""
         if self.state == "running":
             raise RuntimeError(f"the training in {self.folder} is running already")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
-        with (self.folder / "log.txt").open("w") as log:        # a session of its own: interrupting the kernel does not interrupt it
+        with locked(self.folder, "a start of a training"):
+            write_whole(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False))
+        with (self.folder / "log.txt").open("a") as log:        # a session of its own: interrupting the kernel does not interrupt it
+            self._since = log.tell()
             self._process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True)
         atexit.register(self.stop)
 
     @property
-    def _said(self) -> str:
-        """The last line it printed."""
-        lines = (self.folder / "log.txt").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it printed nothing"
+    def _said(self) -> list[str]:
+        """The lines it printed since the present start."""
+        with (self.folder / "log.txt").open(errors="replace") as log:
+            log.seek(self._since)
+            return log.read().strip().splitlines() or ["it printed nothing"]
 
     @property
     def state(self) -> str:
@@ -171,13 +166,13 @@ class Launched:
             return "waiting"
         if self._process.poll() is None:
             return "running"
-        if STOPPED in (self.folder / "log.txt").read_text(errors="replace"):
+        if any(STOPPED in line for line in self._said):
             return "stopped"
         return "failed" if self._process.returncode else "over"
 
     @property
     def error(self) -> str:
-        return self._said if self.state == "failed" else ""
+        return self._said[-1] if self.state == "failed" else ""
 
     def stop(self) -> None:
         """Ask it to end after this iteration, with a checkpoint."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from .objectives import SFT, teacher_samples
 from .policy import FlowPolicy
@@ -20,12 +21,13 @@ METHODS = ("cat", "svd", "ties", "dare", "factor_wise")
 
 
 def merge(policy: FlowPolicy, adapters: Sequence[str], name: str, method: str = "cat", weights: Sequence[float] | None = None,
-          rank: int | None = None, density: float = .5) -> None:
+          rank: int | None = None, density: float = .5, seed: int = 0) -> None:
     """Add adapter `name`, the weighted mean (equal weights by default) of `adapters`.
 
     cat          the exact mean of the changes; its rank is the sum of the ranks
     svd          the best approximation of that mean with `rank` (default: the largest of the adapters'; exact at the sum of the ranks)
-    ties, dare   TIES (2306.01708) and DARE with TIES' signs (2311.03099), keeping a share `density` of each change; `rank` as for svd
+    ties, dare   TIES (2306.01708) and DARE with TIES' signs (2311.03099), keeping a share `density` of each change; `rank` as for svd.
+                 DARE draws what it drops, from `seed`
     factor_wise  mean of the A, mean of the B: the public code's, kept to be compared
 
     Raises ValueError for fewer than two adapters, unknown ones, or a method that does not exist.
@@ -39,14 +41,25 @@ def merge(policy: FlowPolicy, adapters: Sequence[str], name: str, method: str = 
     weights = list(weights) if weights is not None else [1 / len(adapters)] * len(adapters)
     if len(weights) != len(adapters) or (method == "factor_wise" and min(weights) < 0):
         raise ValueError(f"{len(adapters)} adapters need as many weights, not {weights} (positive ones, factor by factor)")
-    rank = rank or max(policy.peft.peft_config[a].r for a in adapters)
+    ranks = {a: policy.adapter(a).ranks for a in adapters}
+    if method == "factor_wise":
+        for other in adapters[1:]:
+            apart = [p for p in ranks[adapters[0]] | ranks[other] if ranks[adapters[0]].get(p) != ranks[other].get(p)]
+            if apart:
+                raise ValueError(f"factor_wise averages factors, so adapters need the same ranks everywhere: at {apart[0]} {adapters[0]} has "
+                                 f"{ranks[adapters[0]].get(apart[0])} and {other} {ranks[other].get(apart[0])}; take cat or svd")
+    rank = rank or max(r for of in ranks.values() for r in of.values())
+    if rank < 1 or not 0 < density <= 1:
+        raise ValueError(f"rank must be at least 1 and density in (0, 1], not {rank} and {density}")
     how = {"cat": dict(combination_type="cat"), "svd": dict(combination_type="svd", svd_rank=rank, svd_full_matrices=False),
            "ties": dict(combination_type="ties_svd", density=density, svd_rank=rank, svd_full_matrices=False),
            "dare": dict(combination_type="dare_ties_svd", density=density, svd_rank=rank, svd_full_matrices=False),
            "factor_wise": dict(combination_type="linear")}[method]
     if method == "factor_wise":         # PEFT's `linear` weighs A and B by sqrt(w s) each: w^2 gives the means of both
         weights = [w ** 2 for w in weights]
-    policy.combine_adapters(adapters, weights, name, **how)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy.combine_adapters(adapters, weights, name, **how)
 
 
 def sft_start(policy: FlowPolicy, prompts: Sequence[Prompt], teachers: Mapping[str, str | None], name: str, folder: str | Path, iterations: int,

@@ -4,22 +4,26 @@ One backbone, any number of PEFT adapters by name: the student, its teachers, th
 """
 from __future__ import annotations
 
-import copy
+import hashlib
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .adapters import Lora, linear_places, read_adapter, write_peft
+from .identity import sha256_of
+from .prompts import Prompt
+from .quiet import quiet
 
 CACHE_BYTES = 1 << 30       # of text embeddings kept: some 400 prompts of SD3.5 in bf16, 35,000 of the small world
 
@@ -55,7 +59,8 @@ class FlowPolicy:
                 raise FileNotFoundError(f"{model_id} is not a diffusers pipeline folder (it has no model_index.json); "
                                         "give such a folder or a hub id")
         try:
-            self.pipeline = StableDiffusion3Pipeline.from_pretrained(model_id, dtype=dtype, use_safetensors=True).to(device)
+            with quiet():
+                self.pipeline = StableDiffusion3Pipeline.from_pretrained(model_id, dtype=dtype, use_safetensors=True).to(device)
         except OSError as error:
             raise FileNotFoundError(f"{str(model_id)!r} is neither a diffusers pipeline folder nor a hub id that can be "
                                     f"loaded with safetensors weights ({error})") from error
@@ -71,25 +76,26 @@ class FlowPolicy:
         self.max_sequence_length = min(256, tokenizer.model_max_length) if tokenizer is not None else 256
         side = self.pipeline.default_sample_size
         self.latent_shape = (self.transformer.config.in_channels, side, side)
+        # A model with a closed vocabulary says so in its T5 tokenizer's config: a prompt it cannot read whole is then an error.
+        self.strict = bool(getattr(tokenizer, "init_kwargs", {}).get("strict", False))
         self._texts: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._checked: set[str] = set()
         self.peft: PeftModel | None = None
         self._used: str | None = None
         self._training: str | None = None
         self._trained: list[torch.nn.Parameter] = []
+        self._starts: dict[tuple[str, str], str] = {}
 
     @_alone
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> TextEmbedding:
-        """Embed prompts; each different text is encoded once and kept.
-
-        Raises ValueError for a text with a character the tokenizers do not know, or too long for T5; warns of one too long for CLIP.
-        """
+        """Embed prompts; each different text is encoded once and kept. See `check_prompts` for texts that the model cannot read whole."""
         new = [t for t in dict.fromkeys(texts) if t not in self._texts]
-        for text in new:
-            self._check(text)
+        self._check(new, "the prompts")
         for text in new:        # one by one: a rounding that depends on the texts beside it would not be the same in a resumed training
-            tokens, _, pooled, _ = self.pipeline.encode_prompt([text], None, None, do_classifier_free_guidance=False,
-                                                               max_sequence_length=self.max_sequence_length, device=self.device)
+            with quiet():       # the pipeline's own warning of what it cuts off comes after ours, once a text
+                tokens, _, pooled, _ = self.pipeline.encode_prompt([text], None, None, do_classifier_free_guidance=False,
+                                                                   max_sequence_length=self.max_sequence_length, device=self.device)
             self._texts[text] = (tokens[0].clone(), pooled[0].clone())
         rows = [self._texts[t] for t in texts]
         for text in dict.fromkeys(texts):
@@ -98,72 +104,114 @@ class FlowPolicy:
             self._texts.popitem(last=False)
         return TextEmbedding(torch.stack([a for a, _ in rows]), torch.stack([b for _, b in rows]))
 
-    def _check(self, text: str) -> None:
-        """A tokenizer drops what it cannot read, in silence; the user should hear of it."""
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Tell, before a training or an evaluation begins, of prompts that the model's tokenizers cannot read whole: a character that they do not know is
+        lost, and so is what comes after their last token.
+
+        A model with a closed vocabulary (`strict`) raises ValueError; any other cuts them off and warns, once a task.
+        """
+        for task in dict.fromkeys(p.task for p in prompts):
+            self._check(list(dict.fromkeys(p.text for p in prompts if p.task == task)), f"the {task} prompts")
+
+    def _check(self, texts: Sequence[str], whose: str) -> None:
+        texts = [t for t in texts if t not in self._checked]
+        if not texts:
+            return
+        self._checked.update(texts)
         for name, limit in (("tokenizer", self.pipeline.tokenizer_max_length), ("tokenizer_3", self.max_sequence_length)):
             tokenizer = getattr(self.pipeline, name)
             if tokenizer is None:
                 continue
-            if tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False).input_ids:
-                raise ValueError(f"the model's {name} cannot read all of {text!r}; leave out unusual characters")
-            if len(tokenizer(text).input_ids) > limit:
-                message = f"the prompt {text!r} is longer than the {limit} tokens of the model's {name}"
-                if name == "tokenizer_3":
-                    raise ValueError(message + "; shorten it")
-                warnings.warn(message + ": its CLIP encoders will not see the end", stacklevel=3)   # usual for SD3.5
+            bare = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+            special = len(tokenizer("").input_ids)
+            for what, found, lost in (("have characters that", [t for t, ids in zip(texts, bare) if tokenizer.unk_token_id in ids], "does not know"),
+                                      (f"are longer than the {limit} tokens of", [t for t, ids in zip(texts, bare) if len(ids) + special > limit], "")):
+                if not found:
+                    continue
+                message = f"{len(found)} of {whose} {what} the model's {name} {lost}".rstrip() + f", such as {found[0]!r}"
+                if self.strict and (lost or name == "tokenizer_3"):
+                    self._checked.difference_update(texts)
+                    raise ValueError(message + ("; leave such characters out" if lost else "; shorten them"))
+                warnings.warn(message + (": they are left out" if lost else ": it will not see the end"), stacklevel=3)
 
     @property
     def adapters(self) -> list[str]:
         return list(self.peft.peft_config) if self.peft is not None else []
 
-    def add_adapter(self, name: str, rank: int = 32, alpha: int = 64, targets: Sequence[str] = ATTENTION + MLP, seed: int = 0) -> None:
+    def add_adapter(self, name: str, rank: int = 32, alpha: float = 64, targets: Sequence[str] = ATTENTION + MLP, seed: int = 0) -> None:
         """A new LoRA adapter that changes nothing yet (B = 0); A is drawn from `seed`, in float32 whatever the model's dtype."""
         self._check_new(name)
+        if rank < 1 or not alpha > 0:
+            raise ValueError(f"an adapter needs a rank of at least 1 and a positive alpha, not {rank} and {alpha}")
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if self.peft is None:
-                self.peft = get_peft_model(self.transformer, config, adapter_name=name)
-            else:
-                self.peft.add_adapter(name, config)
+            self._inject(name, config)
         self._settle()
 
     def load_adapter(self, name: str, path: str | Path) -> None:
-        """An adapter in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`) from a folder or the hub."""
+        """An adapter in PEFT's or diffusers' format, from a folder, a file or the hub; `read_adapter` says what is accepted and what it raises. One that is
+        refused leaves nothing behind."""
         self._check_new(name)
-        if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
-            raise FileNotFoundError(f"{path} is not a PEFT adapter folder: it has no adapter_config.json")
-        try:
-            if self.peft is None:
-                self.peft = PeftModel.from_pretrained(self.transformer, str(path), adapter_name=name, use_safetensors=True)
-            else:
-                self.peft.load_adapter(str(path), name, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"no adapter could be loaded from {str(path)!r}: {error}") from error
-        self._settle()
+        self._add(name, read_adapter(path, linear_places(self.transformer)))
 
     def save_adapter(self, name: str, path: str | Path) -> None:
         """Write one adapter so that `load_adapter` and PEFT read it."""
-        config = self.peft.peft_config[self._known(name)]       # PEFT's own save would put it in a folder of its name
-        config.inference_mode, config.base_model_name_or_path = True, None
-        weights = get_peft_model_state_dict(self.peft, adapter_name=name)
-        Path(path).mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(str(path))
-        save_file({key: w.detach().cpu().contiguous() for key, w in weights.items()}, Path(path) / "adapter_model.safetensors")
+        write_peft(self.adapter(name), path)
+
+    def adapter(self, name: str) -> Lora:
+        """One adapter as it stands, its tensors shared with the network."""
+        self._known(name)
+        layers = {place.removeprefix("base_model.model."): m for place, m in self.transformer.named_modules() if isinstance(m, LoraLinear) and name in m.lora_A}
+        return Lora({p: m.lora_A[name].weight.detach() for p, m in layers.items()}, {p: m.lora_B[name].weight.detach() for p, m in layers.items()},
+                    {p: m.scaling[name] * len(m.lora_A[name].weight) for p, m in layers.items()})
 
     def adapter_parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
         """The weights of one adapter, named without the adapter's name, so that two adapters' can be matched."""
         self._known(name)
-        return {key.replace(f".{name}.", "."): p for key, p in self.transformer.named_parameters() if f".{name}." in key}
+        return {f"{place}.lora_{factor}.weight": factors[name].weight for place, m in self.transformer.named_modules()
+                if isinstance(m, LoraLinear) and name in m.lora_A for factor, factors in (("A", m.lora_A), ("B", m.lora_B))}
+
+    def adapter_hash(self, name: str) -> str:
+        """sha256 of what an adapter adds to the weights: its factors and scales by place."""
+        lora = self.adapter(name)
+        return sha256_of({p: [lora.a[p], lora.b[p], lora.alpha[p]] for p in lora.a})
+
+    def start_hash(self, name: str, folder: Path) -> str:
+        """`adapter_hash` as it was when a training of the adapter into `folder` first asked, which is where that training starts."""
+        return self._starts.setdefault((name, str(folder.resolve())), self.adapter_hash(name))
+
+    @cached_property
+    def base_hash(self) -> str:
+        """sha256 of the weights of transformer, VAE and text encoders, without adapters."""
+        parts = {"vae": self.vae, "transformer": self.transformer, **{n: getattr(self.pipeline, n) for n in ("text_encoder", "text_encoder_2", "text_encoder_3")}}
+        digest = hashlib.sha256()
+        for part, module in parts.items():
+            for key, weight in (module.state_dict() if module is not None else {}).items():
+                if ".lora_" not in key:
+                    digest.update(f"{part} {key.removeprefix('base_model.model.').replace('.base_layer.', '.')} {sha256_of(weight)}".encode())
+        return digest.hexdigest()
+
+    def _add(self, name: str, lora: Lora) -> None:
+        """A new adapter with the places, ranks, scales and weights of `lora`."""
+        self._inject(name, lora.config())
+        with torch.no_grad():
+            for key, p in self.adapter_parameters(name).items():
+                place, factor = key.removesuffix(".weight").rsplit(".lora_", 1)
+                p.copy_((lora.a if factor == "A" else lora.b)[place])
+        self._settle()
+
+    def _inject(self, name: str, config: LoraConfig) -> None:
+        with torch.random.fork_rng(devices=[]):
+            if self.peft is None:
+                self.peft = get_peft_model(self.transformer, config, adapter_name=name)
+            else:
+                self.peft.add_adapter(name, config)
 
     def copy_adapter(self, source: str, name: str) -> None:
         """A new adapter with the rank, the places and the weights of `source`."""
         self._check_new(name)
-        self.peft.add_adapter(name, copy.deepcopy(self.peft.peft_config[self._known(source)]))
-        with torch.no_grad():
-            for new, old in zip(self.adapter_parameters(name).values(), self.adapter_parameters(source).values()):
-                new.copy_(old)
-        self._settle()
+        self._add(name, self.adapter(source))
 
     def combine_adapters(self, adapters: Sequence[str], weights: Sequence[float], name: str, **how) -> None:
         """A new adapter made of others by PEFT's `add_weighted_adapter`, which says what `how` can be; `merge` chooses it."""
@@ -180,8 +228,14 @@ class FlowPolicy:
         return self._trained
 
     def _check_new(self, name: str) -> None:
-        if name in self.adapters or not name or "." in name:
-            raise ValueError(f"an adapter needs a new name without dots, not {name!r}; there are {', '.join(self.adapters) or 'none yet'}")
+        if not isinstance(name, str) or name in self.adapters or not name or "." in name or hasattr(torch.nn.ModuleDict, name):
+            raise ValueError(f"an adapter needs a new name without dots (and not one of Python's dictionaries, such as keys), not {name!r}; "
+                             f"there are {', '.join(self.adapters) or 'none yet'}")
+
+    def check_adapters(self, names: Iterable[str]) -> None:
+        """Raises ValueError for an adapter there is not."""
+        for name in names:
+            self._known(name)
 
     def _known(self, name: str) -> str:
         if name not in self.adapters:

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import os
 import signal
@@ -26,89 +27,114 @@ import yaml
 from accelerate import Accelerator
 
 from . import tinyworld
+from .files import locked, write_whole
+from .inputs import SEED, check_keys, check_options, check_value, list_of, nearest, one_of, read_yaml
 from .launch import STOPPED, Look, some_prompts
-from .merge import merge
+from .merge import METHODS, merge
 from .objectives import GRPO, OPD, Objective
 from .policy import FlowPolicy
-from .prompts import TASKS, Prompt, load_prompts
+from .prompts import FILES, TASKS, Prompt, load_prompts
 from .rewards import OCR, DeQA, PickScore, Reward
 from .rollout import Sampler
-from .runs import nearest
 from .schedule import Schedule
 from .train import TrainConfig, train
 
-KEYS = ("model", "prompts", "judges", "adapters", "student", "schedule", "sampler", "grpo", "opd", "train", "seed")
 JUDGES = {"PickScore": PickScore, "OCR": OCR, "DeQA": DeQA}
-
-
-def check_keys(where: str, given: Mapping, known) -> None:
-    """Raises ValueError that names the nearest known key."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where} must be a mapping of names to values, not {given!r}")
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{where} has no {key!r}{nearest(str(key), known)}; it has {', '.join(known)}")
-
-
-def _options(where: str, given: Mapping, kind, left_out=()) -> dict:
-    """`given`, checked against the arguments of `kind`; lists become tuples."""
-    check_keys(where, given, [n for n in inspect.signature(kind).parameters if n not in left_out])
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+# What each key of a recipe may be; the sections' own keys are the arguments of what they describe, with their types.
+KEYS = {"model": str | None, "prompts": str | None, "judges": dict[str, dict], "adapters": dict[str, str], "student": dict, "schedule": dict, "sampler": dict,
+        "grpo": dict, "opd": dict, "train": dict, "seed": SEED}
+STUDENTS = {"load": {"load": str}, "merge": {"merge": one_of(*METHODS), "adapters": list_of(str), "weights": list[float] | None, "rank": int | None,
+                                            "density": float}}
 
 
 def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
           ) -> tuple[FlowPolicy, Objective, TrainConfig]:
     """Everything `train` takes; the policy has the recipe's adapters and one called `student`.
 
-    Raises ValueError or FileNotFoundError, naming key and value, before anything long begins.
+    Raises ValueError or FileNotFoundError, naming key and value, before anything long begins: all of the recipe is checked before a model is loaded.
     """
     check_keys("the recipe", recipe, KEYS)
+    for key, value in recipe.items():
+        check_value(key, value, KEYS[key])
     if ("grpo" in recipe) == ("opd" in recipe) or "train" not in recipe or "schedule" not in recipe:
         raise ValueError("a recipe has a schedule, a train section, and one objective: grpo or opd")
     seed = recipe.get("seed", 0)
-    config = TrainConfig(**_options("train", recipe["train"], TrainConfig))
-    sampler = Sampler(**_options("sampler", {"steps": 10, "kind": "sde", **recipe.get("sampler", {})}, Sampler))
+    if "iterations" not in recipe["train"]:
+        raise ValueError("train lacks iterations: how many to train for")
+    config = TrainConfig(**check_options("train", recipe["train"], TrainConfig))
+    sampler = Sampler(**check_options("sampler", {"steps": 10, "kind": "sde", **recipe.get("sampler", {})}, Sampler))
     schedule = dict(recipe["schedule"])
-    tasks, tags = schedule.pop("tasks", list(TASKS)), schedule.pop("tags", {})
-    options = _options("schedule", schedule, Schedule, ("prompts", "seed"))
+    tasks = check_value("schedule.tasks", schedule.pop("tasks", list(TASKS)), list_of(one_of(*FILES)))
+    tags = check_value("schedule.tags", schedule.pop("tags", {}), dict[str, int])
+    options = check_options("schedule", schedule, Schedule, ("prompts", "seed"))
+    if "prompts_per_batch" not in options:
+        raise ValueError("schedule lacks prompts_per_batch: how many prompts an iteration trains on")
     folder = recipe.get("prompts") or tinyworld.PROMPTS
     prompts = Schedule({task: _weighed(load_prompts(folder, task, "train"), tags) for task in tasks}, seed=seed, **options)
-    policy = FlowPolicy(recipe.get("model") or tinyworld.BASE, device, dtype)
-    for name, path in recipe.get("adapters", {}).items():
-        shipped = tinyworld.ASSETS / path
-        policy.load_adapter(name, shipped if shipped.is_dir() and not Path(path).is_dir() else path)
-    _student(policy, recipe.get("student", {}), seed)
+    student = _checked_student(recipe)
+    adapters = {name: _place(path) for name, path in recipe.get("adapters", {}).items()}
     if "opd" in recipe:
-        return policy, OPD(prompts, sampler=sampler, **_options("opd", recipe["opd"], OPD, ("schedule", "sampler"))), config
-    return policy, GRPO(prompts, judges_of(recipe), sampler=sampler, **_options("grpo", recipe["grpo"], GRPO, ("schedule", "judges", "sampler"))), config
+        own = check_options("opd", {"teachers": {}, **recipe["opd"]}, OPD, ("schedule", "sampler"))
+        objective = OPD(prompts, sampler=sampler, **own)
+    else:
+        own = check_options("grpo", {"rewards": {}, **recipe["grpo"]}, GRPO, ("schedule", "judges", "sampler"))
+        objective = GRPO(prompts, judges_of(recipe), sampler=sampler, **own)
+    unknown = sorted(objective.adapters - {*adapters})
+    if unknown:
+        raise ValueError(f"{'opd' if 'opd' in recipe else 'grpo'} names the adapter {unknown[0]!r}{nearest(unknown[0], adapters)}; "
+                         f"the recipe's adapters are {', '.join(adapters) or 'none'}")
+    policy = FlowPolicy(recipe.get("model") or tinyworld.BASE, device, dtype)
+    for name, path in adapters.items():
+        policy.load_adapter(name, path)
+    if "load" in student:
+        policy.load_adapter("student", _place(student["load"]))
+    elif "merge" in student:
+        merge(policy, student["adapters"], "student", student["merge"], **{k: v for k, v in student.items() if k not in ("merge", "adapters")})
+    else:
+        policy.add_adapter("student", seed=seed, **student)
+    objective.check(policy, "student")
+    return policy, objective, config
+
+
+def _place(path: str) -> str:
+    """A folder as it is named or, where there is none, among the package's assets."""
+    shipped = tinyworld.ASSETS / path
+    return str(shipped) if shipped.is_dir() and not Path(path).exists() else path
+
+
+def _checked_student(recipe: Mapping) -> dict:
+    settings = recipe.get("student", {})
+    for kind, known in STUDENTS.items():
+        if kind in settings:
+            check_keys("student", settings, known)
+            for name, value in settings.items():
+                check_value(f"student.{name}", value, known[name])
+            for name in settings.get("adapters", []):
+                if name not in recipe.get("adapters", {}):
+                    raise ValueError(f"student merges {name!r}{nearest(name, recipe.get('adapters', {}))}; the recipe's adapters are "
+                                     f"{', '.join(recipe.get('adapters', {})) or 'none'}")
+            return dict(settings)
+    return check_options("student", settings, FlowPolicy.add_adapter, ("self", "name", "seed"))
 
 
 def judges_of(recipe: Mapping) -> dict[str, Reward]:
     """The judges that a recipe names; without any, the small world's."""
     judges = recipe.get("judges", {})
     check_keys("judges", judges, JUDGES)
-    return {name: JUDGES[name](**settings) for name, settings in judges.items()} if judges else tinyworld.training_judges()
+    checked = {name: check_options(f"judges.{name}", settings, JUDGES[name]) for name, settings in judges.items()}
+    for name, settings in checked.items():
+        if "model_id" not in settings and "model_id" in inspect.signature(JUDGES[name]).parameters:
+            raise ValueError(f"judges.{name} lacks model_id: a folder or a hub id")
+    return {name: JUDGES[name](**settings) for name, settings in checked.items()} if judges else tinyworld.training_judges()
 
 
 def _weighed(prompts: list[Prompt], tags: Mapping[str, int]) -> list[Prompt]:
     """Every prompt as often as its tag says (once by default), as in Flow-GRPO's training set for GenEval."""
     if any(p.tag != p.task for p in prompts):
         check_keys("tags", tags, sorted({p.tag for p in prompts}))
-    if not all(isinstance(n, int) and n >= 0 for n in tags.values()):
+    if not all(n >= 0 for n in tags.values()):
         raise ValueError(f"tags say how often their prompts are drawn, in whole numbers, not {dict(tags)}")
     return [p for p in prompts for _ in range(tags.get(p.tag, 1))]
-
-
-def _student(policy: FlowPolicy, settings: Mapping, seed: int) -> None:
-    if "load" in settings:
-        check_keys("student", settings, ("load",))
-        policy.load_adapter("student", settings["load"])
-    elif "merge" in settings:
-        check_keys("student", settings, ("merge", "adapters", "weights", "rank", "density"))
-        merge(policy, settings["adapters"], "student", settings["merge"],
-              **{k: v for k, v in settings.items() if k not in ("merge", "adapters")})
-    else:
-        policy.add_adapter("student", seed=seed, **_options("student", settings, policy.add_adapter, ("name", "seed")))
 
 
 def main() -> None:
@@ -117,33 +143,47 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints, metrics and the adapter; resumed if it holds some")
     parser.add_argument("--look", type=int, default=0, help="after every so many iterations, draw and judge about six of its prompts into the folder; 0: never")
     args = parser.parse_args()
-    asked = threading.Event()       # to stop: by a scheduler that wants its machine back, or by `launch`
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        sys.exit(f"error: mixed precision {accelerator.mixed_precision} is not supported; use no or bf16")
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-        torch.set_num_threads(os.cpu_count())
+    if args.look < 0:
+        parser.error(f"--look is a number of iterations, or 0, not {args.look}")
+    asked = threading.Event()       # to stop: by Ctrl-C, by a scheduler that wants its machine back, or by `launch`
+
+    def ask(number: int, _) -> None:
+        if number == signal.SIGINT and asked.is_set():
+            raise KeyboardInterrupt             # the second time: now, without a checkpoint
+        asked.set()
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
     try:
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        if accelerator.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"mixed precision {accelerator.mixed_precision} is not supported; use no or bf16")
+        if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+            torch.set_num_threads(os.cpu_count())
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        recipe = yaml.safe_load(args.recipe.read_text())
+        recipe = read_yaml(args.recipe)
         policy, objective, config = build(recipe, accelerator.device, dtype)
+        if accelerator.is_main_process:
+            with locked(args.folder, "a start of a training"):
+                write_whole(args.folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         updates = train(policy, objective, args.folder, config, accelerator=accelerator)
         if args.look and accelerator.is_main_process:
             judges = getattr(objective, "judges", None) or ({} if recipe.get("model") and not recipe.get("judges") else judges_of(recipe))
             updates = Look(some_prompts(objective.schedule), judges, args.look).during(updates, policy, "student", args.folder)
-        for info in updates:
-            if not info.metrics:
-                continue
-            if accelerator.is_main_process:
-                shown = " ".join(f"{name} {value:.4g}" for name, value in info.metrics.items())
-                print(f"{info.iteration + 1}/{config.iterations} {info.seconds:.0f} s loss {info.loss:.4g} {shown}", flush=True)
-            # Several processes hear of it at different moments, and must stop at the same iteration.
-            if accelerator.reduce(torch.tensor(float(asked.is_set()), device=accelerator.device), "sum") > 0:
-                updates.close()
+        with contextlib.closing(updates):
+            for info in updates:
+                if not info.metrics:
+                    continue
                 if accelerator.is_main_process:
-                    print(f"{STOPPED} {info.iteration + 1}; the same command goes on from there", flush=True)
-                break
+                    shown = " ".join(f"{name} {value:.4g}" for name, value in info.metrics.items())
+                    print(f"{info.iteration + 1}/{config.iterations} {info.seconds:.0f} s loss {info.loss:.4g} {shown}", flush=True)
+                # Several processes hear of it at different moments, and must stop at the same iteration.
+                if accelerator.reduce(torch.tensor(float(asked.is_set()), device=accelerator.device), "sum") > 0:
+                    updates.close()
+                    if accelerator.is_main_process:
+                        print(f"{STOPPED} {info.iteration + 1}; the same command goes on from there", flush=True)
+                    break
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same command goes on from the last checkpoint")
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 

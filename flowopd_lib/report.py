@@ -54,7 +54,8 @@ def checkout(root: Path, besides: Path) -> dict | None:
 def manifest(profile: str, folder: Path, status: Mapping[str, dict], inputs: Mapping[str, str]) -> dict:
     """What was run, from which commit, on what, and the hashes of what came out, but for the states of trainings (safetensors). No host name."""
     def files(notebook: str) -> dict:
-        paths = sorted(p for p in (folder / notebook).rglob("*") if p.is_file() and p.suffix != ".safetensors")
+        paths = sorted(p for p in (folder / notebook).rglob("*") if p.is_file() and p.suffix != ".safetensors"
+                       and not any(part.startswith(".") for part in p.relative_to(folder).parts))     # locks, unfinished parts
         return {p.relative_to(folder / notebook).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
     return {
         "profile": profile, "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,6 +1,7 @@
 """Sampling as a generator over steps, so that a caller may look, learn or stop at any of them."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,10 @@ import torch
 
 from .policy import FlowPolicy
 from .prompts import Prompt
-from .sde import log_prob, predict_x0, transition
+from .sde import KINDS, log_prob, predict_x0, transition
+
+
+MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,14 @@ class Sampler:
     noisy: int | None = None
 
     def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"a trajectory needs at least one step, not {self.steps}")
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown sampler {self.kind!r}: choose one of {', '.join(KINDS)}")
+        if not 0 <= self.noise_level <= (1 if self.kind == "cps" else math.inf):
+            raise ValueError(f"the noise level is at least 0, and for cps at most 1, not {self.noise_level}")
+        if not self.guidance >= 0:
+            raise ValueError(f"guidance must be at least 0 (1 is none), not {self.guidance}")
         if self.noisy is not None and not 1 <= self.noisy < self.steps:
             raise ValueError(f"of {self.steps} steps, between 1 and {self.steps - 1} can have noise, not {self.noisy}")
 
@@ -58,12 +70,23 @@ class Sampler:
         return self.steps - 1 if self.noisy is None else self.noisy
 
 
+def generator(seed: int) -> torch.Generator:
+    """torch's generator on the CPU, for any whole number from 0. torch itself looks at the last 32 bits alone, so that trainings of different seeds, and
+    the evaluations they must not see the noise of, would all share theirs; what is larger is mixed down to 32 bits (splitmix64)."""
+    if seed >= 1 << 32:
+        z = (seed + 0x9E3779B97F4A7C15) & MASK
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & MASK
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & MASK
+        seed = (z ^ z >> 31) >> 32
+    return torch.Generator().manual_seed(seed)
+
+
 class NoiseStreams:
     """Each sample's own stream of noise, drawn on the CPU: a seed gives the same noise in any batch, on any device."""
 
     def __init__(self, policy: FlowPolicy, seeds: Sequence[int]):
         self.shape, self.device = policy.latent_shape, policy.device
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [generator(seed) for seed in seeds]
 
     def draw(self) -> torch.Tensor:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)

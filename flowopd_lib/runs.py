@@ -2,23 +2,24 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
+import html
 import json
-import math
 import os
 import re
-import shutil
 import time
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
+from jupyter_client.kernelspec import NoSuchKernel
 from papermill.exceptions import PapermillExecutionError
 
 from . import report
+from .files import locked, set_aside, write_json, write_whole
+from .inputs import check_kinds, kinds_of, nearest, read_yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS, RUNS = ROOT / "notebooks", ROOT / "papermill_runs"
@@ -30,15 +31,10 @@ def load_profile(name: str) -> dict[str, dict]:
     if not path.is_file():
         names = [p.stem for p in sorted(path.parent.glob("*.yaml"))]
         raise ValueError(f"no profile {name!r}{nearest(name, names)}; there are {', '.join(names)}")
-    profile = yaml.safe_load(path.read_text())
+    profile = read_yaml(path)
     if not isinstance(profile, dict) or not all(isinstance(p, dict | None) for p in profile.values()):
         raise ValueError(f"{path} must map notebooks to their parameters, such as `00_quickstart: {{n_test: 12}}`")
     return {notebook: parameters or {} for notebook, parameters in profile.items()}
-
-
-def nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def parameters_of(notebook: Path) -> dict:
@@ -60,6 +56,11 @@ def check_parameters(notebook: Path, parameters: dict) -> None:
         default = known[name]
         if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
             raise ValueError(f"{notebook.name} takes {name} as {type(default).__name__}, such as {default!r}, not {value!r}")
+    kinds = kinds_of(c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code")
+    try:
+        check_kinds({name: value for name, value in parameters.items() if name in kinds}, kinds)
+    except ValueError as error:
+        raise ValueError(f"{notebook.name}: {error}") from error
 
 
 def choose(profile: str, only: str, overrides: Mapping) -> dict[str, dict]:
@@ -82,26 +83,6 @@ def choose(profile: str, only: str, overrides: Mapping) -> dict[str, dict]:
     for notebook, parameters in chosen.items():
         check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
     return chosen
-
-
-def check_range(low: float, high: float, **parameters: float) -> None:
-    """For a notebook's first cell: every parameter given by name must lie in [low, high]."""
-    for name, value in parameters.items():
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be between {low} and {high}, not {value}")
-
-
-def write_json(path: Path, record) -> None:
-    """Write whole or not at all; NaN, which JSON does not have, becomes null."""
-    def plain(node):
-        if isinstance(node, dict):
-            return {key: plain(value) for key, value in node.items()}
-        if isinstance(node, (list, tuple)):
-            return [plain(value) for value in node]
-        return None if isinstance(node, float) and math.isnan(node) else node
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plain(record), indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
 
 
 def read_status(folder: Path) -> dict[str, dict]:
@@ -156,7 +137,8 @@ def fingerprints(chosen: Mapping[str, dict], status: Mapping[str, dict]) -> dict
 
 
 def scrub(node, folder: Path):
-    """No path of this machine, for runs are published: `folder` becomes ".", the repository and the home a name. Pictures stay as they are."""
+    """No path of this machine, for runs are published: `folder` becomes ".", the repository and the home a name, however they are written: as they are,
+    escaped as Python or JSON do it (papermill's parameters), or as in a web address. Pictures stay as they are."""
     if isinstance(node, dict):
         return {k: v if k.startswith("image/") else scrub(v, folder) for k, v in node.items()}
     if isinstance(node, list):
@@ -164,7 +146,10 @@ def scrub(node, folder: Path):
     if isinstance(node, str):
         for path, name in ((folder, "."), (ROOT, "flowopd-lab"), (Path.home(), "~")):
             if len(path.parts) > 1:         # a home of "/" is no home
-                node = re.sub(re.escape(str(path)) + r"(?![\w.-])", name, node)
+                text = str(path)
+                ways = {text, text.encode("unicode_escape").decode(), json.dumps(text)[1:-1], urllib.parse.quote(text), html.escape(text)}
+                for way in sorted(ways, key=len, reverse=True):
+                    node = re.sub(re.escape(way) + r"(?![\w.-])", name, node)
     return node
 
 
@@ -188,6 +173,8 @@ def execute(name: str, parameters: dict, folder: Path) -> float:
     except PapermillExecutionError as error:
         raise RuntimeError(f"{name} failed in cell {error.exec_count}:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n"
                            f"(executed up to there: {target})") from error
+    except NoSuchKernel as error:
+        raise ValueError(f"{source.name} asks for the kernel {error.name!r}, which is not installed here; the notebooks of this project ask for python3") from error
     except RuntimeError as error:               # of nbclient: the kernel died
         raise RuntimeError(f"{name} was not executed to its end: {error}") from error
     finally:
@@ -197,7 +184,7 @@ def execute(name: str, parameters: dict, folder: Path) -> float:
             executed.metadata.pop("widgets", None)
             for key in ("input_path", "output_path"):
                 executed.metadata.get("papermill", {}).pop(key, None)
-            nbformat.write(nbformat.from_dict(scrub(executed, folder)), target)
+            write_whole(target, nbformat.writes(nbformat.from_dict(scrub(executed, folder))) + "\n")
     return time.time() - began
 
 
@@ -205,15 +192,21 @@ def run_profile(name: str, only: str = "", overrides: Mapping | None = None, fol
     """Execute a profile's notebooks in order into `folder` (default `papermill_runs/NAME`), with `status.json`, `manifest.json`, `report.html`.
 
     Every parameter and every need is checked before the first notebook starts. `resume` leaves out what is done with the same fingerprint,
-    and keeps the folder of what was cut off with the same, so that trainings go on in it.
+    and keeps the folder of what was cut off with the same, so that trainings go on in it. What lies there of anything else is moved into
+    `folder/earlier/`, never removed. Raises FolderInUse while another run writes to the folder.
     """
     chosen = choose(name, only, overrides or {})
     folder = (folder or RUNS / name).resolve()
     if folder.is_file() or folder == NOTEBOOKS.resolve():
         raise ValueError(f"{folder} is no folder for a run")
+    check_needs(chosen, read_status(folder) if only or resume else {}, folder)      # before the folder is made
+    with locked(folder, f"a run of the profile {name}"):
+        return _run(name, only, chosen, folder, log, resume)
+
+
+def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resume: bool) -> Path:
     old = read_status(folder)
     kept = old if only or resume else {}
-    check_needs(chosen, kept, folder)
     earlier = [(n, s) for record in (read_status(RUNS / "reference"), read_status(RUNS / name), old) for n, s in record.items()]
     # Seconds of other parameters, or of the rest of a notebook, say nothing.
     seconds = {n: s["seconds"] for n, s in earlier if s["state"] == "done" and s["parameters"] == chosen.get(n) and not s.get("resumed")}
@@ -223,7 +216,6 @@ def run_profile(name: str, only: str = "", overrides: Mapping | None = None, fol
     def finished(notebook: str, fingerprint: str) -> bool:
         return (resume and status[notebook]["state"] == "done" and status[notebook].get("fingerprint") == fingerprint
                 and (folder / notebook).is_dir() and (folder / f"{notebook}.ipynb").is_file())
-    folder.mkdir(parents=True, exist_ok=True)
     commit = report.checkout(ROOT, folder)
     try:
         for i, (notebook, parameters) in enumerate(chosen.items()):
@@ -235,12 +227,11 @@ def run_profile(name: str, only: str = "", overrides: Mapping | None = None, fol
             rest = f" (about {report.duration(sum(seconds[n] for n in left))} left)" if set(left) <= set(seconds) else ""
             keep = resume and status[notebook]["state"] != "done" and status[notebook].get("fingerprint") == now[notebook]
             # First this, so that a kill in between leaves no checkpoints of something else under the new fingerprint.
-            (folder / f"{notebook}.ipynb").unlink(missing_ok=True)
-            if not keep:
-                shutil.rmtree(folder / notebook, ignore_errors=True)
+            aside = None if keep else set_aside(folder, folder / notebook, folder / f"{notebook}.ipynb")
             status[notebook] = {"state": "running", "parameters": parameters, "fingerprint": now[notebook], "git": commit, **({"resumed": True} if keep else {})}
             write_json(folder / "status.json", status)
-            log(f"[{i + 1}/{len(chosen)}] {notebook} ...{rest}")
+            moved = f"; what was there is now in {aside}" + ("" if resume else ", --resume goes on with what is unchanged") if aside else ""
+            log(f"[{i + 1}/{len(chosen)}] {notebook} ...{rest}{moved}")
             try:
                 spent = execute(notebook, parameters, folder)
             except BaseException as error:
@@ -255,5 +246,5 @@ def run_profile(name: str, only: str = "", overrides: Mapping | None = None, fol
         read = {n: digest for n, digest in inputs().items() if not n.endswith(".py")}
         manifest = scrub(report.manifest(name, folder, status, read), folder)
         write_json(folder / "manifest.json", manifest)
-        (folder / "report.html").write_text(report.page(manifest, folder))
+        write_whole(folder / "report.html", report.page(manifest, folder))
     return folder

@@ -35,10 +35,17 @@ class Schedule:
             raise ValueError(f"shares must give a positive whole number for each of {', '.join(prompts)}, not {shares}")
         if prompts_per_batch < 1 or images_per_prompt < 1:
             raise ValueError("a batch needs at least one prompt and one image a prompt")
+        if seed < 0:
+            raise ValueError(f"the seed of a schedule must be at least 0, not {seed}")
         self.prompts, self.seed, self.alternate = {t: list(p) for t, p in prompts.items()}, seed, alternate
         self.size, self.repeats = prompts_per_batch, images_per_prompt
         turns = [(i / n, task) for task, n in shares.items() for i in range(n)]
         self.turns = [task for _, task in sorted(turns, key=lambda turn: turn[0])]      # 3:1:1 -> g o p g g
+
+    @property
+    def every(self) -> list[Prompt]:
+        """Every prompt it may draw."""
+        return [p for prompts in self.prompts.values() for p in prompts]
 
     def _task(self, position: int) -> tuple[str, int]:
         """The task of the n-th draw (an iteration's, or a prompt's), and how many draws it had before."""

@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import zipfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from PIL import Image
+
+from .files import write_whole
 
 LARGEST = 256       # pixels; larger samples are scaled down to this
 QUALITY = 85        # a 64x64 scene takes some 600 bytes, a fifth of what lossless takes
@@ -24,28 +26,14 @@ def webp(image: torch.Tensor) -> bytes:
     return file.getvalue()
 
 
-class ThumbnailWriter:
-    """Fills `folder/NUMBER_MODEL.zip`, image by image; it gets its name at `close`, so a file that is there is whole."""
-
-    def __init__(self, folder: str | Path, number: int, model: str):
-        self.path = Path(folder) / f"{number:02d}_{re.sub(r'[^A-Za-z0-9.+-]', '_', model)}.zip"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self.zip, self.count = zipfile.ZipFile(self.partial, "w"), 0
-
-    def add(self, images: torch.Tensor) -> list[str]:
-        """Images (B, 3, H, W); where each lies, as `FOLDER/FILE.zip/N.webp` beside the folder's own parent."""
-        names = []
-        for image in images:
-            # a fixed date: the same samples make the same file
-            self.zip.writestr(zipfile.ZipInfo(f"{self.count}.webp", (1980, 1, 1, 0, 0, 0)), webp(image))
-            names.append(f"{self.path.parent.name}/{self.path.name}/{self.count}.webp")
-            self.count += 1
-        return names
-
-    def close(self) -> None:
-        self.zip.close()
-        os.replace(self.partial, self.path)
+def write_thumbnails(folder: str | Path, number: int, model: str, pictures: Sequence[bytes]) -> list[str]:
+    """Write `folder/NUMBER_MODEL.zip` of `0.webp`, `1.webp`, ..., whole; where each lies, as seen from the folder's own parent."""
+    path, file = Path(folder) / f"{number:02d}_{re.sub(r'[^A-Za-z0-9.+-]', '_', model)}.zip", io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for n, picture in enumerate(pictures):      # a fixed date: the same samples make the same file
+            archive.writestr(zipfile.ZipInfo(f"{n}.webp", (1980, 1, 1, 0, 0, 0)), picture)
+    write_whole(path, file.getvalue())
+    return [f"{path.parent.name}/{path.name}/{n}.webp" for n in range(len(pictures))]
 
 
 @lru_cache(maxsize=64)

@@ -6,10 +6,9 @@ gradients of the adapter, which is all that trains, are added up.
 """
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,8 +19,16 @@ import torch
 from accelerate import Accelerator
 
 from .checkpoint import load_state, save_state
+from .files import append_lines, locked, read_lines, write_whole
+from .identity import describe, differences
 from .objectives import Objective, Share
 from .policy import FlowPolicy
+
+
+# What a resumed training may have otherwise than the one that began it. All else must be the same: objective, prompts and their order, sampler, judges,
+# the weights of teachers, base and start, the adapter's shape and scale, precision, optimizer. (Beside these, objectives leave out `micro`, the images
+# in a forward, and judges the device and the images they look at together; the number of processes is no setting at all.)
+MAY_CHANGE = ("iterations", "save_every", "save_seconds", "max_seconds")
 
 
 class TrainingDiverged(RuntimeError):
@@ -50,6 +57,9 @@ class TrainConfig:
             raise ValueError(f"max_seconds must be positive, not {self.max_seconds}")
         if not self.lr > 0 or not self.clip_norm > 0 or not 0 <= self.ema < 1:
             raise ValueError(f"lr {self.lr} and clip_norm {self.clip_norm} must be positive and ema {self.ema} in [0, 1)")
+        if self.warmup < 0 or self.weight_decay < 0 or not self.save_seconds > 0 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"warmup {self.warmup} and weight_decay {self.weight_decay} must be at least 0, save_seconds {self.save_seconds} positive "
+                             f"and betas {self.betas} in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -73,18 +83,19 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self.parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay)
         self.iteration = self.updates = 0
         self.seconds = 0.
-        settings = {k: v for k, v in asdict(config).items() if k not in ("iterations", "save_every", "save_seconds", "max_seconds")}
-        plain = (int, float, str, bool, tuple, type(None))
-        objective_settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)
-                              if isinstance(getattr(objective, f.name), plain) and f.name != "micro"}
-        self.settings = json.loads(json.dumps({**settings, "objective": type(objective).__name__, **objective_settings}))
+        self.follows_from = {
+            "objective": describe(objective), "train": {k: v for k, v in describe(config).items() if k not in MAY_CHANGE},
+            "base": policy.base_hash, "precision": str(policy.dtype), "start": policy.start_hash(adapter, folder),
+            "adapters": {name: policy.adapter_hash(name) for name in sorted(objective.adapters)},
+            "ranks": describe(policy.adapter(adapter).ranks), "scales": describe(policy.adapter(adapter).alpha)}
 
     def resume(self) -> None:
         state = load_state(self.state)
-        changed = {k for k in self.settings | state["settings"] if self.settings.get(k) != state["settings"].get(k)}
+        changed = list(differences(state.get("follows_from", {}), self.follows_from))
         if changed:
-            raise ValueError(f"{self.folder} holds a training with another {', '.join(sorted(changed))}; give a new folder, or the settings "
-                             f"it was begun with: {({k: state['settings'].get(k) for k in sorted(changed)})}")
+            more = f" (and {len(changed) - 6} more)" if len(changed) > 6 else ""
+            raise ValueError(f"{self.folder} holds a training of something else: {'; '.join(changed[:6])}{more}. "
+                             "Give a new folder, or what it was begun with")
         with torch.no_grad():
             for mine, saved in zip([*self.parameters, *self.average], [*state["parameters"], *state["average"]], strict=True):
                 mine.copy_(saved)
@@ -93,7 +104,7 @@ class _Run:
 
     def save(self) -> None:
         save_state(self.state, {"parameters": [p.data for p in self.parameters], "average": self.average, "iteration": self.iteration, "seconds": self.seconds,
-                                "updates": self.updates, "optimizer": self.optimizer.state_dict(), "settings": self.settings})
+                                "updates": self.updates, "optimizer": self.optimizer.state_dict(), "follows_from": self.follows_from})
 
     def step(self, accelerator: Accelerator) -> float:
         """Add up the processes' gradients, clip, update, average; the gradient's norm before clipping."""
@@ -130,16 +141,19 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
     if accelerator.num_processes > 1 and config.max_seconds < math.inf:
         raise ValueError("max_seconds is for one process: several would stop at different iterations, and wait for each other; give iterations")
     folder = Path(folder)
+    objective.check(policy, adapter)
+    with locked(folder, f"a training of {adapter}") if accelerator.is_main_process else contextlib.nullcontext():
+        yield from _updates(policy, objective, folder, config, adapter, accelerator)
+
+
+def _updates(policy: FlowPolicy, objective: Objective, folder: Path, config: TrainConfig, adapter: str, accelerator: Accelerator) -> Iterator[StepInfo]:
     run = _Run(policy, adapter, objective, config, folder)
     log = folder / "metrics.jsonl"
     if run.state.exists():
         run.resume()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         kept = log.read_text().splitlines()[:run.iteration] if log.exists() else []
-        partial = log.with_name(log.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, log)
+        write_whole(log, "".join(line + "\n" for line in kept))
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.gather)
     saved = time.time()
     began = saved - run.seconds
@@ -168,9 +182,8 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
             if last:
                 run.iteration += 1
                 if accelerator.is_main_process:
-                    with log.open("a") as file:
-                        file.write(json.dumps({"iteration": info.iteration, "loss": loss, "grad_norm": norm, "seconds": round(info.seconds, 2),
-                                               **metrics}) + "\n")
+                    append_lines(log, json.dumps({"iteration": info.iteration, "loss": loss, "grad_norm": norm, "seconds": round(info.seconds, 2),
+                                                  **metrics}) + "\n")
                     over = run.iteration == config.iterations or run.seconds >= config.max_seconds
                     if run.iteration % config.save_every == 0 or time.time() - saved > config.save_seconds or over:
                         run.save()
@@ -203,19 +216,17 @@ def fit(policy: FlowPolicy, objective: Objective, folder: str | Path, config: Tr
     """
     folder = Path(folder)
     log = folder / "probes.jsonl"
-    asked = {json.loads(line)["iteration"] for line in log.read_text().splitlines()} if log.exists() else set()
+    asked = set(read_lines(log).get("iteration", []))
 
     def ask(iteration: int, seconds: float) -> None:
         if probe is not None and iteration not in asked:
             rows = probe(adapter).assign(iteration=iteration, seconds=seconds)
-            with log.open("a") as file:             # one write, so that a kill leaves all of a probe's rows or none
-                file.write(rows.to_json(orient="records", lines=True))
-    folder.mkdir(parents=True, exist_ok=True)
+            append_lines(log, rows.to_json(orient="records", lines=True))       # one write, so that a kill leaves all of a probe's rows or none
     ask(0, 0.)
     for info in train(policy, objective, folder, config, adapter):
         done = info.iteration + 1
         if info.metrics and every and done % every == 0 and done < config.iterations and info.seconds < config.max_seconds:
             ask(done, info.seconds)
-    curve = pd.read_json(folder / "metrics.jsonl", lines=True)
+    curve = read_lines(folder / "metrics.jsonl")
     ask(len(curve), curve["seconds"].iloc[-1])
-    return curve, pd.read_json(log, lines=True) if log.exists() else pd.DataFrame()
+    return curve, read_lines(log)

@@ -1,11 +1,16 @@
 """Tables and intervals."""
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from flowopd_lib import (Sampler, diversity, evaluate, gain_kept, home_scores, kernel_distance, mean_interval, model_scores, paired_differences,
+import flowopd_lib.evaluate  # noqa: F401
+from flowopd_lib import (FlowPolicy, Sampler, diversity, evaluate, gain_kept, home_scores, kernel_distance, mean_interval, model_scores, paired_differences,
                          paper_average, summary, tinyworld)
+
+evaluate_module = sys.modules["flowopd_lib.evaluate"]       # the package's `evaluate` is the function
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -142,6 +147,52 @@ def test_a_table_keeps_as_parquet_with_its_embeddings(policy, judges, test_promp
     assert np.allclose(np.stack(again.embedding), np.stack(table.embedding)) and again.drop(columns="embedding").equals(table.drop(columns="embedding"))
     assert np.square(np.stack(table.embedding)).mean(1) == pytest.approx(1, rel=1e-4)
     assert 0 < diversity(table)["mean"].item() < 2
+
+
+def test_an_evaluation_cut_off_goes_on_to_the_same_table_and_pictures(judges, test_prompts, tmp_path, monkeypatch):
+    policy = FlowPolicy(tinyworld.BASE)
+    policy.load_adapter("expert", tinyworld.EXPERTS / "ocr")
+    prompts, kinds = test_prompts["ocr"][:3] + test_prompts["geneval"][:3], {n: judges[n] for n in ("GenEval", "OCR", "DeQA")}
+    asked, draw = [], evaluate_module.sample
+
+    def run(name, prompts=prompts, **options):
+        asked.clear()
+        return evaluate(policy, prompts, kinds, 3, Sampler(2), {"base": None, "expert": "expert"}, embed=judges["PickScore"].embed, batch=4, progress=False,
+                        pictures=tmp_path / name / "pictures", into=tmp_path / name / "samples.parquet", **options)
+
+    def cut_after(n):
+        def sample(*arguments):
+            if len(asked) == n:
+                raise KeyboardInterrupt
+            asked.append(arguments)
+            return draw(*arguments)
+        monkeypatch.setattr(evaluate_module, "sample", sample)
+    cut_after(100)
+    whole = run("whole")
+    assert len(asked) == 4
+    for n in (1, 2):                            # killed twice
+        cut_after(n)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+        assert not (tmp_path / "cut" / "samples.parquet").exists()
+    cut_after(100)
+    table = run("cut")
+    assert len(asked) == 1                      # 1 and 2 batches were there
+    pd.testing.assert_frame_equal(table, whole, check_exact=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "cut" / "samples.parquet"), table, check_exact=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "cut" / "pictures").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "whole" / "pictures").iterdir()}
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["pictures", "samples.parquet"]
+    pd.testing.assert_frame_equal(run("cut"), whole, check_exact=True)
+    assert not asked                            # only read
+    plain = evaluate(policy, prompts, kinds, 3, Sampler(2), {"base": None, "expert": "expert"}, batch=4, progress=False)
+    pd.testing.assert_frame_equal(plain, whole.drop(columns=["picture", "embedding"]), check_exact=True)
+    # something else: other weights under the name, other prompts
+    with torch.no_grad():
+        next(iter(policy.adapter_parameters("expert").values())).add_(.1)
+    assert not run("cut")["DeQA"].equals(whole["DeQA"]) and len(asked) == 4
+    run("cut", prompts[:2])
+    kept = sorted((tmp_path / "cut" / "earlier").rglob("samples.parquet"))
+    assert len(kept) == 2 and pd.read_parquet(kept[0]).equals(table)
 
 
 def test_the_share_of_an_experts_gain_that_a_student_keeps():

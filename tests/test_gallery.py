@@ -10,7 +10,7 @@ from PIL import Image
 from flowopd_lib import Prompt, Sampler, evaluate
 from flowopd_lib.gallery import (TEACHER, Query, Samples, code_of, contact_sheet, disagreements, draw_samples, load_samples, page_of, redraw, rows_of,
                                  select)
-from flowopd_lib.thumbnails import ThumbnailWriter, read_thumbnail
+from flowopd_lib.thumbnails import read_thumbnail, webp, write_thumbnails
 
 MODELS = ("base", "ocr expert", "student")
 
@@ -19,9 +19,7 @@ def made_up(folder, n=4):
     """`n` GenEval prompts and `n` signs under three models, with scores that say which is which and plain pictures."""
     rows = []
     for m, model in enumerate(MODELS):
-        writer = ThumbnailWriter(folder / "pictures", m, model)
-        places = writer.add(torch.full((2 * n, 3, 8, 8), .1 * m + .2))
-        writer.close()
+        places = write_thumbnails(folder / "pictures", m, model, [webp(torch.full((3, 8, 8), .1 * m + .2))] * (2 * n))
         for i in range(2 * n):
             sign = i >= n
             rows.append({"model": model, "task": "ocr" if sign else "geneval", "tag": "ocr" if sign else "counting", "seed": 50 + i,

@@ -4,7 +4,7 @@ import json
 import nbformat
 import pytest
 
-from flowopd_lib.runs import NOTEBOOKS, check_parameters, check_range, load_profile, run_profile, write_json
+from flowopd_lib.runs import NOTEBOOKS, check_parameters, load_profile, run_profile
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -37,8 +37,10 @@ def test_a_misspelt_parameter_is_an_error_before_anything_runs(tmp_path):
         run_profile("smoke", overrides={"n_test": "many"}, folder=tmp_path / "run")
     with pytest.raises(ValueError, match="no notebook '00_quikstart' .did you mean '00_quickstart'"):
         check_parameters(NOTEBOOKS / "00_quikstart.ipynb", {})
-    with pytest.raises(ValueError, match="n_test must be between 12 and 300, not 3"):
-        check_range(12, 300, n_test=3)
+    with pytest.raises(ValueError, match="05_opd.ipynb: n_test must be at least 12, not 3"):
+        run_profile("smoke", "05", {"n_test": 3}, folder=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"05_opd.ipynb: others\[0\] must be one of sft, base, GRPO-Mix, not 'stf' \(did you mean 'sft'"):
+        run_profile("smoke", "05", {"others": ["stf"]}, folder=tmp_path / "run")
     with pytest.raises(ValueError, match="no profile 'smok' .did you mean 'smoke'"):
         load_profile("smok")
     with pytest.raises(ValueError, match="no notebook that begins with '77'"):
@@ -61,11 +63,3 @@ def test_every_profile_names_parameters_the_notebooks_have():
     for profile in ("demo", "lab", "smoke"):
         for notebook, parameters in load_profile(profile).items():
             check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
-
-
-def test_results_are_json_that_others_can_read(tmp_path):
-    write_json(tmp_path / "r.json", {"a": [1., float("nan")], "b": {"c": (float("nan"), "x")}})
-    assert json.loads((tmp_path / "r.json").read_text()) == {"a": [1., None], "b": {"c": [None, "x"]}}
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "r.json", {"a": float("inf")})
-    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]

@@ -1,10 +1,13 @@
 """The base is a plain diffusers pipeline, and our sampler is diffusers' sampler."""
 import subprocess
 import sys
+import warnings
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flowopd_lib import FlowPolicy, Prompt, Sampler, initial_noise, sample, tinyworld, trajectory
@@ -88,12 +91,32 @@ def test_the_text_encoders_are_called_in_training_as_in_the_pipeline(policy):
 
 
 def test_a_prompt_that_cannot_be_read_is_an_error(policy):
-    with pytest.raises(ValueError, match="cannot read all of 'a photo of a café'"):
+    with pytest.raises(ValueError, match="1 of the prompts have characters that the model's tokenizer does not know, such as 'a photo of a café'"):
         policy.encode(["a photo of a café"])
-    with pytest.raises(ValueError, match="longer than the 8 tokens of the model's tokenizer_3; shorten it"):
+    with pytest.raises(ValueError, match="longer than the 8 tokens of the model's tokenizer_3, such as .*; shorten them"):
         policy.encode(['a sign that says "ELEPHANTS"'])
     with pytest.warns(UserWarning, match="longer than the 20 tokens"):
         policy.encode(["a photo of " + "a red circle and " * 6])
+
+
+def test_a_model_that_can_read_anything_cuts_prompts_off_and_says_so_once_a_task():
+    open_ = FlowPolicy(tinyworld.BASE)
+    assert open_.strict
+    open_.strict = False            # as a full-size model is
+    prompts = [Prompt("a photo of a café", "pickscore"), Prompt("a red star", "pickscore"), Prompt('a sign that says "ELEPHANTS"', "ocr"),
+               Prompt("a photo of " + "a red circle and " * 6, "pickscore")]
+    with pytest.warns(UserWarning) as told:
+        open_.check_prompts(prompts)
+    said = sorted(str(w.message) for w in told)
+    assert [s.split(",")[0] for s in said] == [
+        "1 of the ocr prompts are longer than the 8 tokens of the model's tokenizer_3",
+        "1 of the pickscore prompts are longer than the 20 tokens of the model's tokenizer",
+        "1 of the pickscore prompts have characters that the model's tokenizer does not know"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_.check_prompts(prompts)
+        text = open_.encode([p.text for p in prompts])
+    assert text.tokens.shape == (4, 28, 256) and text.tokens.isfinite().all()
 
 
 def test_bad_calls_are_errors(policy, tmp_path):
@@ -105,3 +128,22 @@ def test_bad_calls_are_errors(policy, tmp_path):
         next(trajectory(policy, PROMPTS[:1], [0, 1]))
     with pytest.raises(ValueError, match="64 prompts with 128 seeds"):
         sample(policy, PROMPTS[:1] * 64, range(128), batch=64)
+
+
+def test_other_libraries_logs_are_left_as_they_were():
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    try:
+        for log in logs:
+            log.set_verbosity_info()
+            log.enable_progress_bar()
+        FlowPolicy(tinyworld.BASE).encode([PROMPTS[0].text])
+        tinyworld.judges()
+        assert all(log.get_verbosity() == log.INFO and log.is_progress_bar_enabled() for log in logs)
+    finally:
+        for log, (verbosity, bars) in zip(logs, before):
+            log.set_verbosity(verbosity)
+            log.enable_progress_bar() if bars else log.disable_progress_bar()
+    alone = "import diffusers, transformers; a = [m.utils.logging.get_verbosity() for m in (diffusers, transformers)]; import flowopd_lib; " \
+            "assert a == [m.utils.logging.get_verbosity() for m in (diffusers, transformers)]"
+    assert subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True).stderr == ""

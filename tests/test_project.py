@@ -20,7 +20,8 @@ def test_environment_and_pyproject_say_the_same():
 
 
 def test_every_import_is_a_declared_dependency():
-    names = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "IPython": "ipykernel"}
+    names = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "IPython": "ipykernel", "huggingface_hub": "huggingface-hub",
+             "jupyter_client": "jupyter-client"}
     declared = {d.split(">")[0] for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
     import ast
     import sys

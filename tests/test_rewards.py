@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from flowopd_lib import Prompt, tinyworld
-from flowopd_lib.rewards import DeQA, PickScore
+from flowopd_lib.rewards import OCR, DeQA, PickScore
 from flowopd_lib.rewards.ocr import ocr_reward
 from flowopd_lib.tinyworld.data import to_tensor
 from flowopd_lib.tinyworld.scenes import degrade, render
@@ -96,7 +96,7 @@ def test_judges_say_what_they_lack(judges):
         judges["DeQA"](BLANK[:0], [])
     with pytest.raises(ValueError, match="64x64"):
         judges["GenEval"](torch.zeros(1, 3, 32, 32), [Prompt("a", "geneval", {"tag": "colors", "include": []})])
-    with pytest.raises(ValueError, match="32x32 image does not have"):
+    with pytest.raises(ValueError, match="OCR judges 64x64 images, not 32x32"):
         judges["OCR"](torch.zeros(1, 3, 32, 32), [Prompt('"A"', "ocr")])
 
 
@@ -110,3 +110,21 @@ def test_every_judge_has_a_name_and_a_range(judges):
     for name, judge in judges.items():
         assert judge.name == name and judge.range[0] < judge.range[1]
     assert (tinyworld.ASSETS / "pickscore").is_dir()
+
+
+def test_a_region_means_nothing_in_pictures_of_another_size(judges):
+    prompts = [Prompt(SIGN.text, "ocr")]
+    twice = torch.nn.functional.interpolate(pixels(render(SIGN, 0)), scale_factor=2)
+    assert judges["OCR"](pixels(render(SIGN, 0)), prompts).tolist() == [1.]
+    with pytest.raises(ValueError, match="OCR judges 64x64 images, not 128x128"):
+        judges["OCR"](twice, prompts)
+    with pytest.raises(ValueError, match="means nothing without the size"):
+        OCR(region=(0, 0, 8, 8))
+    with pytest.raises(ValueError, match="cannot look at .* 64 high and 32 wide"):
+        OCR(region=(0, 0, 40, 8), size=(64, 32))
+
+
+@pytest.mark.parametrize("bad, message", [(torch.full((1, 3, 64, 64), float("nan")), "NaN"), (BLANK * 9, r"pixels in \[0, 1\]"), (BLANK[0], "tensor")])
+def test_what_is_no_picture_is_not_embedded(judges, bad, message):
+    with pytest.raises(ValueError, match=f"PickScore.*{message}"):
+        judges["PickScore"].embed(bad)

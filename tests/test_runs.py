@@ -16,7 +16,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
-from flowopd_lib import diff, report, run, runs
+from flowopd_lib import diff, files, report, run, runs
 
 PNG = io.BytesIO()
 Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(PNG, "PNG")
@@ -136,6 +136,53 @@ def test_what_was_cut_off_keeps_its_folder_unless_it_changed(lab, executed):
     assert executed.since() == ["1_first", "1_first"]       # 2_second's results are of the first's as it is again
 
 
+def test_nothing_computed_is_removed(lab, executed):
+    def results(text):
+        (runs.RUNS / "tiny" / "1_first" / "results.json").write_text(text)
+    folder, said = tiny(), []
+    results("first")
+    executed.fail = ["2_second"]
+    with pytest.raises(RuntimeError):
+        tiny(log=said.append)                               # started again without --resume
+    results("second")
+    with pytest.raises(RuntimeError):
+        tiny(only="2", overrides={"run_dir": ""}, resume=True)
+    executed.fail = []
+    tiny(resume=True, overrides={"seed": 3})                # what changed is run anew
+    assert sorted(p.read_text() for p in folder.rglob("results.json")) == ["first", "second"]
+    assert said[0].startswith("[1/3] 1_first ...") and f"; what was there is now in {folder / 'earlier'}" in said[0] and "--resume" in said[0]
+    assert not list(folder.rglob("*.partial")) and "earlier" not in json.loads((folder / "status.json").read_text())
+
+
+def test_two_runs_into_one_folder_take_no_turns(lab, executed, monkeypatch):
+    monkeypatch.setattr(files, "WAIT", .2)
+    with files.locked(runs.RUNS / "tiny", "a run of the profile tiny"):
+        with pytest.raises(files.FolderInUse, match=f"tiny is in use by process {os.getpid()} .a run of the profile tiny, since"):
+            tiny()
+    assert executed.since() == []
+    tiny()
+
+
+def test_an_unknown_kernel_is_one_sentence(lab):
+    path = runs.NOTEBOOKS / "3_alone.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.metadata.kernelspec.name = "julia-9"
+    nbformat.write(notebook, path)
+    with pytest.raises(ValueError, match="3_alone.ipynb asks for the kernel 'julia-9', which is not installed here"):
+        tiny(only="3")
+
+
+def test_a_folder_with_letters_of_any_language_leaks_no_path(lab, tmp_path):
+    write("3_alone", "seed = 0", "import json, urllib.parse\nprint(out_dir)\nprint(json.dumps(out_dir), urllib.parse.quote(out_dir), ascii(out_dir))\nout_dir")
+    folder = tiny(only="3", folder=tmp_path / "Läufe für 学生")
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        text = path.read_text(errors="replace")
+        assert str(tmp_path) not in text and tmp_path.name not in text, path
+    executed = nbformat.read(folder / "3_alone.ipynb", 4)
+    assert 'out_dir = "./3_alone"' in executed.cells[2].source
+    assert executed.cells[3].outputs[0].text == './3_alone\n"./3_alone" ./3_alone \'./3_alone\'\n'
+
+
 def test_only_keeps_the_others_and_reads_them(lab, executed):
     with pytest.raises(ValueError, match="2_second needs 1_first, neither before it in this run nor done in .*tiny; run first: --only 1_first"):
         tiny(only="2")
@@ -158,9 +205,9 @@ def test_the_time_left_is_that_of_the_same_parameters(lab, executed):
     tiny(log=said.append)
     assert said[0] == "[1/3] 1_first ..."
     tiny(log=said.append)
-    assert said[6] == "[1/3] 1_first ... (about 10 min left)" and said[10] == "[3/3] 3_alone ... (about 3 min left)"
+    assert said[6].startswith("[1/3] 1_first ... (about 10 min left);") and said[10].startswith("[3/3] 3_alone ... (about 3 min left);")
     tiny(log=said.append, overrides={"mean": .2})
-    assert said[12] == "[1/3] 1_first ..." and said[14] == "[2/3] 2_second ... (about 7 min left)"
+    assert said[12].startswith("[1/3] 1_first ...;") and said[14].startswith("[2/3] 2_second ... (about 7 min left);")
 
 
 def test_bad_input_gets_one_sentence(lab, monkeypatch, capsys, tmp_path):

@@ -29,6 +29,22 @@ class Share:
         rows = [g * group + i for g in range(self.rank, groups, self.world) for i in range(group)]
         return Batch([batch.prompts[r] for r in rows], [batch.seeds[r] for r in rows])
 
+    def updates_of(self, groups: int, group: int, updates: int, micro: int) -> list[tuple[int, slice, int]]:
+        """How this process's part of `groups` groups of `group` neighbours is cut into forwards: (update, rows, images of that update over all processes).
+
+        The groups of an iteration, in its order, are dealt to its updates in blocks, so which images an update sees follows from the iteration alone, not
+        from the processes or from `micro`, the images in a forward. Raises ValueError for fewer groups than updates.
+        """
+        if groups < updates:
+            raise ValueError(f"{updates} updates need as many prompts in an iteration, not {groups}; lower updates or raise prompts_per_batch")
+        mine, pieces, row = range(self.rank, groups, self.world), [], 0
+        for update in range(updates):
+            block = range(update * groups // updates, (update + 1) * groups // updates)
+            here = sum(g in block for g in mine) * group
+            pieces += [(update, slice(row + c.start, row + c.stop), len(block) * group) for c in chunks(here, micro)]
+            row += here
+        return pieces
+
 
 class Objective(Protocol):
     """Data collected once, then `updates` optimizer updates on it.
@@ -37,6 +53,15 @@ class Objective(Protocol):
     processes is the update's loss. Everything random follows from `seed` and the iteration.
     """
     updates: int
+
+    @property
+    def adapters(self) -> set[str]:
+        """The adapters it asks, beside the one in training: teachers, anchors, references."""
+        ...
+
+    def check(self, policy: FlowPolicy, adapter: str) -> None:
+        """Raises ValueError, before anything long begins, for what cannot be trained with this policy."""
+        ...
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Any: ...
 
@@ -54,6 +79,8 @@ def trained_steps(sampler: Sampler, which: int | tuple[int, ...] | None, iterati
     Raises ValueError for steps that do not exist or have no noise.
     """
     noisy = range(sampler.trainable)
+    if not noisy:
+        raise ValueError(f"a walk of {sampler.steps} step has none to train, for the last is deterministic; take at least 2 steps")
     if which is None:
         return list(noisy)
     if isinstance(which, int):
@@ -63,6 +90,13 @@ def trained_steps(sampler: Sampler, which: int | tuple[int, ...] | None, iterati
     if not which or not set(which) <= set(noisy):
         raise ValueError(f"trained steps are numbers from 0 to {noisy[-1]} (the later steps are deterministic), not {tuple(which)}")
     return sorted(which)
+
+
+def check_counts(**counts: int) -> None:
+    """Raises ValueError for a setting that is below 1."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 def chunks(n: int, size: int) -> list[slice]:

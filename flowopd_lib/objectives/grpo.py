@@ -7,7 +7,7 @@ with rho the ratio of the probabilities of an action now and when it was taken, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -16,8 +16,8 @@ from ..prompts import Prompt
 from ..rewards import Reward
 from ..rollout import Sampler, Step, trajectory
 from ..schedule import Batch, Schedule
-from ..sde import log_prob, transition, velocity_weight
-from .base import Share, chunks, mean_of, trained_steps
+from ..sde import REDUCTIONS, log_prob, transition, velocity_weight
+from .base import Share, check_counts, mean_of, trained_steps
 
 SCALES = {"PickScore": 26., "DeQA": 5.}        # the paper divides by these before it adds; GenEval and OCR lie in [0, 1]
 NORMALISATIONS = ("batch", "group", "gdpo", "none")
@@ -56,16 +56,17 @@ def task_rewards(judges: Mapping[str, Reward], deqa: float = 0.) -> dict[str, di
 
 @dataclass(frozen=True)
 class Rollout:
-    """One chunk of an iteration: its prompts, the trained steps, and (B,) advantages."""
+    """One chunk of an iteration: its prompts, the trained steps, (B,) advantages, the update that learns from it and how many images that has."""
     prompts: list[Prompt]
     steps: list[Step]
     advantages: torch.Tensor
+    update: int
+    images: int
 
 
 @dataclass
 class Collected:
     parts: list[Rollout]
-    images: int                             # of the iteration, over all processes
     rewards: dict[str, float]
     records: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
@@ -74,13 +75,13 @@ class Collected:
 class GRPO:
     """`rewards` maps a judge's name to its weight, for every task or (nested) by task: `{"geneval": {"GenEval": .8, "DeQA": .2}}`.
 
-    `updates` optimizer updates an iteration, each on its own part of the images. `reduction` and `clip` belong together: the
+    `updates` optimizer updates an iteration, each on its own part of the prompts. `reduction` and `clip` belong together: the
     mean over a latent (Flow-GRPO) brings ratios within 1e-4 of 1, the sum does not. `beta` weighs the KL to `reference` (an adapter;
     None is the base). `micro`: images in one forward, in rollout and training alike, so that ratios are exact.
     """
     schedule: Schedule
     judges: Mapping[str, Reward]
-    rewards: Mapping
+    rewards: Mapping[str, float | Mapping[str, float]]
     sampler: Sampler = Sampler(10, "sde")
     updates: int = 2
     normalise: str = "batch"
@@ -97,6 +98,14 @@ class GRPO:
         if self.schedule.repeats < 2:
             raise ValueError("GRPO compares the images of a prompt: images_per_prompt must be at least 2")
         trained_steps(self.sampler, self.steps, 0, 0)
+        check_counts(updates=self.updates, micro=self.micro)
+        advantages(torch.zeros(2, 1), torch.ones(2, 1), 2, self.normalise)
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"unknown reduction {self.reduction!r}: choose one of {', '.join(REDUCTIONS)}")
+        if not self.clip > 0 or self.beta < 0:
+            raise ValueError(f"clip must be positive and beta at least 0, not {self.clip} and {self.beta}")
+        if self.updates > self.schedule.size:
+            raise ValueError(f"{self.updates} updates need as many prompts in an iteration, not {self.schedule.size}")
         for task in self.schedule.prompts:
             unknown = set(self.weights_of(task)) - set(self.judges)
             if unknown or not self.weights_of(task):
@@ -106,21 +115,30 @@ class GRPO:
         nested = any(isinstance(w, Mapping) for w in self.rewards.values())
         return dict(self.rewards.get(task, {}) if nested else self.rewards)
 
+    @property
+    def adapters(self) -> set[str]:
+        return {self.reference} - {None} if self.beta else set()
+
+    def check(self, policy: FlowPolicy, adapter: str) -> None:
+        policy.check_adapters(self.adapters - {adapter})
+        policy.check_prompts(self.schedule.every)
+
+    def identity(self) -> dict:
+        used = {name for task in self.schedule.prompts for name in self.weights_of(task)}
+        return {**{f.name: getattr(self, f.name) for f in fields(self) if f.name != "micro"}, "judges": {n: self.judges[n] for n in sorted(used)}}
+
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Collected:
         batch = share.of(self.schedule.draw(iteration), self.schedule.repeats)
         keep = trained_steps(self.sampler, self.steps, iteration, self.schedule.seed)
         walks, images = [], []
-        for rows in chunks(len(batch), self.micro):
+        pieces = share.updates_of(self.schedule.size, self.schedule.repeats, self.updates, self.micro)
+        for _, rows, _ in pieces:
             steps = list(trajectory(policy, batch.prompts[rows], batch.seeds[rows], self.sampler, adapter))
             images.append(policy.decode(steps[-1].x_next).cpu())
             walks.append([steps[k] for k in keep])
-        if len(walks) < self.updates:
-            raise ValueError(f"{self.updates} updates need as many chunks of images, but {len(batch)} images in chunks of {self.micro} "
-                             f"make {len(walks)}; lower micro or updates")
         rewards, weights, seen = self.score(torch.cat(images), batch)
         advantage = advantages(rewards, weights, self.schedule.repeats, self.normalise, share).to(policy.device)
-        parts = [Rollout(batch.prompts[rows], steps, advantage[rows]) for rows, steps in zip(chunks(len(batch), self.micro), walks)]
-        return Collected(parts, len(batch) * share.world, seen)
+        return Collected([Rollout(batch.prompts[rows], steps, advantage[rows], update, n) for (update, rows, n), steps in zip(pieces, walks)], seen)
 
     def score(self, images: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         """Rewards (B, R) divided by `SCALES`, weights (B, R), and each judge's mean in its own units. A judge that fails raises."""
@@ -137,12 +155,10 @@ class GRPO:
         return rewards, weights, seen
 
     def losses(self, policy: FlowPolicy, adapter: str, data: Collected, update: int) -> Iterator[torch.Tensor]:
-        parts = data.parts[update::self.updates]
-        images = data.images * sum(len(p.prompts) for p in parts) / sum(len(p.prompts) for p in data.parts)
-        for part in parts:
+        for part in (p for p in data.parts if p.update == update):
             text = policy.encode([p.text for p in part.prompts])
             for step in part.steps:
-                yield self._loss(policy, adapter, text, step, part.advantages, data.records).sum() / (images * len(part.steps))
+                yield self._loss(policy, adapter, text, step, part.advantages, data.records).sum() / (part.images * len(part.steps))
 
     def _loss(self, policy, adapter, text, step: Step, advantage, records) -> torch.Tensor:
         """(B,): the clipped surrogate and the penalty of one step."""

@@ -14,16 +14,16 @@ probabilities of the action x_{k+1} now and when it was taken, the readings of "
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from ..policy import FlowPolicy, TextEmbedding
 from ..prompts import Prompt
-from ..rollout import Sampler, Step, trajectory, walk
+from ..rollout import NoiseStreams, Sampler, Step, trajectory, walk
 from ..schedule import Batch, Schedule
-from ..sde import log_prob, transition, velocity_weight
-from .base import Share, chunks, mean_of, trained_steps
+from ..sde import REDUCTIONS, log_prob, transition, velocity_weight
+from .base import Share, check_counts, chunks, mean_of, trained_steps
 
 ESTIMATORS = ("pathwise", "paper", "as_coded", "log_ratio", "return_to_go")
 
@@ -42,7 +42,7 @@ class Walks:
     batch: Batch
     trained: list[int]
     images: int                             # of the iteration, over all processes
-    visits: list[tuple[slice, list[Visit]]] | None      # None: not walked yet, rollout and training are one
+    visits: list[tuple[int, slice, int, list[Visit]]] | None    # update, rows, images of that update; None: not walked yet, rollout and training are one
     records: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
@@ -81,6 +81,41 @@ class OPD:
             raise ValueError(f"no teacher for the task {', '.join(sorted(missing))}; there are teachers for {', '.join(self.teachers)}")
         trained_steps(self.sampler, self.steps, 0, 0)
         velocity_weight(.5, .4, self.weighting)
+        check_counts(updates=self.updates, micro=self.micro)
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"unknown reduction {self.reduction!r}: choose one of {', '.join(REDUCTIONS)}")
+        if not self.clip > 0 or self.mar < 0:
+            raise ValueError(f"clip must be positive and mar at least 0, not {self.clip} and {self.mar}")
+        if self.updates > self.schedule.size:
+            raise ValueError(f"{self.updates} updates need as many prompts in an iteration, not {self.schedule.size}")
+        guided = {*self.teachers.values()}
+        for name, scale in self.guidance.items():
+            if name not in guided:
+                raise ValueError(f"guidance names {name!r}, which is no teacher; the teachers are {', '.join(map(str, guided))}")
+            if not scale >= 0:
+                raise ValueError(f"the guidance of {name} must be at least 0, not {scale}")
+
+    @property
+    def adapters(self) -> set[str]:
+        return ({self.teachers[task] for task in self.schedule.prompts} | ({self.anchor} if self.mar else set())) - {None}
+
+    def identity(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "micro"}
+
+    @torch.no_grad()
+    def check(self, policy: FlowPolicy, adapter: str) -> None:
+        """Also for a teacher or an anchor that is the base without its name (None): it teaches nothing, and the KL to it looks perfect."""
+        policy.check_adapters(self.adapters)
+        policy.check_prompts(self.schedule.every)
+        if adapter in self.adapters:
+            raise ValueError(f"{adapter!r} is in training, so it can be no teacher and no anchor; copy it first")
+        batch, sigma = self.schedule.draw(0), policy.sigmas(self.sampler.steps)[1]
+        x, text = NoiseStreams(policy, batch.seeds[:4]).draw(), policy.encode([p.text for p in batch.prompts[:4]])
+        base = policy.velocity(x, sigma, text)
+        for name in sorted(self.adapters):
+            if torch.equal(policy.velocity(x, sigma, text, adapter=name), base):
+                raise ValueError(f"the teacher or anchor {name!r} has the velocity of the base: its weights change nothing; "
+                                 "load the right adapter, or name the base itself (null in a recipe, None in Python)")
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Walks:
         batch = share.of(self.schedule.draw(iteration))
@@ -88,11 +123,8 @@ class OPD:
         data = Walks(batch, trained, len(batch) * share.world, None)
         if self.readings == ["pathwise"] and self.updates == 1:
             return data
-        data.visits = [(rows, self._visit(policy, adapter, batch.prompts[rows], batch.seeds[rows], trained))
-                       for rows in chunks(len(batch), self.micro)]
-        if len(data.visits) < self.updates:
-            raise ValueError(f"{self.updates} updates need as many chunks of images, but {len(batch)} images in chunks of {self.micro} "
-                             f"make {len(data.visits)}; lower micro or updates")
+        data.visits = [(update, rows, images, self._visit(policy, adapter, batch.prompts[rows], batch.seeds[rows], trained))
+                       for update, rows, images in share.updates_of(len(batch) * share.world, 1, self.updates, self.micro)]
         return data
 
     def _visit(self, policy, adapter, prompts, seeds, trained) -> list[Visit]:
@@ -134,13 +166,11 @@ class OPD:
         if data.visits is None:
             yield from self._walk_and_learn(policy, adapter, data)
             return
-        parts = data.visits[update::self.updates]
-        share = sum(rows.stop - rows.start for rows, _ in parts) / len(data.batch)
-        for rows, visits in parts:
+        for _, rows, images, visits in (v for v in data.visits if v[0] == update):
             text = policy.encode([p.text for p in data.batch.prompts[rows]])
             for visit in visits:
                 v = policy.velocity(visit.step.x, visit.step.sigma, text, self.sampler.guidance, adapter)
-                yield self._loss(visit, v, data.records, data.batch.prompts[rows]).sum() / (data.images * share)
+                yield self._loss(visit, v, data.records, data.batch.prompts[rows]).sum() / images
 
     def _walk_and_learn(self, policy: FlowPolicy, adapter: str, data: Walks) -> Iterator[torch.Tensor]:
         for rows in chunks(len(data.batch), self.micro):

@@ -9,8 +9,8 @@ import torch
 
 from ..policy import FlowPolicy
 from ..prompts import Prompt
-from ..rollout import Sampler, trajectory
-from .base import Share, mean_of
+from ..rollout import Sampler, generator, trajectory
+from .base import Share, check_counts, mean_of
 
 
 def teacher_samples(policy: FlowPolicy, prompts: Sequence[Prompt], seeds: Sequence[int], teachers: Mapping[str, str | None],
@@ -48,16 +48,27 @@ class SFT:
     batch: int = 64
     micro: int = 64
     seed: int = 0
-    updates: int = 1
+    updates = 1
 
     def __post_init__(self):
         if len(self.latents) != len(self.prompts) or not len(self.prompts):
             raise ValueError(f"SFT needs one prompt for every latent, not {len(self.prompts)} for {len(self.latents)}")
+        check_counts(batch=self.batch, micro=self.micro)
+
+    @property
+    def adapters(self) -> set[str]:
+        return set()
+
+    def check(self, policy: FlowPolicy, adapter: str) -> None:
+        policy.check_prompts(self.prompts)
+
+    def identity(self) -> dict:
+        return {"latents": self.latents, "prompts": list(self.prompts), "images an update": self.batch, "seed": self.seed}
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Examples:
         if self.batch % share.world:
             raise ValueError(f"a batch of {self.batch} cannot be shared out evenly among {share.world} processes")
-        g = torch.Generator().manual_seed((self.seed + 1 << 40) + iteration)
+        g = generator((self.seed + 1 << 40) + iteration)
         epoch, place = divmod(iteration * self.batch, len(self.prompts))
         order = [row for e in range(-(-self.batch // len(self.prompts)) + 1) for row in self._order(epoch + e)]
         sigma = torch.sigmoid(torch.randn(self.batch, generator=g))

@@ -20,18 +20,24 @@ class Reward(Protocol):
 
 def as_uint8(images: torch.Tensor, prompts: Sequence[Prompt], judge: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """Check a batch and give it as (B, H, W, 3) uint8. A judge that cannot judge raises; it never returns a score."""
+    pixels = pixels_of(images, judge, size)
+    if len(images) != len(prompts):
+        raise ValueError(f"{judge} got {len(images)} images for {len(prompts)} prompts; it needs one prompt an image")
+    for prompt in prompts:
+        if not prompt.text.strip():
+            raise ValueError(f"{judge} got an empty prompt; every image needs the text it was made for")
+    return pixels
+
+
+def pixels_of(images: torch.Tensor, judge: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Check images (B, 3, H, W), of `size` (H, W) if that is given, and give them as (B, H, W, 3) uint8."""
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3:
         got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
         raise ValueError(f"{judge} takes images as a (B, 3, H, W) tensor in [0, 1], not {got}")
     if not len(images):
         raise ValueError(f"{judge} got no images to judge")
-    if len(images) != len(prompts):
-        raise ValueError(f"{judge} got {len(images)} images for {len(prompts)} prompts; it needs one prompt an image")
-    if size and tuple(images.shape[2:]) != size:
+    if size and tuple(images.shape[2:]) != tuple(size):
         raise ValueError(f"{judge} judges {size[0]}x{size[1]} images, not {images.shape[2]}x{images.shape[3]}")
-    for prompt in prompts:
-        if not prompt.text.strip():
-            raise ValueError(f"{judge} got an empty prompt; every image needs the text it was made for")
     if not torch.isfinite(images).all():
         raise ValueError(f"{judge} got images with NaN or infinite pixels; the sampler has diverged")
     low, high = images.min().item(), images.max().item()

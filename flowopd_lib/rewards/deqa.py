@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
 
 from ..prompts import Prompt
+from ..quiet import quiet
 from .base import as_uint8
 
 LEVELS = {"bad": 1, "poor": 2, "fair": 3, "good": 4, "excellent": 5}
@@ -32,8 +33,9 @@ class DeQA:
                                     f"({error})") from error
         self.classifier = any(a.endswith("ForImageClassification") for a in config.architectures or ())
         if self.classifier:
-            self.model = AutoModelForImageClassification.from_pretrained(model_id, dtype=torch.float32, use_safetensors=True)
-            self.processor = AutoImageProcessor.from_pretrained(model_id)
+            with quiet():
+                self.model = AutoModelForImageClassification.from_pretrained(model_id, dtype=torch.float32, use_safetensors=True)
+                self.processor = AutoImageProcessor.from_pretrained(model_id)
             labels = [self.model.config.id2label[i] for i in range(len(self.model.config.id2label))]
             if sorted(labels) != sorted(LEVELS):
                 raise ValueError(f"{model_id} classifies {', '.join(labels)}; DeQA needs the levels {', '.join(LEVELS)}")

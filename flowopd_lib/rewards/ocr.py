@@ -23,12 +23,16 @@ def ocr_reward(read: str, target: str) -> float:
 
 
 class OCR:
-    """rapidocr with the models inside its wheel. With `region` (left, top, right, bottom in pixels) that part is
-    recognised as one line; without, text is detected and recognised on the whole picture."""
+    """rapidocr with the models inside its wheel. With `region` (left, top, right, bottom in pixels) that part of images of `size` (height, width) is
+    recognised as one line; without, text is detected and recognised on the whole picture, of any size."""
     name, range = "OCR", (0., 1.)
 
-    def __init__(self, region: tuple[int, int, int, int] | None = None, upscale: int = 3, batch: int = 64):
-        self.region, self.upscale = region, upscale
+    def __init__(self, region: tuple[int, int, int, int] | None = None, size: tuple[int, int] | None = None, upscale: int = 3, batch: int = 64):
+        if region and not size:
+            raise ValueError("a region in pixels means nothing without the size (height, width) of the images it is a part of; give size too")
+        if region and not (0 <= region[0] < region[2] <= size[1] and 0 <= region[1] < region[3] <= size[0]):
+            raise ValueError(f"OCR cannot look at {region} (left, top, right, bottom) of an image {size[0]} high and {size[1]} wide")
+        self.region, self.size, self.upscale = region, size, upscale
         options = {"Global.log_level": "error", "Rec.rec_batch_num": batch}
         if region:   # the recogniser pads narrower lines to this width; the default, 320, is mostly padding for a sign
             width = 48 * (region[2] - region[0]) / (region[3] - region[1])
@@ -37,12 +41,10 @@ class OCR:
 
     def read(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[str]:
         """The text in each picture, "" where there is none."""
-        pixels = as_uint8(images, prompts, self.name)[..., ::-1]    # the engine reads BGR
+        pixels = as_uint8(images, prompts, self.name, self.size)[..., ::-1]    # the engine reads BGR
         if not self.region:
             return ["".join(self.engine(np.ascontiguousarray(p)).txts or ()) for p in pixels]
         left, top, right, bottom = self.region
-        if pixels.shape[1] < bottom or pixels.shape[2] < right:
-            raise ValueError(f"OCR looks at {self.region}, which a {pixels.shape[2]}x{pixels.shape[1]} image does not have")
         crops = [cv2.resize(p[top:bottom, left:right], None, fx=self.upscale, fy=self.upscale,
                             interpolation=cv2.INTER_CUBIC) for p in pixels]
         return list(self.engine._load_rec_model()(TextRecInput(img=crops)).txts)

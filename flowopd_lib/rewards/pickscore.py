@@ -9,7 +9,8 @@ import torch
 from transformers import AutoProcessor, CLIPModel
 
 from ..prompts import Prompt
-from .base import as_uint8
+from ..quiet import quiet
+from .base import as_uint8, pixels_of
 
 
 class PickScore:
@@ -23,8 +24,9 @@ class PickScore:
     def __init__(self, model_id: str | Path, processor_id: str | Path | None = None, device: str = "cpu", batch: int = 256):
         self.device, self.batch = device, batch
         try:
-            self.model = CLIPModel.from_pretrained(model_id, dtype=torch.float32, use_safetensors=True).to(device).eval().requires_grad_(False)
-            self.processor = AutoProcessor.from_pretrained(processor_id or model_id)
+            with quiet():
+                self.model = CLIPModel.from_pretrained(model_id, dtype=torch.float32, use_safetensors=True).to(device).eval().requires_grad_(False)
+                self.processor = AutoProcessor.from_pretrained(processor_id or model_id)
         except OSError as error:
             raise FileNotFoundError(f"no PickScore weights at {str(model_id)!r}; give a CLIPModel folder or hub id "
                                     f"({error})") from error
@@ -48,7 +50,7 @@ class PickScore:
         """(B, D): the pictures' CLIP embeddings, scaled to a mean square of 1; what diversity and distances are measured on."""
         found = []
         for i in range(0, len(images), self.batch):
-            pixels = list((images[i:i + self.batch].float().clamp(0, 1) * 255).round().byte().cpu())
+            pixels = list(pixels_of(images[i:i + self.batch], self.name))
             inputs = self.processor(images=pixels, return_tensors="pt").to(self.device)
             z = self.model.get_image_features(**inputs)
             z = getattr(z, "pooler_output", z)

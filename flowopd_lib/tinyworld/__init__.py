@@ -16,8 +16,8 @@ def judges() -> dict:
     """The four judges of the small world, by name."""
     from ..rewards import OCR, DeQA, GenEval, PickScore     # here: they load models, and the build runs before there are any
     from .detector import ShapeDetector
-    from .scenes import SIGN_BOX
-    return {"GenEval": GenEval(ShapeDetector()), "OCR": OCR(region=SIGN_BOX), "PickScore": PickScore(ASSETS / "pickscore"),
+    from .scenes import SIGN_BOX, SIZE
+    return {"GenEval": GenEval(ShapeDetector()), "OCR": OCR(region=SIGN_BOX, size=(SIZE, SIZE)), "PickScore": PickScore(ASSETS / "pickscore"),
             "DeQA": DeQA(ASSETS / "deqa")}
 
 

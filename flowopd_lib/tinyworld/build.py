@@ -62,7 +62,7 @@ def write_manifest(out: Path, seconds: dict[str, float]) -> None:
               "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
               "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
               "files": files}
-    (out / "manifest.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out / "manifest.json", record)
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
             done.touch()
         finally:        # the time of a run that was stopped counts too
             times[name] = times.get(name, 0) + time.time() - began
-            times_file.write_text(json.dumps(times))
+            write_json(times_file, times)
         say(f"{name}: done, {times[name]:.0f} s in all")
     if all((work / f"{name}.done").exists() for name in todo):
         for name in ("prompts", "tiny-sd3", "pickscore", "deqa"):

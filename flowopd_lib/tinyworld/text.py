@@ -60,7 +60,7 @@ def letter_tokenizer(length: int) -> PreTrainedTokenizerFast:
     letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     letters.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                   model_max_length=length)
+                                   model_max_length=length, strict=True)      # for `FlowPolicy`: it can spell nothing else
 
 
 def new_text_modules(t5_tokens: int) -> dict:

@@ -20,10 +20,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..recipes import build
-from ..runs import RUNS, nearest, write_json
+from ..files import write_json, write_whole
+from ..inputs import nearest, read_yaml
+from ..runs import RUNS
 from ..train import train
 from . import ASSETS, BASE
 from .build import LIBRARIES, say
@@ -41,7 +43,7 @@ def train_expert(name: str, work: Path, dtype: torch.dtype = torch.bfloat16) -> 
     """Train an expert's recipes in `work/{recipe}`, each from its last checkpoint if there is one."""
     start = None
     for path in recipes_of(name):
-        recipe = yaml.safe_load(path.read_text())
+        recipe = read_yaml(path)
         if start:
             recipe["student"] = {"load": str(start)}
         policy, objective, config = build(recipe, dtype=dtype)
@@ -58,9 +60,9 @@ def ship(name: str, work: Path, out: Path, seconds: float) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(work / paths[-1].stem / "adapter", target)
     weights = target / "adapter_model.safetensors"
-    save_file({key: w.half() for key, w in load_file(weights).items()}, weights)
+    write_whole(weights, save({key: w.half() for key, w in load_file(weights).items()}, {"format": "pt"}))
     lines = [json.loads(line) for path in paths for line in (work / path.stem / "metrics.jsonl").read_text().splitlines()]
-    (target / "metrics.jsonl").write_text("".join(json.dumps(line | {"iteration": i}) + "\n" for i, line in enumerate(lines, 1)))
+    write_whole(target / "metrics.jsonl", "".join(json.dumps(line | {"iteration": i}) + "\n" for i, line in enumerate(lines, 1)))
     files = {p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size} for p in sorted(target.iterdir())}
     base = hashlib.sha256((BASE / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     write_json(target / "manifest.json", {
