@@ -24,6 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .files import write_json, write_whole
+from .identity import sha256_of
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")    # Flow-GRPO's
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 CONFIG, PEFT_FILE, DIFFUSERS_FILE = "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 # What an adapter's config may say. Every other field must be as PEFT has it by default: what we do not know may change what it computes.
@@ -48,6 +52,11 @@ class Lora:
     @property
     def ranks(self) -> dict[str, int]:
         return {place: len(a) for place, a in self.a.items()}
+
+    @property
+    def sha256(self) -> str:
+        """Of what it adds to the weights: factors and scales by place."""
+        return sha256_of({p: [self.a[p], self.b[p], self.alpha[p]] for p in self.a})
 
     def config(self) -> LoraConfig:
         """PEFT's description of it, that gives exactly these places, ranks and scales."""

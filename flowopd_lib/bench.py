@@ -24,8 +24,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import tinyworld
+from .files import write_json
 from .objectives import GRPO, OPD, Share
 from .policy import FlowPolicy
+from .precision import NAMES, resolve
 from .prompts import TASKS, load_prompts
 from .rollout import Sampler, sample, trajectory
 from .schedule import Schedule
@@ -194,14 +196,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flowopd_lib.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a Stable Diffusion 3 folder or hub id (default: the small world's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("auto", *NAMES), default="auto", help="auto: what is faster here")
     parser.add_argument("--images", type=int, default=64, help="a batch; a multiple of 8")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
     if args.images < 8 or args.images % 8 or args.repeats < 1:
         parser.error(f"--images must be a positive multiple of 8 and --repeats positive, not {args.images} and {args.repeats}")
-    result = bench(args.model, args.device, getattr(torch, args.dtype), args.images, args.repeats)
+    result = bench(args.model, args.device, resolve(args.dtype, args.device), args.images, args.repeats)
     print(f"{'case':10} {'seconds':>8} {'MiB':>8} {'GFLOP':>8} {'of matmul peak':>15}")
     for case, row in result["cases"].items():
         print(f"{case:10} {row['seconds']:8.3f} {row['memory_mib']:8.0f} {row['flop'] / 1e9:8.0f} {row['share_of_matmul_peak']:15.2f}")

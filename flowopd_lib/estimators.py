@@ -12,7 +12,6 @@ near the student: `--distance 0.1` puts them a tenth of the way from its weights
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import pandas as pd
 import torch
 
 from . import tinyworld
+from .files import write_json
 from .merge import merge
 from .objectives import ESTIMATORS, OPD, Share
 from .policy import FlowPolicy

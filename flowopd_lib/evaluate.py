@@ -70,7 +70,7 @@ def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str,
     parts = None
     if into is not None:
         of = {"sampler": sampler, "seed": seed, "batch size": batch, "repeats": repeats, "precision": policy.dtype, "base": policy.base_hash,
-              "models": {m: a and policy.adapter_hash(a) for m, a in models.items()}, "prompts": list(prompts), "judges": judges,
+              "models": {m: a and policy.adapter(a).sha256 for m, a in models.items()}, "prompts": list(prompts), "judges": judges,
               "embedded": embed is not None, "pictures": pictures is not None}
         parts = Parts(Path(into), sha256_of(describe(of)))
         if parts.whole:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -150,7 +151,7 @@ def taylor_check(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: st
 
     Of `gradients`, an `Interference`'s, the first half of the batches gives the direction, the other the prediction; the change is measured on new prompts
     and seeds, the same before and after (paired), `images` a task. A row per pair: predicted and measured with 95 % intervals, over batches and over the
-    `n` prompts measured.
+    `n` prompts measured; NaN, with a warning, for a task whose rewards never varied, which has no direction.
     """
     batches = min(map(len, gradients.values()))
     if batches < 4 or batches % 2:
@@ -161,6 +162,11 @@ def taylor_check(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: st
     rows = []
     for task, rows_of_gradient in gradients.items():
         direction = rows_of_gradient[:batches // 2].mean(0)
+        if not direction.any():
+            warnings.warn(f"no prompt's samples differ in {task}'s reward, so it has no direction; take more prompts, samples or batches", stacklevel=2)
+            unknown = {f"{name}{end}": np.nan for name in ("predicted", "measured") for end in ("", "_low", "_high")}
+            rows += [dict(task=task, on=on, size=size, n=0) | unknown for on in objectives]
+            continue
         direction = direction / direction.norm()
         with torch.no_grad():
             for p, d in zip(parameters, direction.split([p.numel() for p in parameters])):

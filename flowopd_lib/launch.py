@@ -127,18 +127,18 @@ class InProcess:
 
 
 class Launched:
-    """A recipe (see `recipes`) trained in `processes` of their own, with a look every `look` iterations (0: none), in `precision` no (float32) or
-    bf16. It is asked to stop when this process ends. Several processes have the 30 s that torchrun gives them for the iteration they are at."""
+    """A recipe (see `recipes`) trained in `processes` of their own, with a look every `look` iterations (0: none), in `precision` (see
+    `recipes`). It is asked to stop when this process ends. Several processes have the 30 s that torchrun gives them for the iteration they are at."""
 
-    def __init__(self, recipe: Mapping, folder: str | Path, processes: int = 1, look: int = 0, precision: str = "no"):
+    def __init__(self, recipe: Mapping, folder: str | Path, processes: int = 1, look: int = 0, precision: str = "auto"):
         if processes < 1:
             raise ValueError(f"a training needs at least one process, not {processes}")
         self.recipe, self.folder, self.iterations = dict(recipe), Path(folder), recipe["train"]["iterations"]
         # Not `accelerate launch`, which without a GPU or MPI starts one process, whatever it is asked for.
         several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
         self.command = [sys.executable, *several, "-m", "flowopd_lib.recipes", str(self.folder / "recipe.yaml"), "--folder", str(self.folder),
-                        "--look", str(look)]
-        self._environment = {**os.environ, "FLOWOPD_HEADLESS": "1", "ACCELERATE_MIXED_PRECISION": precision}
+                        "--look", str(look), "--precision", precision]
+        self._environment = {**os.environ, "FLOWOPD_HEADLESS": "1"}
         self._process: subprocess.Popen | None = None
         self._since = 0         # where in the log the present start begins
 

@@ -20,16 +20,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .adapters import Lora, linear_places, read_adapter, write_peft
+from .adapters import ATTENTION, MLP, Lora, linear_places, read_adapter, write_peft
 from .identity import sha256_of
+from .precision import resolve
 from .prompts import Prompt
 from .quiet import quiet
 
 CACHE_BYTES = 1 << 30       # of text embeddings kept: some 400 prompts of SD3.5 in bf16, 35,000 of the small world
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")    # Flow-GRPO's
-MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-
 
 @dataclass(frozen=True)
 class TextEmbedding:
@@ -51,9 +48,10 @@ def _alone(method: Callable) -> Callable:
 
 
 class FlowPolicy:
-    """A `StableDiffusion3Pipeline` folder or hub id, taken apart into what samplers and losses need."""
+    """A `StableDiffusion3Pipeline` folder or hub id, taken apart into what samplers and losses need. `dtype`: see `precision.resolve`."""
 
-    def __init__(self, model_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, model_id: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"):
+        dtype = resolve(dtype, device)
         if isinstance(model_id, Path) or Path(model_id).is_absolute() or str(model_id).startswith("."):
             if not (Path(model_id) / "model_index.json").is_file():
                 raise FileNotFoundError(f"{model_id} is not a diffusers pipeline folder (it has no model_index.json); "
@@ -172,14 +170,9 @@ class FlowPolicy:
         return {f"{place}.lora_{factor}.weight": factors[name].weight for place, m in self.transformer.named_modules()
                 if isinstance(m, LoraLinear) and name in m.lora_A for factor, factors in (("A", m.lora_A), ("B", m.lora_B))}
 
-    def adapter_hash(self, name: str) -> str:
-        """sha256 of what an adapter adds to the weights: its factors and scales by place."""
-        lora = self.adapter(name)
-        return sha256_of({p: [lora.a[p], lora.b[p], lora.alpha[p]] for p in lora.a})
-
     def start_hash(self, name: str, folder: Path) -> str:
-        """`adapter_hash` as it was when a training of the adapter into `folder` first asked, which is where that training starts."""
-        return self._starts.setdefault((name, str(folder.resolve())), self.adapter_hash(name))
+        """The adapter's `sha256` as it was when a training of the adapter into `folder` first asked, which is where that training starts."""
+        return self._starts.setdefault((name, str(folder.resolve())), self.adapter(name).sha256)
 
     @cached_property
     def base_hash(self) -> str:
@@ -231,6 +224,11 @@ class FlowPolicy:
         if not isinstance(name, str) or name in self.adapters or not name or "." in name or hasattr(torch.nn.ModuleDict, name):
             raise ValueError(f"an adapter needs a new name without dots (and not one of Python's dictionaries, such as keys), not {name!r}; "
                              f"there are {', '.join(self.adapters) or 'none yet'}")
+
+    @property
+    def precision(self) -> str:
+        """float32 or bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
 
     def check_adapters(self, names: Iterable[str]) -> None:
         """Raises ValueError for an adapter there is not."""

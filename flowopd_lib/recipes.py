@@ -33,6 +33,7 @@ from .launch import STOPPED, Look, some_prompts
 from .merge import METHODS, merge
 from .objectives import GRPO, OPD, Objective
 from .policy import FlowPolicy
+from .precision import NAMES, decide
 from .prompts import FILES, TASKS, Prompt, load_prompts
 from .rewards import OCR, DeQA, PickScore, Reward
 from .rollout import Sampler
@@ -47,7 +48,7 @@ STUDENTS = {"load": {"load": str}, "merge": {"merge": one_of(*METHODS), "adapter
                                             "density": float}}
 
 
-def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
           ) -> tuple[FlowPolicy, Objective, TrainConfig]:
     """Everything `train` takes; the policy has the recipe's adapters and one called `student`.
 
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, help="a YAML file")
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints, metrics and the adapter; resumed if it holds some")
     parser.add_argument("--look", type=int, default=0, help="after every so many iterations, draw and judge about six of its prompts into the folder; 0: never")
+    parser.add_argument("--precision", choices=("auto", *NAMES), default="auto", help="auto: that of the folder, or of accelerate, or what is faster here")
     args = parser.parse_args()
     if args.look < 0:
         parser.error(f"--look is a number of iterations, or 0, not {args.look}")
@@ -159,12 +161,16 @@ def main() -> None:
             raise ValueError(f"mixed precision {accelerator.mixed_precision} is not supported; use no or bf16")
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
             torch.set_num_threads(os.cpu_count())
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         recipe = read_yaml(args.recipe)
+        # accelerate's "no" is also what it says where nobody said anything.
+        asked_for = "bfloat16" if args.precision == "auto" and accelerator.mixed_precision == "bf16" else args.precision
+        dtype = decide(args.folder, asked_for, accelerator.device, write=False)
+        accelerator.wait_for_everyone()             # all have looked before the first writes, and a fault in the recipe leaves no folder
         policy, objective, config = build(recipe, accelerator.device, dtype)
         if accelerator.is_main_process:
             with locked(args.folder, "a start of a training"):
                 write_whole(args.folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+                decide(args.folder, dtype, accelerator.device)
         updates = train(policy, objective, args.folder, config, accelerator=accelerator)
         if args.look and accelerator.is_main_process:
             judges = getattr(objective, "judges", None) or ({} if recipe.get("model") and not recipe.get("judges") else judges_of(recipe))

@@ -17,6 +17,8 @@ import nbformat
 import torch
 from PIL import Image
 
+from .precision import decide
+
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "rapidocr", "onnxruntime", "numpy", "scipy", "pandas", "papermill")
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
@@ -62,6 +64,7 @@ def manifest(profile: str, folder: Path, status: Mapping[str, dict], inputs: Map
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "machine": {"cpus": os.cpu_count(), "architecture": platform.machine(),
                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"},
+        "precision": str(decide(folder, write=False)).removeprefix("torch."),
         "inputs": dict(inputs),
         "notebooks": {n: {**{k: s.get(k) for k in ("state", "parameters", "seconds", "fingerprint", "git")},
                           **({"resumed": True} if s.get("resumed") else {}),
@@ -83,7 +86,7 @@ def page(manifest: Mapping, folder: Path) -> str:
         cells = (label, entry["state"], seconds, git or "", html.escape(parameters))
         rows.append(f"<tr>{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
     machine, title = manifest["machine"], html.escape(f"Flow-OPD lab: {manifest['profile']}")
-    about = f"{manifest['date']}; {machine['cpus']} CPUs ({machine['architecture']}), GPU {machine['gpu']}"
+    about = f"{manifest['date']}; {machine['cpus']} CPUs ({machine['architecture']}), GPU {machine['gpu']}; {manifest['precision']}"
     return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
             f"<h1>{title}</h1>\n<p>{html.escape(about)}</p>\n"
             f"<table>\n<tr><th>notebook</th><th>state</th><th>seconds</th><th>commit</th><th>parameters</th></tr>\n{chr(10).join(rows)}\n</table>\n"

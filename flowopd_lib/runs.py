@@ -20,6 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 from . import report
 from .files import locked, set_aside, write_json, write_whole
 from .inputs import check_kinds, kinds_of, nearest, read_yaml
+from .precision import VARIABLE, decide
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS, RUNS = ROOT / "notebooks", ROOT / "papermill_runs"
@@ -154,14 +155,16 @@ def scrub(node, folder: Path):
 
 
 def execute(name: str, parameters: dict, folder: Path) -> float:
-    """Run one notebook into `folder` and return its seconds. Raises RuntimeError that shows the failing cell.
+    """Run one notebook into `folder`, in the precision decided for that, and return its seconds. Raises RuntimeError that shows the failing cell.
 
     The notebook must take `out_dir`, `folder/name` here, and writes its results there. Where it takes `run_dir` and is given none, that is
     `folder`, with the results of others. Widget state and paths are dropped from the executed copy.
     """
     source, target, out = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", folder / name
-    before = os.environ.get("FLOWOPD_HEADLESS", "")
-    os.environ["FLOWOPD_HEADLESS"] = "1"        # for the kernel: no bars in the executed copy, sheets instead of widgets
+    # For the kernel: no bars in the executed copy, sheets instead of widgets.
+    ours = {"FLOWOPD_HEADLESS": "1", VARIABLE: str(decide(folder)).removeprefix("torch.")}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     out.mkdir(parents=True, exist_ok=True)
     places = {"out_dir": str(out)}
     if "run_dir" in parameters_of(source) and not parameters.get("run_dir"):
@@ -178,7 +181,10 @@ def execute(name: str, parameters: dict, folder: Path) -> float:
     except RuntimeError as error:               # of nbclient: the kernel died
         raise RuntimeError(f"{name} was not executed to its end: {error}") from error
     finally:
-        os.environ["FLOWOPD_HEADLESS"] = before
+        for variable, value in before.items():
+            os.environ.pop(variable)
+            if value is not None:
+                os.environ[variable] = value
         if target.exists():
             executed = nbformat.read(target, 4)
             executed.metadata.pop("widgets", None)

@@ -86,7 +86,7 @@ class _Run:
         self.follows_from = {
             "objective": describe(objective), "train": {k: v for k, v in describe(config).items() if k not in MAY_CHANGE},
             "base": policy.base_hash, "precision": str(policy.dtype), "start": policy.start_hash(adapter, folder),
-            "adapters": {name: policy.adapter_hash(name) for name in sorted(objective.adapters)},
+            "adapters": {name: policy.adapter(name).sha256 for name in sorted(objective.adapters)},
             "ranks": describe(policy.adapter(adapter).ranks), "scales": describe(policy.adapter(adapter).alpha)}
 
     def resume(self) -> None:

@@ -284,6 +284,6 @@ def taylor_figure(check: pd.DataFrame) -> Figure:
                       yerr=[rows["measured"] - rows["measured_low"], rows["measured_high"] - rows["measured"]])
     ends = [check[["predicted", "measured"]].min().min(), check[["predicted", "measured"]].max().max()]
     axis.plot(ends, ends, color=".4", lw=1, ls="--", label="identity")
-    axis.set(xlabel="predicted change (first order)", ylabel="measured change", title=f"Taylor's prediction (n={check['n'].iloc[0]} prompts a task)")
+    axis.set(xlabel="predicted change (first order)", ylabel="measured change", title=f"Taylor's prediction (n={check['n'].max()} prompts a task)")
     axis.legend(fontsize=9)
     return figure

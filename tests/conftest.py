@@ -1,6 +1,11 @@
+import os
+
 import pytest
 
-from flowopd_lib import FlowPolicy, load_prompts, tinyworld
+os.environ.setdefault("FLOWOPD_PRECISION", "float32")      # the same on every machine, and what bounds on rounding are made for
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # threads that wait by spinning starve those of the processes that tests start
+
+from flowopd_lib import FlowPolicy, load_prompts, tinyworld  # noqa: E402
 
 
 @pytest.fixture(scope="session")

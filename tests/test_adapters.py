@@ -269,11 +269,11 @@ def test_an_adapter_may_be_called_like_a_part_of_the_model(name, expert):
     policy.train_adapter(None)
     now = dict(policy.transformer.named_parameters())
     assert all(torch.equal(now[k], v) for k, v in base.items())
-    assert policy.adapter_hash("other") != policy.adapter_hash(name)
+    assert policy.adapter("other").sha256 != policy.adapter(name).sha256
     policy.save_adapter(name, expert.parent / "saved")
     again = FlowPolicy(tinyworld.BASE)
     again.load_adapter("x", expert.parent / "saved")
-    assert again.adapter_hash("x") == policy.adapter_hash(name)
+    assert again.adapter("x").sha256 == policy.adapter(name).sha256
     for taken in ("keys", "a.b", ""):
         with pytest.raises(ValueError, match="needs a new name"):
             policy.add_adapter(taken)
@@ -298,7 +298,7 @@ def test_averages_are_those_of_the_changes_whatever_the_kind(kinds, method, tmp_
         assert (change("mean", place) - exact).norm() < 1e-5 * exact.norm()
     policy.save_adapter("mean", tmp_path / "mean")
     policy.load_adapter("again", tmp_path / "mean")
-    assert policy.adapter_hash("again") == policy.adapter_hash("mean")
+    assert policy.adapter("again").sha256 == policy.adapter("mean").sha256
 
 
 def test_factors_of_other_ranks_have_no_mean_and_dare_is_drawn_from_its_seed(tmp_path):
@@ -317,7 +317,7 @@ def test_factors_of_other_ranks_have_no_mean_and_dare_is_drawn_from_its_seed(tmp
     for name, seed in (("d0", 0), ("d1", 0), ("d2", 1)):
         torch.randn(3)
         merge(policy, ["rank_pattern", "plain"], name, "dare", seed=seed)
-        hashes.append(policy.adapter_hash(name))
+        hashes.append(policy.adapter(name).sha256)
     assert hashes[0] == hashes[1] != hashes[2]
 
 

@@ -10,7 +10,8 @@ import torch
 
 from ..policy import FlowPolicy
 from ..rollout import Sampler
-from ..schedule import Batch
+from ..schedule import Batch, Schedule
+from ..sde import REDUCTIONS
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,8 @@ class Share:
         """How this process's part of `groups` groups of `group` neighbours is cut into forwards: (update, rows, images of that update over all processes).
 
         The groups of an iteration, in its order, are dealt to its updates in blocks, so which images an update sees follows from the iteration alone, not
-        from the processes or from `micro`, the images in a forward. Raises ValueError for fewer groups than updates.
+        from the processes or from `micro`, the images in a forward.
         """
-        if groups < updates:
-            raise ValueError(f"{updates} updates need as many prompts in an iteration, not {groups}; lower updates or raise prompts_per_batch")
         mine, pieces, row = range(self.rank, groups, self.world), [], 0
         for update in range(updates):
             block = range(update * groups // updates, (update + 1) * groups // updates)
@@ -92,11 +91,16 @@ def trained_steps(sampler: Sampler, which: int | tuple[int, ...] | None, iterati
     return sorted(which)
 
 
-def check_counts(**counts: int) -> None:
-    """Raises ValueError for a setting that is below 1."""
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+def check_settings(updates: int, micro: int, clip: float, reduction: str, schedule: Schedule) -> None:
+    """What GRPO and OPD have in common. Raises ValueError, naming the setting."""
+    if updates < 1 or micro < 1:
+        raise ValueError(f"updates must be at least 1 and micro at least 1, not {updates} and {micro}")
+    if updates > schedule.size:
+        raise ValueError(f"{updates} updates need as many prompts in an iteration, not {schedule.size}; lower updates or raise prompts_per_batch")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
+    if not clip > 0:
+        raise ValueError(f"clip must be positive, not {clip}")
 
 
 def chunks(n: int, size: int) -> list[slice]:

@@ -16,8 +16,8 @@ from ..prompts import Prompt
 from ..rewards import Reward
 from ..rollout import Sampler, Step, trajectory
 from ..schedule import Batch, Schedule
-from ..sde import REDUCTIONS, log_prob, transition, velocity_weight
-from .base import Share, check_counts, mean_of, trained_steps
+from ..sde import log_prob, transition, velocity_weight
+from .base import Share, check_settings, mean_of, trained_steps
 
 SCALES = {"PickScore": 26., "DeQA": 5.}        # the paper divides by these before it adds; GenEval and OCR lie in [0, 1]
 NORMALISATIONS = ("batch", "group", "gdpo", "none")
@@ -98,14 +98,10 @@ class GRPO:
         if self.schedule.repeats < 2:
             raise ValueError("GRPO compares the images of a prompt: images_per_prompt must be at least 2")
         trained_steps(self.sampler, self.steps, 0, 0)
-        check_counts(updates=self.updates, micro=self.micro)
+        check_settings(self.updates, self.micro, self.clip, self.reduction, self.schedule)
         advantages(torch.zeros(2, 1), torch.ones(2, 1), 2, self.normalise)
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"unknown reduction {self.reduction!r}: choose one of {', '.join(REDUCTIONS)}")
-        if not self.clip > 0 or self.beta < 0:
-            raise ValueError(f"clip must be positive and beta at least 0, not {self.clip} and {self.beta}")
-        if self.updates > self.schedule.size:
-            raise ValueError(f"{self.updates} updates need as many prompts in an iteration, not {self.schedule.size}")
+        if self.beta < 0:
+            raise ValueError(f"beta must be at least 0, not {self.beta}")
         for task in self.schedule.prompts:
             unknown = set(self.weights_of(task)) - set(self.judges)
             if unknown or not self.weights_of(task):

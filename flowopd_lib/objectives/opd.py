@@ -22,8 +22,8 @@ from ..policy import FlowPolicy, TextEmbedding
 from ..prompts import Prompt
 from ..rollout import NoiseStreams, Sampler, Step, trajectory, walk
 from ..schedule import Batch, Schedule
-from ..sde import REDUCTIONS, log_prob, transition, velocity_weight
-from .base import Share, check_counts, chunks, mean_of, trained_steps
+from ..sde import log_prob, transition, velocity_weight
+from .base import Share, check_settings, chunks, mean_of, trained_steps
 
 ESTIMATORS = ("pathwise", "paper", "as_coded", "log_ratio", "return_to_go")
 
@@ -81,13 +81,9 @@ class OPD:
             raise ValueError(f"no teacher for the task {', '.join(sorted(missing))}; there are teachers for {', '.join(self.teachers)}")
         trained_steps(self.sampler, self.steps, 0, 0)
         velocity_weight(.5, .4, self.weighting)
-        check_counts(updates=self.updates, micro=self.micro)
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"unknown reduction {self.reduction!r}: choose one of {', '.join(REDUCTIONS)}")
-        if not self.clip > 0 or self.mar < 0:
-            raise ValueError(f"clip must be positive and mar at least 0, not {self.clip} and {self.mar}")
-        if self.updates > self.schedule.size:
-            raise ValueError(f"{self.updates} updates need as many prompts in an iteration, not {self.schedule.size}")
+        check_settings(self.updates, self.micro, self.clip, self.reduction, self.schedule)
+        if self.mar < 0:
+            raise ValueError(f"mar must be at least 0, not {self.mar}")
         guided = {*self.teachers.values()}
         for name, scale in self.guidance.items():
             if name not in guided:

@@ -10,7 +10,7 @@ import torch
 from ..policy import FlowPolicy
 from ..prompts import Prompt
 from ..rollout import Sampler, generator, trajectory
-from .base import Share, check_counts, mean_of
+from .base import Share, mean_of
 
 
 def teacher_samples(policy: FlowPolicy, prompts: Sequence[Prompt], seeds: Sequence[int], teachers: Mapping[str, str | None],
@@ -53,7 +53,8 @@ class SFT:
     def __post_init__(self):
         if len(self.latents) != len(self.prompts) or not len(self.prompts):
             raise ValueError(f"SFT needs one prompt for every latent, not {len(self.prompts)} for {len(self.latents)}")
-        check_counts(batch=self.batch, micro=self.micro)
+        if self.batch < 1 or self.micro < 1:
+            raise ValueError(f"batch and micro must be at least 1, not {self.batch} and {self.micro}")
 
     @property
     def adapters(self) -> set[str]:

@@ -35,13 +35,11 @@ def load_experts(policy) -> tuple[str, ...]:
     return names
 
 
-def merged_policy(method: str = "svd", dtype: str = "bfloat16"):
+def merged_policy(method: str = "svd", dtype: str = "auto"):
     """A policy on `BASE` with the four experts and `merged`, their average of rank 32 (`method`: see `merge`): where students start."""
-    import torch
-
     from ..merge import merge
     from ..policy import FlowPolicy
-    policy = FlowPolicy(BASE, dtype=getattr(torch, dtype))
+    policy = FlowPolicy(BASE, dtype=dtype)
     merge(policy, load_experts(policy), "merged", method, rank=32)
     return policy
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from ..files import write_json
 from ..prompts import Prompt, save_prompts
 from . import ASSETS
 from .specs import PROMPT_TASKS, sample_specs

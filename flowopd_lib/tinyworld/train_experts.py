@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from ..recipes import build
 from ..files import write_json, write_whole
 from ..inputs import nearest, read_yaml
+from ..precision import decide
 from ..runs import RUNS
 from ..train import train
 from . import ASSETS, BASE
@@ -39,8 +40,9 @@ def recipes_of(name: str) -> list[Path]:
     return sorted(RECIPES.glob(f"expert_{name}*.yaml"), key=lambda path: (len(path.stem), path.stem))
 
 
-def train_expert(name: str, work: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Train an expert's recipes in `work/{recipe}`, each from its last checkpoint if there is one."""
+def train_expert(name: str, work: Path, dtype: str | torch.dtype = "auto") -> None:
+    """Train an expert's recipes in `work/{recipe}`, each from its last checkpoint if there is one, in the precision `work` was begun in."""
+    dtype = decide(work, dtype)
     start = None
     for path in recipes_of(name):
         recipe = read_yaml(path)
