@@ -31,12 +31,12 @@ def write_whole(path: str | Path, data: bytes | str) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    here = platform.node()
+    here = platform.node().replace(".", "-")
     for left in path.parent.glob(f".{path.name}.*.partial"):
         *_, host, pid, _ = left.name.rsplit(".", 3)
         if host == here and pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
             left.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{here.replace('.', '-')}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{here}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
