@@ -1,7 +1,6 @@
 """Sampling as a generator over steps, so that a caller may look, learn or stop at any of them."""
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,8 +56,10 @@ class Sampler:
             raise ValueError(f"a trajectory needs at least one step, not {self.steps}")
         if self.kind not in KINDS:
             raise ValueError(f"unknown sampler {self.kind!r}: choose one of {', '.join(KINDS)}")
-        if not 0 <= self.noise_level <= (1 if self.kind == "cps" else math.inf):
-            raise ValueError(f"the noise level is at least 0, and for cps at most 1, not {self.noise_level}")
+        if not self.noise_level >= 0:
+            raise ValueError(f"the noise level must be at least 0, not {self.noise_level}")
+        if self.kind == "cps" and self.noise_level > 1:
+            raise ValueError(f"the noise level of CPS lies in [0, 1], not at {self.noise_level}")
         if not self.guidance >= 0:
             raise ValueError(f"guidance must be at least 0 (1 is none), not {self.guidance}")
         if self.noisy is not None and not 1 <= self.noisy < self.steps:

@@ -69,7 +69,7 @@ RECIPES = {
     "steps as a text": (put(sampler__steps="4"), "sampler.steps must be a whole number"),
     "an unknown sampler": (put(sampler__kind="ddim"), "unknown sampler 'ddim'"),
     "negative guidance": (put(sampler__guidance=-1), "guidance must be at least 0"),
-    "too much noise for cps": (put(sampler__kind="cps", sampler__noise_level=2.), "for cps at most 1"),
+    "too much noise for cps": (put(sampler__kind="cps", sampler__noise_level=2.), "noise level of CPS lies in [0, 1]"),
     "a step that is not there": (put(opd__steps=[7]), "trained steps are numbers from 0 to 2"),
     "a negative seed": (put(seed=-5), "seed must be at least 0, not -5"),
     "an unknown task": (put(schedule__tasks=["gneval"]), "did you mean 'geneval'"),

@@ -12,7 +12,7 @@ from flowopd_lib.recipes import build
 RECIPE = {**GRPO, "train": {"iterations": 6, "lr": 1e-3, "save_every": 100}}
 
 
-def until(condition, seconds=240):
+def until(condition, seconds=1800):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited in vain"

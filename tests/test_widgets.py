@@ -165,7 +165,7 @@ def test_the_monitor_follows_stops_and_goes_on(live, tmp_path):
     until(lambda: not monitor.go_on.disabled)
     monitor.training._arguments = (*monitor.training._arguments[:3], TrainConfig(9, lr=2.), "student")     # another lr than the checkpoint's
     monitor.go_on.click()
-    until(lambda: "another lr" in monitor.following.box.value)
+    until(lambda: "train.lr was 0.001 and is 2.0" in monitor.following.box.value)
     assert 'role="alert"' in monitor.following.box.value
 
 
