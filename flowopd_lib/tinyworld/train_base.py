@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..checkpoint import load_state, save_state
+from ..precision import in_fast_precision
 from .data import noisy_example, to_tensor
 from .text import CLIP_TOKENS, WIDTH, encode, new_text_modules
 
@@ -49,7 +50,7 @@ def build_pool(vae: AutoencoderKL, path: Path, modules: dict, n: int, seed: int,
             raise ValueError(f"{path} was made with {pool['settings']}, not {settings}; delete it, and what was trained on it")
         return pool
     began, z, texts, chunk = time.time(), [], [], 250
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), in_fast_precision():
         for i in range(0, n, chunk):
             rng = random.Random(f"pool/{seed}/{i}")
             captions, images = zip(*(noisy_example(rng, **rates) for _ in range(chunk)))
@@ -133,7 +134,7 @@ def train_base(vae: AutoencoderKL, out: Path, work: Path, steps: int = 24_000, b
         sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
         eps = torch.randn(x0.shape, generator=g)
         # The flash kernel's backward is slow on a CPU at 44 tokens: with the plain one a step takes two thirds of the time.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with in_fast_precision(), sdpa_kernel(SDPBackend.MATH):
             v = forward((1 - sigma) * x0 + sigma * eps, sigma, clip_ids, t5_ids)
         loss = (v.float() - (eps - x0)).square().mean()
         rate = min(1., (step + 1) / 100, max(steps - step, 1) / (decay * steps))        # warm up, hold, decay to 0

@@ -19,6 +19,7 @@ from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProc
                           ResNetForImageClassification)
 
 from ..checkpoint import load_state, save_state
+from ..precision import in_fast_precision
 from ..rewards.deqa import LEVELS
 from .data import SHARPNESS, candidate, graded_picture, noisy_example, split_spec, to_tensor
 from .scenes import SIZE
@@ -35,7 +36,7 @@ def through_vae(vae: AutoencoderKL, images: list[Image.Image], rng: random.Rando
     rows = [i for i in range(len(images)) if rng.random() < share]
     for i in range(0, len(rows), 64):
         part = rows[i:i + 64]
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_fast_precision():
             x[part] = vae.decode(vae.encode(x[part]).latent_dist.mean).sample.float().clamp(-1, 1)
     return ((x + 1) * 127.5).round().byte()
 
@@ -53,7 +54,7 @@ def train(name: str, model: nn.Module, loss_of, steps: int, lr: float, work: Pat
     model.train()
     began, seen = time.time(), 0.
     for step in range(first, steps):
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):   # see train_base.py
+        with in_fast_precision(), sdpa_kernel(SDPBackend.MATH):   # see train_base.py
             loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()

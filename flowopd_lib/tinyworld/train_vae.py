@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from ..checkpoint import load_state, save_state
+from ..precision import in_fast_precision
 from .data import noisy_example, to_tensor
 
 CLEAN = dict.fromkeys(("geneval", "ocr", "pickscore"), 0.)
@@ -78,7 +79,7 @@ def _phase(name: str, vae: AutoencoderKL, steps: int, lr: float, detail: float, 
         rng = random.Random(f"{name}/{seed}/{step}")
         torch.manual_seed(seed * 1_000_003 + step)
         x = to_tensor([noisy_example(rng, CLEAN, .25)[1] for _ in range(batch)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_fast_precision():
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
