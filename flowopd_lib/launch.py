@@ -136,7 +136,7 @@ class Launched:
         self.recipe, self.folder, self.iterations = dict(recipe), Path(folder), recipe["train"]["iterations"]
         # Not `accelerate launch`, which without a GPU or MPI starts one process, whatever it is asked for.
         several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-        self.command = [sys.executable, *several, "-m", "flowopd_lib.recipes", str(self.folder / "recipe.yaml"), "--folder", str(self.folder),
+        self.command = [sys.executable, *several, "-m", "flowopd_lib.recipes", str(self.folder / "asked.yaml"), "--folder", str(self.folder),
                         "--look", str(look), "--precision", precision]
         self._environment = {**os.environ, "FLOWOPD_HEADLESS": "1"}
         self._process: subprocess.Popen | None = None
@@ -147,7 +147,7 @@ class Launched:
         if self.state == "running":
             raise RuntimeError(f"the training in {self.folder} is running already")
         with locked(self.folder, "a start of a training"):
-            write_whole(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False))
+            write_whole(self.folder / "asked.yaml", yaml.safe_dump(self.recipe, sort_keys=False))
         with (self.folder / "log.txt").open("a") as log:        # a session of its own: interrupting the kernel does not interrupt it
             self._since = log.tell()
             self._process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True)

@@ -27,7 +27,7 @@ import yaml
 from accelerate import Accelerator
 
 from . import tinyworld
-from .files import locked, write_whole
+from .files import write_whole
 from .inputs import SEED, check_keys, check_options, check_value, list_of, nearest, one_of, read_yaml
 from .launch import STOPPED, Look, some_prompts
 from .merge import METHODS, merge
@@ -167,10 +167,6 @@ def main() -> None:
         dtype = decide(args.folder, asked_for, accelerator.device, write=False)
         accelerator.wait_for_everyone()             # all have looked before the first writes, and a fault in the recipe leaves no folder
         policy, objective, config = build(recipe, accelerator.device, dtype)
-        if accelerator.is_main_process:
-            with locked(args.folder, "a start of a training"):
-                write_whole(args.folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-                decide(args.folder, dtype, accelerator.device)
         updates = train(policy, objective, args.folder, config, accelerator=accelerator)
         if args.look and accelerator.is_main_process:
             judges = getattr(objective, "judges", None) or ({} if recipe.get("model") and not recipe.get("judges") else judges_of(recipe))
@@ -180,6 +176,9 @@ def main() -> None:
                 if not info.metrics:
                     continue
                 if accelerator.is_main_process:
+                    # Only now: a recipe that the folder's training refused must not take the place of its own.
+                    write_whole(args.folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+                    decide(args.folder, dtype, accelerator.device)
                     shown = " ".join(f"{name} {value:.4g}" for name, value in info.metrics.items())
                     print(f"{info.iteration + 1}/{config.iterations} {info.seconds:.0f} s loss {info.loss:.4g} {shown}", flush=True)
                 # Several processes hear of it at different moments, and must stop at the same iteration.

@@ -60,6 +60,10 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(expert, tmp_path):
             break
     process.wait()
     assert process.returncode == -signal.SIGKILL and load_state(folder / "state.safetensors")["iteration"] < 6
+    other = written({**OPD, "sampler": {"steps": 5}}, tmp_path / "other.yaml", expert)      # refused, and nothing of it stays
+    refused = subprocess.run(command(other, folder), env=ENVIRONMENT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "holds a training of something else" in refused.stderr
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == yaml.safe_load(recipe.read_text())
     resumed = subprocess.run(command(recipe, folder), check=True, env=ENVIRONMENT, capture_output=True, text=True).stdout
     assert resumed.startswith(("3/6", "5/6"))
     assert_same_training(tmp_path / "whole", folder, 6)
