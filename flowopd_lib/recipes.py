@@ -171,14 +171,16 @@ def main() -> None:
         if args.look and accelerator.is_main_process:
             judges = getattr(objective, "judges", None) or ({} if recipe.get("model") and not recipe.get("judges") else judges_of(recipe))
             updates = Look(some_prompts(objective.schedule), judges, args.look).during(updates, policy, "student", args.folder)
+        kept = False
         with contextlib.closing(updates):
             for info in updates:
                 if not info.metrics:
                     continue
                 if accelerator.is_main_process:
-                    # Only now: a recipe that the folder's training refused must not take the place of its own.
-                    write_whole(args.folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-                    decide(args.folder, dtype, accelerator.device)
+                    if not kept:    # only now: a recipe that the folder's training refused must not take the place of its own
+                        write_whole(args.folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+                        decide(args.folder, dtype, accelerator.device)
+                        kept = True
                     shown = " ".join(f"{name} {value:.4g}" for name, value in info.metrics.items())
                     print(f"{info.iteration + 1}/{config.iterations} {info.seconds:.0f} s loss {info.loss:.4g} {shown}", flush=True)
                 # Several processes hear of it at different moments, and must stop at the same iteration.
