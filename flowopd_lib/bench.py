@@ -10,7 +10,6 @@ backward, the teachers' forward and the anchor's are in both. At the same speed 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource

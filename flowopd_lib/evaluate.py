@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -27,11 +27,15 @@ JUDGES_OF_TASK = {"geneval": ("GenEval", "PickScore", "DeQA"), "ocr": ("OCR", "P
                   "pickscore": ("PickScore", "DeQA"), "deqa": ("PickScore", "DeQA")}
 
 
-def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd.DataFrame:
-    """One row an image: task, tag, prompt and a column per judge, NaN where a judge does not apply."""
+def _check_judges(judges: Iterable[str]) -> None:
     unknown = set(judges) - {name for names in JUDGES_OF_TASK.values() for name in names}
     if unknown:
         raise ValueError(f"no task has a judge called {', '.join(sorted(unknown))}; see JUDGES_OF_TASK")
+
+
+def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd.DataFrame:
+    """One row an image: task, tag, prompt and a column per judge, NaN where a judge does not apply."""
+    _check_judges(judges)
     table = pd.DataFrame({"task": [p.task for p in prompts], "tag": [p.tag for p in prompts],
                           "prompt": [p.text for p in prompts]})
     for name, judge in judges.items():
@@ -62,9 +66,7 @@ def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str,
         raise ValueError("nothing to evaluate: the list of prompts is empty")
     if seed < 0 or repeats < 1 or batch < 1:
         raise ValueError(f"seed must be at least 0, repeats and batch at least 1, not {seed}, {repeats} and {batch}")
-    unknown = set(judges) - {name for names in JUDGES_OF_TASK.values() for name in names}
-    if unknown:
-        raise ValueError(f"no task has a judge called {', '.join(sorted(unknown))}; see JUDGES_OF_TASK")
+    _check_judges(judges)
     policy.check_adapters(a for a in models.values() if a is not None)
     policy.check_prompts(prompts)
     parts = None

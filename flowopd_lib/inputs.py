@@ -66,10 +66,7 @@ def check_keys(where: str, given: Any, known: Iterable[str]) -> None:
 
 @cache
 def _adapter(kind: Any) -> TypeAdapter:
-    try:
-        return TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    except Exception:       # noqa: BLE001: pydantic takes no config for kinds that have their own
-        return TypeAdapter(kind)
+    return TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 
 
 def check_value(name: str, value: Any, kind: Any) -> Any:

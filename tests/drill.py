@@ -26,6 +26,7 @@ import pandas as pd
 import yaml
 
 from flowopd_lib.checkpoint import load_state
+from flowopd_lib.identity import sha256_of
 from flowopd_lib.runs import read_status
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
@@ -96,8 +97,7 @@ def contents(folder: Path) -> dict[str, object]:
         if path.name == "state.safetensors":
             state = load_state(path)
             state.pop("seconds")
-            found[name] = hashlib.sha256(repr([(k, [t.tolist() for t in v] if k in ("parameters", "average") else str(v)) for k, v in state.items()])
-                                         .encode()).hexdigest()
+            found[name] = sha256_of(state)
         elif path.suffix == ".parquet":
             table = pd.read_parquet(path)
             found[name] = hashlib.sha256(repr([(c, table[c].tolist()) for c in table if c not in TIMES]).encode()).hexdigest()

@@ -14,7 +14,7 @@ probabilities of the action x_{k+1} now and when it was taken, the readings of "
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 
@@ -94,9 +94,6 @@ class OPD:
     @property
     def adapters(self) -> set[str]:
         return ({self.teachers[task] for task in self.schedule.prompts} | ({self.anchor} if self.mar else set())) - {None}
-
-    def identity(self) -> dict:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "micro"}
 
     @torch.no_grad()
     def check(self, policy: FlowPolicy, adapter: str) -> None:
