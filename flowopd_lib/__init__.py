@@ -5,11 +5,6 @@ import os
 # take 4 to 10 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from .quiet import quiet  # noqa: E402
-
-with quiet():           # importing the pipeline makes transformers recommend torchvision, which we do not use
-    from . import policy  # noqa: F401
-
 from . import tinyworld  # noqa: E402
 from .evaluate import (diversity, evaluate, gain_kept, home_scores, kernel_distance, mean_interval, model_scores, paired_differences, paper_average, probe_of,
                        score, summary)

@@ -13,18 +13,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import huggingface_hub
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .files import write_json, write_whole
 from .identity import sha256_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")    # Flow-GRPO's
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -60,6 +59,7 @@ class Lora:
 
     def config(self) -> LoraConfig:
         """PEFT's description of it, that gives exactly these places, ranks and scales."""
+        from peft import LoraConfig
         (rank, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (self.ranks, self.alpha))
 
         def but(usual: float, values: Mapping[str, float]) -> dict[str, float]:
@@ -76,7 +76,7 @@ def linear_places(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """{name: (in, out)} of the linear layers, adapted or not."""
     found = {}
     for name, module in transformer.named_modules():
-        layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module       # one that PEFT adapts
         if isinstance(layer, torch.nn.Linear) and ".lora_" not in name and not name.endswith(".base_layer"):
             found[name] = (layer.in_features, layer.out_features)
     return found
@@ -134,6 +134,9 @@ def read_adapter(source: str | Path, places: Mapping[str, tuple[int, int]]) -> L
 
 def _planned(config: Mapping, places: Iterable[str], source: str | Path) -> tuple[dict[str, int], dict[str, float]]:
     """Rank and alpha by place, as PEFT would make them of a config. Raises ValueError for a kind that is not supported."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(f"the adapter {source} is of the kind {kind}; only LoRA is supported")
@@ -162,6 +165,7 @@ def _files_of(source: str | Path) -> tuple[Path, Path | None]:
     """The weights' file and, in PEFT's format, the config's."""
     path = Path(source)
     if not path.exists() and not isinstance(source, Path) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        import huggingface_hub
         try:
             path = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[CONFIG, PEFT_FILE, DIFFUSERS_FILE]))
         except Exception as error:      # noqa: BLE001: the hub's client has many kinds of its own

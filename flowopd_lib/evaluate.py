@@ -10,7 +10,6 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from tqdm.auto import tqdm
 
 from .files import write_json
@@ -123,6 +122,7 @@ def mean_interval(values: Sequence[float], resamples: int = 5000, seed: int = 0)
     if len(values) < 2:
         raise ValueError(f"an interval needs at least two values, not {len(values)}")
     if np.isin(values, (0, 1)).all():       # a bootstrap of 0 hits in 50 would claim certainty
+        from scipy import stats
         interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
         return float(values.mean()), float(interval.low), float(interval.high)
     return _bootstrap_mean(values, resamples, seed)
@@ -236,6 +236,7 @@ def gain_kept(table: pd.DataFrame, student: str, experts: Mapping[str, str], bas
 
 def _bootstrap_mean(values: np.ndarray, resamples: int = 5000, seed: int = 0) -> tuple[float, float, float]:
     """Mean and its 95 % percentile interval."""
+    from scipy import stats         # takes a second, and an evaluation may not come to it
     interval = stats.bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", batch=500,
                                rng=np.random.default_rng(seed)).confidence_interval
     return float(values.mean()), float(interval.low), float(interval.high)

@@ -13,11 +13,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial, wraps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapters import ATTENTION, MLP, Lora, linear_places, read_adapter, write_peft
@@ -26,6 +24,10 @@ from .precision import resolve
 from .prompts import Prompt
 from .quiet import quiet
 
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+TEXTS = 8                   # encoded together
 CACHE_BYTES = 1 << 30       # of text embeddings kept: some 400 prompts of SD3.5 in bf16, 35,000 of the small world
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class FlowPolicy:
     """A `StableDiffusion3Pipeline` folder or hub id, taken apart into what samplers and losses need. `dtype`: see `precision.resolve`."""
 
     def __init__(self, model_id: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"):
+        with quiet():       # on import transformers recommends torchvision, which we do not use
+            from diffusers import StableDiffusion3Pipeline
         dtype = resolve(dtype, device)
         if isinstance(model_id, Path) or Path(model_id).is_absolute() or str(model_id).startswith("."):
             if not (Path(model_id) / "model_index.json").is_file():
@@ -90,11 +94,12 @@ class FlowPolicy:
         """Embed prompts; each different text is encoded once and kept. See `check_prompts` for texts that the model cannot read whole."""
         new = [t for t in dict.fromkeys(texts) if t not in self._texts]
         self._check(new, "the prompts")
-        for text in new:        # one by one: a rounding that depends on the texts beside it would not be the same in a resumed training
+        for i in range(0, len(new), TEXTS):     # always so many, filled up with empty ones: rounding that followed their number would differ in a resumed training
+            part = new[i:i + TEXTS]
             with quiet():       # the pipeline's own warning of what it cuts off comes after ours, once a text
-                tokens, _, pooled, _ = self.pipeline.encode_prompt([text], None, None, do_classifier_free_guidance=False,
+                tokens, _, pooled, _ = self.pipeline.encode_prompt(part + [""] * (TEXTS - len(part)), None, None, do_classifier_free_guidance=False,
                                                                    max_sequence_length=self.max_sequence_length, device=self.device)
-            self._texts[text] = (tokens[0].clone(), pooled[0].clone())
+            self._texts |= {text: (tokens[row].clone(), pooled[row].clone()) for row, text in enumerate(part)}
         rows = [self._texts[t] for t in texts]
         for text in dict.fromkeys(texts):
             self._texts.move_to_end(text)
@@ -141,6 +146,7 @@ class FlowPolicy:
         self._check_new(name)
         if rank < 1 or not alpha > 0:
             raise ValueError(f"an adapter needs a rank of at least 1 and a positive alpha, not {rank} and {alpha}")
+        from peft import LoraConfig
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -160,15 +166,20 @@ class FlowPolicy:
     def adapter(self, name: str) -> Lora:
         """One adapter as it stands, its tensors shared with the network."""
         self._known(name)
-        layers = {place.removeprefix("base_model.model."): m for place, m in self.transformer.named_modules() if isinstance(m, LoraLinear) and name in m.lora_A}
+        layers = {place.removeprefix("base_model.model."): m for place, m in self._layers() if name in m.lora_A}
         return Lora({p: m.lora_A[name].weight.detach() for p, m in layers.items()}, {p: m.lora_B[name].weight.detach() for p, m in layers.items()},
                     {p: m.scaling[name] * len(m.lora_A[name].weight) for p, m in layers.items()})
 
     def adapter_parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
         """The weights of one adapter, named without the adapter's name, so that two adapters' can be matched."""
         self._known(name)
-        return {f"{place}.lora_{factor}.weight": factors[name].weight for place, m in self.transformer.named_modules()
-                if isinstance(m, LoraLinear) and name in m.lora_A for factor, factors in (("A", m.lora_A), ("B", m.lora_B))}
+        return {f"{place}.lora_{factor}.weight": factors[name].weight for place, m in self._layers() if name in m.lora_A
+                for factor, factors in (("A", m.lora_A), ("B", m.lora_B))}
+
+    def _layers(self) -> list[tuple[str, torch.nn.Module]]:
+        """The linear layers that have adapters, with their places."""
+        from peft.tuners.lora import Linear
+        return [(place, m) for place, m in self.transformer.named_modules() if isinstance(m, Linear)]
 
     def start_hash(self, name: str, folder: Path) -> str:
         """The adapter's `sha256` as it was when a training of the adapter into `folder` first asked, which is where that training starts."""
@@ -195,6 +206,7 @@ class FlowPolicy:
         self._settle()
 
     def _inject(self, name: str, config: LoraConfig) -> None:
+        from peft import get_peft_model
         with torch.random.fork_rng(devices=[]):
             if self.peft is None:
                 self.peft = get_peft_model(self.transformer, config, adapter_name=name)
@@ -247,14 +259,14 @@ class FlowPolicy:
         self._used = self.adapters[0] if self.adapters else None
         if self.peft is not None:
             self.peft.base_model.enable_adapter_layers()
-        for layer in self.transformer.modules():
-            if isinstance(layer, LoraLinear) and "forward" not in vars(layer):
+        for _, layer in self._layers():
+            if "forward" not in vars(layer):
                 layer.forward = partial(self._lora_forward, layer, layer.forward)
                 # PEFT would cast activations up to the adapter's float32, and autocast down again: two copies a layer, for nothing
                 layer.cast_input_dtype_enabled = self.dtype == torch.float32
         self._use(None)
 
-    def _lora_forward(self, layer: LoraLinear, factored: Callable, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def _lora_forward(self, layer: torch.nn.Module, factored: Callable, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """A frozen adapter is added to each layer's weight as it is asked, `(W + s B A) x`: one product over the tokens instead of three, and no copy of
         the backbone. The adapter in training takes PEFT's way, with gradient or without, so that ratios of its probabilities are exact."""
         name, weight = self._used, layer.base_layer.weight
@@ -313,6 +325,6 @@ class FlowPolicy:
         """The scheduler's grid for `steps` steps: `steps + 1` numbers from 1 down to 0."""
         if steps < 1:
             raise ValueError(f"a trajectory needs at least one step, not {steps}")
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(steps)
         return scheduler.sigmas.tolist()

@@ -48,9 +48,9 @@ STUDENTS = {"load": {"load": str}, "merge": {"merge": one_of(*METHODS), "adapter
                                             "density": float}}
 
 
-def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
+def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", policy: FlowPolicy | None = None
           ) -> tuple[FlowPolicy, Objective, TrainConfig]:
-    """Everything `train` takes; the policy has the recipe's adapters and one called `student`.
+    """Everything `train` takes; the policy has the recipe's adapters and one called `student`, unless one that has them is given.
 
     Raises ValueError or FileNotFoundError, naming key and value, before anything long begins: all of the recipe is checked before a model is loaded.
     """
@@ -84,6 +84,13 @@ def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: str | torc
     if unknown:
         raise ValueError(f"{'opd' if 'opd' in recipe else 'grpo'} names the adapter {unknown[0]!r}{nearest(unknown[0], adapters)}; "
                          f"the recipe's adapters are {', '.join(adapters) or 'none'}")
+    if policy is None:
+        policy = _policy(recipe, adapters, student, seed, device, dtype)
+    objective.check(policy, "student")
+    return policy, objective, config
+
+
+def _policy(recipe: Mapping, adapters: Mapping[str, str], student: Mapping, seed: int, device: str | torch.device, dtype: str | torch.dtype) -> FlowPolicy:
     policy = FlowPolicy(recipe.get("model") or tinyworld.BASE, device, dtype)
     for name, path in adapters.items():
         policy.load_adapter(name, path)
@@ -93,8 +100,7 @@ def build(recipe: Mapping, device: str | torch.device = "cpu", dtype: str | torc
         merge(policy, student["adapters"], "student", student["merge"], **{k: v for k, v in student.items() if k not in ("merge", "adapters")})
     else:
         policy.add_adapter("student", seed=seed, **student)
-    objective.check(policy, "student")
-    return policy, objective, config
+    return policy
 
 
 def _place(path: str) -> str:

@@ -17,7 +17,7 @@ import math
 import torch
 
 KINDS = ("ode", "sde", "cps")
-WEIGHTINGS = ("kl", "as_coded", "uniform_v", "x0")
+WEIGHTINGS = ("kl", "as_coded", "uniform_v", "x0", "ode")
 REDUCTIONS = ("sum", "mean")
 
 
@@ -93,13 +93,16 @@ def velocity_weight(sigma: float, sigma_next: float, weighting: str = "kl", kind
     as_coded   Flow-OPD's public code: mean over the latent, and `s^2` where `std^2 = s^2 dt` belongs
     uniform_v  mean squared difference of the velocities
     x0         mean squared difference of the predicted clean latents, `sigma^2` times that
+    ode        `dt^2 / 2`: half the squared distance of where the two ODE steps end (DiffusionOPD 2605.15055)
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
     if weighting in ("uniform_v", "x0"):
         return (sigma ** 2 if weighting == "x0" else 1.) / size
+    if weighting == "ode":
+        return (sigma - sigma_next) ** 2 / 2
     _, b, std = coefficients(sigma, sigma_next, kind, noise_level)
     if std <= 0:
-        raise ValueError(f"weighting {weighting!r} needs a step with noise; use uniform_v or x0 for deterministic steps")
+        raise ValueError(f"weighting {weighting!r} needs a step with noise; use uniform_v, x0 or ode for deterministic steps")
     kl = b ** 2 / (2 * std ** 2)
     return kl if weighting == "kl" else kl * (sigma - sigma_next) / size

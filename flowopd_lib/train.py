@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
 
 from .checkpoint import load_state, save_state
 from .files import append_lines, locked, read_lines, write_whole
@@ -24,6 +24,8 @@ from .identity import describe, differences
 from .objectives import Objective, Share
 from .policy import FlowPolicy
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # What a resumed training may have otherwise than the one that began it. All else must be the same: objective, prompts and their order, sampler, judges,
 # the weights of teachers, base and start, the adapter's shape and scale, precision, optimizer. (Beside these, objectives leave out `micro`, the images
@@ -137,7 +139,9 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
 
     Raises TrainingDiverged, with the last good state left in `folder`, and ValueError for a folder of another training.
     """
-    accelerator = accelerator or Accelerator(cpu=policy.device.type == "cpu")
+    if accelerator is None:
+        from accelerate import Accelerator
+        accelerator = Accelerator(cpu=policy.device.type == "cpu")
     if accelerator.num_processes > 1 and config.max_seconds < math.inf:
         raise ValueError("max_seconds is for one process: several would stop at different iterations, and wait for each other; give iterations")
     folder = Path(folder)

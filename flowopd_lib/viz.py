@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
@@ -21,6 +20,7 @@ FULL_SCALE = {"GenEval": 1., "OCR": 1., "PickScore": 26., "DeQA": 5.}    # the p
 
 def use_style() -> None:
     """Set matplotlib's defaults; call once per notebook."""
+    import seaborn as sns
     sns.set_theme(style="whitegrid", context="notebook", font="DejaVu Sans")
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
                          "axes.titlesize": 12, "axes.titleweight": "bold", "axes.spines.top": False,
@@ -29,6 +29,7 @@ def use_style() -> None:
 
 def model_colors(models: Iterable[str]) -> dict[str, str]:
     """A colour for every model or training: the same in every figure for those of `MODEL_COLORS`, the rest in order."""
+    import seaborn as sns
     rest = iter(sns.color_palette("colorblind").as_hex() + sns.color_palette("dark").as_hex())
     return {name: MODEL_COLORS.get(name) or next(rest) for name in models}
 
@@ -79,6 +80,7 @@ def score_bars(summary: pd.DataFrame, label: str, title: str) -> Figure:
 
 def judge_figure(tests: pd.DataFrame, graded: pd.DataFrame) -> Figure:
     """Left: each judge's test with its interval and the aim. Right: DeQA's score against the true level."""
+    import seaborn as sns
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.9), width_ratios=(1.25, 1))
     rows = np.arange(len(tests))
     left.errorbar(tests["value"], rows, xerr=[tests["value"] - tests["low"], tests["high"] - tests["value"]], fmt="none",
@@ -152,6 +154,7 @@ def training_curves(curves: Mapping[str, pd.DataFrame], columns: Sequence[str], 
 
     Drawn into `figure`, if it is given; else into one of pyplot's, which only the main thread may make.
     """
+    import seaborn as sns
     figure = figure or plt.figure()
     figure.set_size_inches(4.2 * len(columns), 3.3)
     axes = figure.subplots(1, len(columns), squeeze=False)
@@ -189,6 +192,7 @@ def probe_curves(probes: Mapping[str, pd.DataFrame], x: str, title: str) -> Figu
 
 def kl_figure(curve: pd.DataFrame, sigmas: Sequence[float], title: str) -> Figure:
     """How the KL to the teachers falls while a student is distilled: by task, and by step of its walk (`sigmas`: the sampler's grid)."""
+    import seaborn as sns
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True)
     tasks, steps = ([c for c in curve if c.startswith("kl_") and c.startswith("kl_step_") == step] for step in (False, True))
     names = {"kl_geneval": "GenEval", "kl_ocr": "OCR", "kl_pickscore": "PickScore", "kl_deqa": "DeQA"}
@@ -236,6 +240,7 @@ def interference_figure(table: pd.DataFrame, unit: str = "reward", title: str = 
     """Cosines and inner products (`unit` squared) of the tasks' gradients over all weights and noise levels, with intervals; below by block and by noise
     level, a pair a colour. A cosine without a known interval has no colour. `floor`: the cosine that two single batches would show if the true gradients
     were parallel, noise pulling it to 0."""
+    import seaborn as sns
     whole = table[(table["block"] == "all") & (table["sigma"] == "all")].set_index(["task", "on"])
     tasks = list(dict.fromkeys(table["task"]))
     pairs = [(a, b) for i, a in enumerate(tasks) for b in tasks[i + 1:]]
@@ -276,6 +281,7 @@ def interference_figure(table: pd.DataFrame, unit: str = "reward", title: str = 
 
 def taylor_figure(check: pd.DataFrame) -> Figure:
     """Predicted against measured change of each task's reward after a real step along each task's gradient, with intervals and the identity."""
+    import seaborn as sns
     figure, axis = plt.subplots(figsize=(6, 5))
     for task, color in zip(dict.fromkeys(check["task"]), sns.color_palette("colorblind")):
         rows = check[check["task"] == task]

@@ -22,7 +22,8 @@ class SmallPolicy:
     def velocity(self, x, sigma, text, guidance=1., adapter=None):
         self.asked.append((adapter, len(x), torch.is_grad_enabled()))
         slope, bias = self.weights[adapter]
-        return slope[:, None, None] * x + bias[:, None, None] * (1 + sigma)
+        level = 1 + sigma[:, None, None, None] if torch.is_tensor(sigma) else 1 + sigma
+        return slope[:, None, None] * x + bias[:, None, None] * level
 
     def sigmas(self, steps):
         self.pipeline.scheduler.set_timesteps(steps)

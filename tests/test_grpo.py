@@ -1,5 +1,6 @@
 """Group advantages, the clipped surrogate, the schedule of prompts."""
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -220,6 +221,62 @@ def test_only_the_noisy_steps_of_a_mixed_sampler_have_noise_and_are_trained():
         grpo(sampler=sampler, steps=(0, 2))
     with pytest.raises(ValueError, match="between 1 and 5 can have noise, not 6"):
         Sampler(6, "sde", noisy=6)
+
+
+def test_a_window_moves_by_the_iteration_alone():
+    drawn, sliding = Sampler(8, "sde", noisy=2, first=1, last=3), Sampler(8, "sde", noisy=2, first=1, last=3, slide=2)
+    assert [sliding.at(i, 0).first for i in range(8)] == [1, 1, 2, 2, 3, 3, 1, 1]
+    seen = [drawn.at(i, 5).first for i in range(60)]
+    assert set(seen) == {1, 2, 3} and seen == [drawn.at(i, 5).first for i in range(60)] != [drawn.at(i, 6).first for i in range(60)]
+    policy = SmallPolicy(2, student=torch.ones(2, 2, requires_grad=True))
+    trained = [{s.index for part in grpo(sampler=drawn).collect(policy, "student", i, Share()).parts for s in part.steps} for i in range(20)]
+    assert {tuple(sorted(t)) for t in trained} == {(1, 2), (2, 3), (3, 4)}
+
+
+def test_a_window_of_all_steps_without_branch_is_the_plain_rollout_to_the_bit():
+    policy = SmallPolicy(3, student=torch.ones(2, 3))
+    plain, window = (list(trajectory(policy, TASKS["ocr"] * 2, range(2 * len(TASKS["ocr"])), s, "student"))
+                     for s in (Sampler(6, "sde"), Sampler(6, "sde", noisy=5, first=0, last=0).at(3, 1)))
+    assert all(torch.equal(a.x, b.x) and torch.equal(a.x_next, b.x_next) and a.std == b.std for a, b in zip(plain, window, strict=True))
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_images_of_a_prompt_share_a_walk_to_the_window_and_part_there(first):
+    policy = SmallPolicy(2, student=torch.ones(2, 2, requires_grad=True))
+    sampler, prompts = Sampler(6, "sde", noisy=1, first=first, branch=True), [p for p in TASKS["ocr"][:2] for _ in range(3)]
+    steps = list(trajectory(policy, prompts, range(6), sampler, "student", 3))
+    assert [n for _, n, _ in policy.asked] == [2] * (first + 1) + [6] * (5 - first)         # walked once a prompt
+    ode = list(trajectory(policy, prompts[::3], [0, 3], Sampler(6), "student"))             # from the noise of a prompt's first image
+    for k in range(first + 1):
+        assert torch.equal(steps[k].x[::3], ode[k].x) and torch.equal(steps[k].x, ode[k].x.repeat_interleave(3, 0))
+    assert [s.std > 0 for s in steps] == [k == first for k in range(6)]
+    assert len({tuple(x.flatten().tolist()) for x in steps[-1].x_next}) == 6
+    with pytest.raises(ValueError, match="several images of a prompt"):
+        next(trajectory(policy, prompts, range(6), sampler, "student"))
+
+
+def test_the_loss_of_a_branch_is_that_of_its_images_one_by_one_at_a_forward_a_prompt():
+    policy = SmallPolicy(2, student=torch.full((2, 2), .3, requires_grad=True))
+    objective = grpo(sampler=Sampler(6, "sde", noisy=2, first=1, branch=True), images=4, beta=.1, micro=6)
+    data = objective.collect(policy, "student", 0, Share())
+    assert all(len(part.prompts) == 4 for part in data.parts)           # a prompt's images stay together
+    found = []
+    for parts in (data.parts, [replace(p, steps=[replace(s, shared=1) for s in p.steps]) for p in data.parts]):
+        policy.asked.clear()
+        for loss in objective.losses(policy, "student", replace(data, parts=parts), 0):
+            loss.backward()
+        found.append((policy.weights["student"].grad.clone(), {n for name, n, _ in policy.asked}))
+        policy.weights["student"].grad = None
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][0].abs().max() > 0 and found[0][1] == {1, 4} and found[1][1] == {4}
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(noisy=2, first=4), "begins at a step from 0 to 3, not 4"), (dict(noisy=2, first=2, last=1), "begins at a step from 0 to 3, not 2 to 1"),
+    (dict(noisy=2, slide=3), "needs last"), (dict(kind="ode", branch=True), "part by noise"), (dict(first=1), "begins at a step from 0 to 0, not 1")])
+def test_windows_that_cannot_be_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(**{"steps": 6, "kind": "sde", **options})
 
 
 def test_the_mix_takes_turns_and_weighs_as_the_paper_does():

@@ -7,7 +7,7 @@ from small_policy import SmallPolicy
 
 from flowopd_lib.objectives import OPD, Share
 from flowopd_lib.prompts import Prompt
-from flowopd_lib.rollout import Sampler, initial_noise
+from flowopd_lib.rollout import Sampler, initial_noise, trajectory
 from flowopd_lib.schedule import Schedule
 from flowopd_lib.sde import coefficients, velocity_weight
 
@@ -146,7 +146,7 @@ def test_the_anchor_pulls_on_every_prompt():
 def test_ode_rollouts_subsets_of_steps_and_weightings():
     policy = policy_of()
     schedule = Schedule({"ocr": [Prompt("x", "ocr")]}, 4)
-    for weighting in ("kl", "as_coded", "uniform_v", "x0"):
+    for weighting in ("kl", "as_coded", "uniform_v", "x0", "ode"):
         o = OPD(schedule, {"ocr": "teacher"}, Sampler(STEPS, "ode"), weighting=weighting, steps=(0, 2), mar=0.)
         policy.asked.clear()
         assert len(list(o.losses(policy, "student", o.collect(policy, "student", 0, Share()), 0))) == 2
@@ -155,8 +155,39 @@ def test_ode_rollouts_subsets_of_steps_and_weightings():
     assert drawn == {(0,), (1,), (2,), (3,)}
 
 
+@pytest.mark.parametrize("estimator, options", [
+    ("pathwise", dict(steps=1)), ("pathwise", dict(steps=3)), ("pathwise", dict(steps=2, draw="iteration")), ("pathwise+log_ratio", dict(steps=1)),
+    ("return_to_go", dict(steps=2)), ("pathwise+return_to_go", dict(steps=3))])
+def test_a_few_steps_drawn_at_random_estimate_the_gradient_of_all(estimator, options):
+    policy = policy_of()
+    (whole, e1), (drawn, e2) = (mean_and_error(gradients(policy, estimator, rounds=240, mar=.1, anchor=None, **o)) for o in ({}, options))
+    assert ((whole - drawn).abs() < 4 * (e1 ** 2 + e2 ** 2).sqrt()).all() and (whole.abs() > 8 * (e1 ** 2 + e2 ** 2).sqrt()).any()
+
+
+def test_drawn_steps_of_all_kinds_of_walks_are_those_of_whole_walks_and_a_walk_ends_at_its_last():
+    policy, schedule = policy_of(), Schedule({"ocr": [Prompt("x", "ocr")]}, 12)
+    for kind in ("ode", "sde", "cps"):
+        o = OPD(schedule, {"ocr": "teacher"}, Sampler(STEPS, kind), steps=2, mar=0., micro=5)
+        batch = o.schedule.draw(0)
+        walks = list(trajectory(policy, batch.prompts, batch.seeds, o.sampler, "student"))
+        policy.asked.clear()
+        data = o.collect(policy, "student", 0, Share())
+        steps, found = sum((v[3].steps for v in data.visits), []), torch.cat([v[3].x for v in data.visits])
+        assert len(steps) == 24 and set(steps) == set(range(STEPS - 1))
+        for k in range(STEPS - 1):
+            mine = found[[s == k for s in steps]]
+            assert all((walks[k].x - x).flatten(1).abs().sum(1).min() < 1e-5 for x in mine)
+        assert sum(n for _, n, _ in policy.asked) < 12 * (STEPS - 2)          # some ended before
+        policy.asked.clear()
+        assert list(o.losses(policy, "student", data, 0)) and max(n for _, n, grad in policy.asked if grad) == 5       # `micro` states at once
+    # The same images draw the same steps whoever walks them.
+    halves = [o.collect(policy, "student", 0, Share(rank, 2)).visits for rank in (0, 1)]
+    assert sorted(sum((v[3].steps for half in halves for v in half), [])) == sorted(steps)
+
+
 @pytest.mark.parametrize("options, message", [
-    (dict(estimator="gkd"), "unknown estimator gkd"), (dict(weighting="snr"), "unknown weighting"), (dict(steps=(4,)), "later steps are deterministic"),
+    (dict(steps=1, estimator="return_to_go"), "one drawn step says nothing"), (dict(draw="prompt"), "unknown draw"),
+    (dict(estimator="gkd"), "unknown estimator gkd"), (dict(weighting="snr"), "unknown weighting"), (dict(steps=(4,)), "the others are deterministic"),
     (dict(steps=9), "between 1 and 4"), (dict(sampler=Sampler(5, "ode"), estimator="paper"), "probabilities of actions")])
 def test_bad_settings_are_named_before_anything_is_walked(options, message):
     with pytest.raises(ValueError, match=message):

@@ -147,3 +147,9 @@ def test_other_libraries_logs_are_left_as_they_were():
     alone = "import diffusers, transformers; a = [m.utils.logging.get_verbosity() for m in (diffusers, transformers)]; import flowopd_lib; " \
             "assert a == [m.utils.logging.get_verbosity() for m in (diffusers, transformers)]"
     assert subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True).stderr == ""
+
+
+def test_importing_the_library_loads_nothing_that_only_models_or_runs_need():
+    heavy = "diffusers transformers peft accelerate rapidocr onnxruntime papermill jsonschema scipy.stats seaborn torch._dynamo huggingface_hub".split()
+    told = subprocess.run([sys.executable, "-c", "import sys, flowopd_lib; print(*sys.modules)"], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in told and [name for name in heavy if name in told] == []

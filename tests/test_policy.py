@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from flowopd_lib import FlowPolicy, Prompt, Sampler, sample, tinyworld, trajectory
+from flowopd_lib import FlowPolicy, Prompt, Sampler, load_prompts, sample, tinyworld, trajectory
 from flowopd_lib.merge import METHODS, merge
 
 PROMPTS = [Prompt('a sign that says "CAT"', "ocr"), Prompt("a photo of a red circle left of a blue star", "geneval")]
@@ -146,3 +146,12 @@ def test_before_an_update_every_action_has_the_probability_it_was_taken_with(cro
         mean, std = transition(step.x, v, step.sigma, step.sigma_next)
         ratio = (log_prob(step.x_next, mean, std) - step.log_prob()).exp()
         assert v.requires_grad and (ratio - 1).abs().max() < 1e-5
+
+
+def test_a_texts_embedding_does_not_depend_on_the_texts_beside_it():
+    texts = [p.text for task in ("geneval", "ocr", "pickscore") for p in load_prompts(tinyworld.PROMPTS, task, "val")[:7]]
+    together, alone = FlowPolicy(tinyworld.BASE), FlowPolicy(tinyworld.BASE)
+    every = together.encode(texts)
+    for text in reversed(texts):
+        row = alone.encode([text])
+        assert torch.equal(row.tokens[0], every.tokens[texts.index(text)]) and torch.equal(row.pooled[0], every.pooled[texts.index(text)])

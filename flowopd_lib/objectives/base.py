@@ -72,12 +72,12 @@ class Objective(Protocol):
 
 
 def trained_steps(sampler: Sampler, which: int | tuple[int, ...] | None, iteration: int, seed: int) -> list[int]:
-    """The steps of a trajectory that are trained: None all that have noise, a number that many of them drawn anew for every
+    """The steps of a trajectory, whose window stands still, that are trained: None all that have noise, a number that many of them drawn anew for every
     iteration, a tuple exactly those.
 
     Raises ValueError for steps that do not exist or have no noise.
     """
-    noisy = range(sampler.trainable)
+    noisy = sampler.window
     if not noisy:
         raise ValueError(f"a walk of {sampler.steps} step has none to train, for the last is deterministic; take at least 2 steps")
     if which is None:
@@ -87,7 +87,7 @@ def trained_steps(sampler: Sampler, which: int | tuple[int, ...] | None, iterati
             raise ValueError(f"of {sampler.steps} steps, between 1 and {len(noisy)} can be trained, not {which}")
         return sorted(random.Random(f"steps/{seed}/{iteration}").sample(noisy, which))
     if not which or not set(which) <= set(noisy):
-        raise ValueError(f"trained steps are numbers from 0 to {noisy[-1]} (the later steps are deterministic), not {tuple(which)}")
+        raise ValueError(f"trained steps are numbers from {noisy[0]} to {noisy[-1]} (the others are deterministic), not {tuple(which)}")
     return sorted(which)
 
 

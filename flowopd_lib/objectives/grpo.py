@@ -97,7 +97,9 @@ class GRPO:
             raise ValueError("GRPO explores by noise: sample with sde or cps at a positive noise level")
         if self.schedule.repeats < 2:
             raise ValueError("GRPO compares the images of a prompt: images_per_prompt must be at least 2")
-        trained_steps(self.sampler, self.steps, 0, 0)
+        trained_steps(self.sampler.at(0, 0), self.steps, 0, 0)
+        if self.sampler.last is not None and isinstance(self.steps, tuple):
+            raise ValueError("the window moves, so its steps cannot be trained by their numbers; leave steps out, or last")
         check_settings(self.updates, self.micro, self.clip, self.reduction, self.schedule)
         advantages(torch.zeros(2, 1), torch.ones(2, 1), 2, self.normalise)
         if self.beta < 0:
@@ -125,11 +127,14 @@ class GRPO:
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Collected:
         batch = share.of(self.schedule.draw(iteration), self.schedule.repeats)
-        keep = trained_steps(self.sampler, self.steps, iteration, self.schedule.seed)
+        sampler = self.sampler.at(iteration, self.schedule.seed)
+        keep = trained_steps(sampler, self.steps, iteration, self.schedule.seed)
         walks, images = [], []
-        pieces = share.updates_of(self.schedule.size, self.schedule.repeats, self.updates, self.micro)
+        # Images that share a walk stay together.
+        micro = max(self.micro // self.schedule.repeats, 1) * self.schedule.repeats if sampler.branch else self.micro
+        pieces = share.updates_of(self.schedule.size, self.schedule.repeats, self.updates, micro)
         for _, rows, _ in pieces:
-            steps = list(trajectory(policy, batch.prompts[rows], batch.seeds[rows], self.sampler, adapter))
+            steps = list(trajectory(policy, batch.prompts[rows], batch.seeds[rows], sampler, adapter, self.schedule.repeats))
             images.append(policy.decode(steps[-1].x_next).cpu())
             walks.append([steps[k] for k in keep])
         rewards, weights, seen = self.score(torch.cat(images), batch)
@@ -159,7 +164,8 @@ class GRPO:
     def _loss(self, policy, adapter, text, step: Step, advantage, records) -> torch.Tensor:
         """(B,): the clipped surrogate and the penalty of one step."""
         s, size = self.sampler, step.x[0].numel()
-        v = policy.velocity(step.x, step.sigma, text, s.guidance, adapter)
+        one = slice(None, None, step.shared)        # where images part they have one state
+        v = policy.velocity(step.x[one], step.sigma, text[one], s.guidance, adapter).repeat_interleave(step.shared, 0)
         mean, std = transition(step.x, v, step.sigma, step.sigma_next, s.kind, s.noise_level)
         ratio = (log_prob(step.x_next, mean, std, self.reduction) - step.log_prob(self.reduction)).exp()
         loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
@@ -167,7 +173,7 @@ class GRPO:
             records.append({"ratio_error": (ratio - 1).abs().mean(), "clipped": ((ratio - 1).abs() > self.clip).float().mean()})
         if self.beta:
             with torch.no_grad():
-                reference = policy.velocity(step.x, step.sigma, text, s.guidance, self.reference)
+                reference = policy.velocity(step.x[one], step.sigma, text[one], s.guidance, self.reference).repeat_interleave(step.shared, 0)
             kl = velocity_weight(step.sigma, step.sigma_next, "kl", s.kind, s.noise_level) * (v - reference).square().flatten(1).sum(1)
             records[-1]["kl"] = kl.detach().mean()
             loss = loss + self.beta * (kl / size if self.reduction == "mean" else kl)

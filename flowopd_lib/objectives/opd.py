@@ -13,6 +13,7 @@ probabilities of the action x_{k+1} now and when it was taken, the readings of "
 """
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,11 +21,12 @@ import torch
 
 from ..policy import FlowPolicy, TextEmbedding
 from ..prompts import Prompt
-from ..rollout import NoiseStreams, Sampler, Step, trajectory, walk
+from ..rollout import NoiseStreams, Sampler, Step, states, trajectory, walk
 from ..schedule import Batch, Schedule
 from ..sde import log_prob, transition, velocity_weight
 from .base import Share, check_settings, chunks, mean_of, trained_steps
 
+DRAWS = ("walk", "iteration")
 ESTIMATORS = ("pathwise", "paper", "as_coded", "log_ratio", "return_to_go")
 
 
@@ -37,12 +39,20 @@ class Visit:
     later: torch.Tensor
 
 
+@dataclass(frozen=True)
+class States:
+    """States of several walks and steps, learned from together: of each its prompt, its step and `x` (M, C, H, W)."""
+    prompts: list[Prompt]
+    steps: list[int]
+    x: torch.Tensor
+
+
 @dataclass
 class Walks:
     batch: Batch
     trained: list[int]
     images: int                             # of the iteration, over all processes
-    visits: list[tuple[int, slice, int, list[Visit]]] | None    # update, rows, images of that update; None: not walked yet, rollout and training are one
+    visits: list[tuple[int, slice, int, list[Visit] | States]] | None   # update, rows, images of that update; None: rollout and training are one
     records: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
@@ -53,17 +63,23 @@ class OPD:
     `estimator`: one of ESTIMATORS, or several joined by `+`. `weighting`: of the steps, see `velocity_weight`; its noise is the sampler's,
     or for ODE rollouts that of the SDE with the same noise level. `mar` weighs Manifold Anchor Regularization towards `anchor` (an adapter; None
     is the base) on all prompts. `guidance`: a teacher's own guidance scale, by adapter.
-    Pathwise with one update an iteration needs no second forward: the one that takes the step is differentiated.
+
+    `steps`: of a walk, those that are learned from: None all with noise, a tuple exactly those, a number that many of the N, drawn at random and weighed N/k,
+    so that the loss stays an unbiased estimate of that of all: for every walk anew where the reading is pathwise (`draw="walk"`), else for every iteration. A
+    walk ends at the last of them.
+    Pathwise on the same steps of every walk with one update an iteration needs no second forward: the one that takes the step is differentiated.
     """
     schedule: Schedule
     teachers: Mapping[str, str | None]
     sampler: Sampler = Sampler(10, "sde")
     estimator: str = "pathwise"
     weighting: str = "kl"
+    max_weight: float | None = None
     mar: float = .04
     anchor: str | None = None
     guidance: Mapping[str | None, float] = field(default_factory=dict)
     steps: int | tuple[int, ...] | None = None
+    draw: str = "walk"
     updates: int = 1
     reduction: str = "sum"
     clip: float = 1e-4
@@ -79,7 +95,17 @@ class OPD:
         missing = set(self.schedule.prompts) - set(self.teachers)
         if missing:
             raise ValueError(f"no teacher for the task {', '.join(sorted(missing))}; there are teachers for {', '.join(self.teachers)}")
+        if self.sampler.branch or self.sampler.last is not None:
+            raise ValueError("branch and a window that moves are for GRPO; OPD learns from the steps that `steps` says")
+        noisy = len(trained_steps(self.sampler, None, 0, 0))
         trained_steps(self.sampler, self.steps, 0, 0)
+        if "return_to_go" in self.readings and self.steps == 1 < noisy:
+            raise ValueError("return_to_go weighs a step by the KL at later ones, so one drawn step says nothing of it; draw at least 2, or name the steps")
+        if self.draw not in DRAWS:
+            raise ValueError(f"unknown draw {self.draw!r}: steps are drawn for every {' or every '.join(DRAWS)}")
+        # Of N steps k are drawn: one is seen in k/N of the draws, two together in k (k - 1) / (N (N - 1)).
+        drawn = self.steps if isinstance(self.steps, int) else noisy
+        self._seen, self._seen_later = (drawn / noisy, (drawn - 1) / max(noisy - 1, 1)) if isinstance(self.steps, int) else (1., 1.)
         velocity_weight(.5, .4, self.weighting)
         check_settings(self.updates, self.micro, self.clip, self.reduction, self.schedule)
         if self.mar < 0:
@@ -114,11 +140,20 @@ class OPD:
         batch = share.of(self.schedule.draw(iteration))
         trained = trained_steps(self.sampler, self.steps, iteration, self.schedule.seed)
         data = Walks(batch, trained, len(batch) * share.world, None)
-        if self.readings == ["pathwise"] and self.updates == 1:
+        apart = self.readings == ["pathwise"] and isinstance(self.steps, int)
+        if self.readings == ["pathwise"] and self.updates == 1 and not apart:
             return data
-        data.visits = [(update, rows, images, self._visit(policy, adapter, batch.prompts[rows], batch.seeds[rows], trained))
+        visit = self._states if apart else self._visit
+        data.visits = [(update, rows, images, visit(policy, adapter, batch.prompts[rows], batch.seeds[rows], trained))
                        for update, rows, images in share.updates_of(len(batch) * share.world, 1, self.updates, self.micro)]
         return data
+
+    def _states(self, policy, adapter, prompts, seeds, trained) -> States:
+        noisy, drawn = self.sampler.window, [trained] * len(prompts)
+        if self.draw == "walk":         # by the sample's own seed, so that it does not depend on the processes
+            drawn = [random.Random(f"steps/{seed}").sample(noisy, self.steps) for seed in seeds]
+        found = list(states(policy, prompts, seeds, self.sampler, adapter, drawn))
+        return States([prompts[i] for _, rows, _ in found for i in rows], [k for k, rows, _ in found for _ in rows], torch.cat([x for _, _, x in found]))
 
     def _visit(self, policy, adapter, prompts, seeds, trained) -> list[Visit]:
         text, found = policy.encode([p.text for p in prompts]), []
@@ -130,40 +165,72 @@ class OPD:
         visits, later = [], torch.zeros(len(prompts), device=policy.device)
         for step, teacher, anchor in reversed(found):
             visits.append(Visit(step, teacher, anchor, later))
-            later = later + self._distance(step, step.v, teacher)
+            later = later + self._distance(step, step.v, teacher) / self._seen_later
         return visits[::-1]
 
     @torch.no_grad()
     def _targets(self, policy: FlowPolicy, x, sigma, text: TextEmbedding, prompts: Sequence[Prompt]
                  ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The velocities of each row's own teacher and of the anchor. One forward per adapter, never with a graph."""
+        """The velocities of each row's own teacher and of the anchor; `sigma` is a number or (B,). One forward per adapter, never with a graph."""
         wanted: dict[str | None, list[int]] = {}
         for row, prompt in enumerate(prompts):
             wanted.setdefault(self.teachers[prompt.task], []).append(row)
+        anchor = policy.velocity(x, sigma, text, adapter=self.anchor) if self.mar else None
         teacher = torch.empty_like(x)
         for name, rows in wanted.items():
-            teacher[rows] = policy.velocity(x[rows], sigma, text[rows], self.guidance.get(name, 1.), name)
-        if not self.mar:
-            return teacher, None
-        if set(wanted) == {self.anchor} and self.guidance.get(self.anchor, 1.) == 1.:
-            return teacher, teacher
-        return teacher, policy.velocity(x, sigma, text, adapter=self.anchor)
+            scale = self.guidance.get(name, 1.)
+            if anchor is not None and name == self.anchor and scale == 1.:
+                teacher[rows] = anchor[rows]
+            else:
+                teacher[rows] = policy.velocity(x[rows], sigma[rows] if torch.is_tensor(sigma) else sigma, text[rows], scale, name)
+        return teacher, anchor
+
+    def _weight(self, sigma: float, sigma_next: float, size: int) -> float:
+        kind = "sde" if self.sampler.kind == "ode" else self.sampler.kind
+        weight = velocity_weight(sigma, sigma_next, self.weighting, kind, self.sampler.noise_level, size)
+        return weight if self.max_weight is None else min(weight, self.max_weight)
 
     def _distance(self, step: Step, v: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """(B,): `w ||v - other||^2` at one step."""
-        kind = "sde" if self.sampler.kind == "ode" else self.sampler.kind
-        weight = velocity_weight(step.sigma, step.sigma_next, self.weighting, kind, self.sampler.noise_level, v[0].numel())
-        return weight * (v - other).square().flatten(1).sum(1)
+        return self._weight(step.sigma, step.sigma_next, v[0].numel()) * (v - other).square().flatten(1).sum(1)
 
     def losses(self, policy: FlowPolicy, adapter: str, data: Walks, update: int) -> Iterator[torch.Tensor]:
         if data.visits is None:
             yield from self._walk_and_learn(policy, adapter, data)
             return
         for _, rows, images, visits in (v for v in data.visits if v[0] == update):
+            if isinstance(visits, States):
+                yield from self._learn(policy, adapter, visits, images, data.records)
+                continue
             text = policy.encode([p.text for p in data.batch.prompts[rows]])
             for visit in visits:
                 v = policy.velocity(visit.step.x, visit.step.sigma, text, self.sampler.guidance, adapter)
-                yield self._loss(visit, v, data.records, data.batch.prompts[rows]).sum() / images
+                yield self._loss(visit, v, data.records, data.batch.prompts[rows]).sum() / (images * self._seen)
+
+    def _learn(self, policy: FlowPolicy, adapter: str, found: States, images: int, records: list) -> Iterator[torch.Tensor]:
+        """Pathwise at states of any walks and steps, in one forward: as many as `micro` together."""
+        grid, size = policy.sigmas(self.sampler.steps), found.x[0].numel()
+        for rows in chunks(len(found.steps), self.micro):
+            prompts, steps, x = found.prompts[rows], found.steps[rows], found.x[rows]
+            sigma, weight = (torch.tensor(values, device=x.device, dtype=torch.float32) for values in
+                             ([grid[k] for k in steps], [self._weight(grid[k], grid[k + 1], size) for k in steps]))
+            text = policy.encode([p.text for p in prompts])
+            teacher, anchor = self._targets(policy, x, sigma, text, prompts)
+            v = policy.velocity(x, sigma, text, self.sampler.guidance, adapter)
+            kl = weight * (v - teacher).square().flatten(1).sum(1)
+            loss, seen = kl, kl.detach()
+            by_step = {k: seen[[s == k for s in steps]].mean() for k in sorted(set(steps))}
+            records.append({"kl": torch.stack(list(by_step.values())).mean(), **{f"kl_step_{k}": value for k, value in by_step.items()},
+                            **self._by_task(seen, prompts)})
+            if self.mar:
+                distance = weight * (v - anchor).square().flatten(1).sum(1)
+                records[-1]["mar"] = distance.detach().mean()
+                loss = loss + self.mar * distance
+            yield loss.sum() / (images * self._seen)
+
+    def _by_task(self, kl: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """NaN: not there."""
+        return {f"kl_{task}": kl[[p.task == task for p in prompts]].mean() for task in self.schedule.prompts}
 
     def _walk_and_learn(self, policy: FlowPolicy, adapter: str, data: Walks) -> Iterator[torch.Tensor]:
         for rows in chunks(len(data.batch), self.micro):
@@ -201,8 +268,7 @@ class OPD:
                     target, _ = transition(step.x, visit.teacher, step.sigma, step.sigma_next, s.kind, s.noise_level)
                     loss = loss + self._surrogate(log_prob(step.x_next, target, std, self.reduction) - step.log_prob(self.reduction), ratio)
         seen = kl.detach()
-        of_task = {f"kl_{task}": seen[[p.task == task for p in prompts]].mean() for task in self.schedule.prompts}     # NaN: not there
-        records.append({"kl": seen.mean(), f"kl_step_{step.index}": seen.mean(), **of_task})
+        records.append({"kl": seen.mean(), f"kl_step_{step.index}": seen.mean(), **self._by_task(seen, prompts)})
         if self.mar:
             anchor = self._distance(step, v, visit.anchor)
             records[-1]["mar"] = anchor.detach().mean()

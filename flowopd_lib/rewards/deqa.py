@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
 
 from ..prompts import Prompt
 from ..quiet import quiet
@@ -25,6 +24,7 @@ class DeQA:
     name, range = "DeQA", (1., 5.)
 
     def __init__(self, model_id: str | Path, device: str = "cpu", batch: int = 256, trust_remote_code: bool = False):
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
         self.device, self.batch = device, batch
         try:
             config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)

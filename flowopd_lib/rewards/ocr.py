@@ -7,8 +7,6 @@ import cv2
 import numpy as np
 import torch
 from rapidfuzz.distance import Levenshtein
-from rapidocr import RapidOCR
-from rapidocr.ch_ppocr_rec import TextRecInput
 
 from ..prompts import Prompt, target_text
 from .base import as_uint8
@@ -28,6 +26,7 @@ class OCR:
     name, range = "OCR", (0., 1.)
 
     def __init__(self, region: tuple[int, int, int, int] | None = None, size: tuple[int, int] | None = None, upscale: int = 3, batch: int = 64):
+        from rapidocr import RapidOCR
         if region and not size:
             raise ValueError("a region in pixels means nothing without the size (height, width) of the images it is a part of; give size too")
         if region and not (0 <= region[0] < region[2] <= size[1] and 0 <= region[1] < region[3] <= size[0]):
@@ -44,6 +43,7 @@ class OCR:
         pixels = as_uint8(images, prompts, self.name, self.size)[..., ::-1]    # the engine reads BGR
         if not self.region:
             return ["".join(self.engine(np.ascontiguousarray(p)).txts or ()) for p in pixels]
+        from rapidocr.ch_ppocr_rec import TextRecInput
         left, top, right, bottom = self.region
         crops = [cv2.resize(p[top:bottom, left:right], None, fx=self.upscale, fy=self.upscale,
                             interpolation=cv2.INTER_CUBIC) for p in pixels]

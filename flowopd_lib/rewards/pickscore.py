@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, CLIPModel
 
 from ..prompts import Prompt
 from ..quiet import quiet
@@ -22,6 +21,7 @@ class PickScore:
     name = "PickScore"
 
     def __init__(self, model_id: str | Path, processor_id: str | Path | None = None, device: str = "cpu", batch: int = 256):
+        from transformers import AutoProcessor, CLIPModel
         self.device, self.batch = device, batch
         try:
             with quiet():

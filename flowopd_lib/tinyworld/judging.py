@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from ..evaluate import kernel_distance
 from ..prompts import Prompt
@@ -27,6 +26,7 @@ def _pixels(images) -> torch.Tensor:
 
 def _share(judge: str, test: str, right, ms: float, aim: float) -> dict:
     """A row for a share of right answers, with Wilson's 95 % interval."""
+    from scipy import stats
     right = np.asarray(right, bool)
     interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
     return dict(judge=judge, test=test, value=right.mean(), low=interval.low, high=interval.high, n=len(right), aim=aim, ms=ms)
@@ -64,6 +64,7 @@ def judge_judges(judges: Mapping, n: int = 300, seed: int = 0) -> tuple[pd.DataF
     rows.append(_share("PickScore", f"orders preference pairs (knowing the hidden judge: {np.mean(likely):.0%})",
                        good > judges["PickScore"](_pixels(worse), prompts), ms, .85))
 
+    from scipy import stats
     graded = [(kind, level, s) for i, s in enumerate(_any_task(n, seed)) for kind, level in
               [(DEGRADATIONS[i % len(DEGRADATIONS)], LEVELS[i // len(DEGRADATIONS) % len(LEVELS)])]]
     images = _pixels(degrade(render(s, seed), kind, level, i) for i, (kind, level, s) in enumerate(graded))
