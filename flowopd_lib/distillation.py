@@ -117,7 +117,7 @@ def student(arm: str, seed: int, iterations: int, folder: Path, split: str, n: i
     """Train and judge one student into a folder, or go on there."""
     torch.set_num_threads(threads)
     policy, objective, config = build(recipe_of(arm, seed, iterations))
-    fit(policy, objective, folder, config)
+    fit(policy, objective, folder, config, shown=False)
     judged(policy, {arm: "student"}, TASKS, split, n, folder / f"{split}.parquet")
 
 

@@ -25,6 +25,7 @@ from .files import write_json
 from .merge import merge
 from .objectives import ESTIMATORS, OPD, Share
 from .policy import FlowPolicy
+from .progress import progress
 from .prompts import TASKS, load_prompts
 from .rollout import Sampler
 from .schedule import Schedule
@@ -33,13 +34,15 @@ from .schedule import Schedule
 def gradients(policy: FlowPolicy, adapter: str, objective: OPD, batches: int) -> torch.Tensor:
     """(batches, P) float32: the loss's gradient by the adapter's weights, on one iteration's rollouts each."""
     parameters, found = policy.train_adapter(adapter), []
-    for iteration in range(batches):
-        data = objective.collect(policy, adapter, iteration, Share())
-        for loss in objective.losses(policy, adapter, data, 0):
-            loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in parameters]).cpu())
-        for p in parameters:
-            p.grad = None
+    with progress(batches, f"gradients of {objective.estimator}") as advance:
+        for iteration in range(batches):
+            data = objective.collect(policy, adapter, iteration, Share())
+            for loss in objective.losses(policy, adapter, data, 0):
+                loss.backward()
+            found.append(torch.cat([p.grad.flatten() for p in parameters]).cpu())
+            for p in parameters:
+                p.grad = None
+            advance(1)
     return torch.stack(found)
 
 

@@ -1,7 +1,6 @@
 """From models and prompts to one tidy table of scores, and from that to means and differences with their uncertainty."""
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +9,12 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from .files import write_json
 from .identity import describe, sha256_of
 from .parts import Parts
 from .policy import FlowPolicy
+from .progress import progress as told
 from .prompts import Prompt
 from .rewards import Reward
 from .rollout import Sampler, sample
@@ -79,7 +78,7 @@ def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str,
     every, tables = list(prompts) * repeats, []
     if pictures is not None:
         write_json(Path(pictures) / "about.json", {"sampler": asdict(sampler), "batch": batch, "dtype": str(policy.dtype), "adapters": dict(models)})
-    with tqdm(total=len(models) * len(every), desc="evaluate", disable=not progress or bool(os.environ.get("FLOWOPD_HEADLESS"))) as bar:
+    with told(len(models) * len(every), f"evaluate {len(models)} models on {len(every)} prompts", progress) as advance:
         for number, (model, adapter) in enumerate(models.items()):
             done = []
             for i in range(0, len(every), batch):
@@ -97,7 +96,7 @@ def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str,
                     if parts:
                         rows = parts.put(number, i, rows)
                 done.append(rows)
-                bar.update(len(part))
+                advance(len(part))
             rows = pd.concat(done, ignore_index=True)
             if pictures is not None:
                 places = write_thumbnails(pictures, number, model, rows.pop("thumbnail"))

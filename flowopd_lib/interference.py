@@ -21,6 +21,7 @@ from scipy import stats
 
 from .objectives import GRPO, OPD, Share
 from .policy import FlowPolicy
+from .progress import progress
 from .rollout import sample
 
 ALL = "all"
@@ -131,12 +132,14 @@ def interference(policy: FlowPolicy, objectives: Mapping[str, GRPO | OPD], adapt
     if batches < 3:
         raise ValueError(f"pairs of batches and a jackknife need at least three batches, not {batches}")
     levels: dict[float | str, list[torch.Tensor]] = {}
-    for objective in objectives.values():
-        for b in range(batches):
-            found = gradients_of(policy, objective, adapter, b)
-            levels.setdefault(ALL, []).append(sum(found.values()))
-            for sigma, gradient in found.items():
-                levels.setdefault(sigma, []).append(gradient.bfloat16())        # half the memory; a batch's noise drowns the rounding
+    with progress(len(objectives) * batches, f"gradients of {len(objectives)} tasks") as advance:
+        for objective in objectives.values():
+            for b in range(batches):
+                found = gradients_of(policy, objective, adapter, b)
+                levels.setdefault(ALL, []).append(sum(found.values()))
+                for sigma, gradient in found.items():
+                    levels.setdefault(sigma, []).append(gradient.bfloat16())        # half the memory; a batch's noise drowns the rounding
+                advance(1)
     grams = {}
     for sigma, vectors in levels.items():
         for block, columns in block_slices(policy, adapter).items():

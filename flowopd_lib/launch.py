@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from .evaluate import evaluate
-from .files import append_lines, locked, read_lines, write_whole
+from .files import locked, read_lines, write_whole
 from .gallery import JUDGES, Samples
 from .objectives import Objective
 from .policy import FlowPolicy
@@ -37,8 +38,6 @@ def looks_of(folder: str | Path) -> Samples | None:
     rows = read_lines(Path(folder) / "looks.jsonl")
     if not len(rows):
         return None
-    # A resumed training may look again at an iteration: its last word counts.
-    rows = rows.drop_duplicates(["model", "prompt", "seed"], keep="last")
     rows["number"] = rows["model"].str.removeprefix("iteration ").astype(int)
     return Samples(rows.sort_values("number", kind="stable").drop(columns="number"), folder)
 
@@ -60,7 +59,10 @@ class Look:
         judges = {name: judge for name, judge in self.judges.items() if name in JUDGES}     # some are for training only
         rows = evaluate(policy, self.prompts, judges, self.seed, self.sampler, {f"iteration {iteration}": adapter}, progress=False,
                         pictures=folder / "looks")
-        append_lines(folder / "looks.jsonl", rows.to_json(orient="records", lines=True))       # one write: a reader sees all of a look's rows or none
+        # A resumed training looks again at iterations since its checkpoint, and one that ends replaces its last look: the last word counts.
+        before = read_lines(folder / "looks.jsonl")
+        kept = pd.concat([before[before["model"] != f"iteration {iteration}"], rows], ignore_index=True) if len(before) else rows
+        write_whole(folder / "looks.jsonl", kept.to_json(orient="records", lines=True))       # a reader sees all of a look's rows or none
 
     def during(self, updates: Iterator[StepInfo], policy: FlowPolicy, adapter: str, folder: str | Path) -> Iterator[StepInfo]:
         """The same updates, with looks between them; closing this closes `updates`."""

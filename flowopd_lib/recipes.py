@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from . import tinyworld
 from .files import write_whole
@@ -162,12 +163,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)
     try:
-        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        recipe = read_yaml(args.recipe)
+        train_section = recipe.get("train") if isinstance(recipe, dict) else None
+        tracker = train_section.get("log_with") if isinstance(train_section, dict) else None
+        tracker = tracker if tracker in list(get_available_trackers()) else None        # `build` tells of one that is not there
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=args.folder)
         if accelerator.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed precision {accelerator.mixed_precision} is not supported; use no or bf16")
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
             torch.set_num_threads(os.cpu_count())
-        recipe = read_yaml(args.recipe)
         # accelerate's "no" is also what it says where nobody said anything.
         asked_for = "bfloat16" if args.precision == "auto" and accelerator.mixed_precision == "bf16" else args.precision
         dtype = decide(args.folder, asked_for, accelerator.device, write=False)

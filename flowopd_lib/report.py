@@ -7,6 +7,7 @@ import html
 import io
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from PIL import Image
 from .precision import decide
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "rapidocr", "onnxruntime", "numpy", "scipy", "pandas", "papermill")
+FORMULA = re.compile(r"(?P<code>(`+)[^`]*\2)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\s](?:[^$]*[^$\s])?)\$(?!\d)", re.S)
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
 img { max-width: 100%; height: auto; }
@@ -73,7 +75,7 @@ def manifest(profile: str, folder: Path, status: Mapping[str, dict], inputs: Map
 
 
 def page(manifest: Mapping, folder: Path) -> str:
-    """One HTML file: a table of the notebooks, then each one's text and outputs, figures inside, without code. Formulas stay LaTeX."""
+    """One HTML file: a table of the notebooks, then each one's text and outputs, figures inside, without code."""
     rows, sections = [], []
     for name, entry in manifest["notebooks"].items():
         executed, label = folder / f"{name}.ipynb", html.escape(name)
@@ -98,14 +100,34 @@ def _body(path: Path) -> str:
     from nbconvert import HTMLExporter      # here, because every notebook imports this package and none needs it
     notebook = nbformat.read(path, 4)
     for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_formulas(cell.source)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
+            if "text/markdown" in data:
+                data["text/markdown"] = with_formulas(data["text/markdown"])
             data.pop("application/vnd.jupyter.widget-view+json", None)
             if "image/png" in data:
                 width = output.metadata.get("image/png", {}).get("width")
                 output.data = nbformat.from_dict({"text/html": _figure(base64.b64decode(data["image/png"]), width)})
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
     return exporter.from_notebook_node(notebook)[0]
+
+
+def with_formulas(markdown: str) -> str:
+    """The same text, its LaTeX formulas as MathML, which browsers show without a script or a network. One that cannot be read stays as it is."""
+    from latex2mathml.converter import convert
+    from latex2mathml.exceptions import NoAvailableTokensError
+
+    def shown(found: re.Match) -> str:
+        if found["code"]:
+            return found["code"]
+        try:
+            told = convert(found["block"] or found["inline"], display="block" if found["block"] else "inline")
+            return told.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")       # HTML knows
+        except (NoAvailableTokensError, IndexError, ValueError):
+            return found[0]
+    return FORMULA.sub(shown, markdown)
 
 
 def _figure(png: bytes, width: int | None) -> str:

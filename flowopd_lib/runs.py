@@ -21,6 +21,7 @@ from . import report
 from .files import locked, set_aside, write_json, write_whole
 from .inputs import check_kinds, kinds_of, nearest, read_yaml
 from .precision import VARIABLE, decide
+from .progress import MARK
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS, RUNS = ROOT / "notebooks", ROOT / "papermill_runs"
@@ -154,11 +155,35 @@ def scrub(node, folder: Path):
     return node
 
 
-def execute(name: str, parameters: dict, folder: Path) -> float:
+class _Progress:
+    """In the place of a file that a notebook's stderr goes to: tells `log` the lines that say how far it is."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            if line.startswith(MARK):
+                self.log(f"    {line.removeprefix(MARK)}")
+
+    def flush(self) -> None:
+        """papermill calls it."""
+
+
+def _forget_progress(outputs: list) -> None:
+    for output in list(outputs):
+        if output.get("name") == "stderr":
+            output.text = "".join(line for line in output.text.splitlines(keepends=True) if not line.startswith(MARK))
+            if not output.text:
+                outputs.remove(output)
+
+
+def execute(name: str, parameters: dict, folder: Path, log=print) -> float:
     """Run one notebook into `folder`, in the precision decided for that, and return its seconds. Raises RuntimeError that shows the failing cell.
 
     The notebook must take `out_dir`, `folder/name` here, and writes its results there. Where it takes `run_dir` and is given none, that is
-    `folder`, with the results of others. Widget state and paths are dropped from the executed copy.
+    `folder`, with the results of others. While it runs, its executed copy is saved every few seconds and `log` is told how far it is; widget state, paths and
+    those lines are then dropped from the copy.
     """
     source, target, out = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", folder / name
     # For the kernel: no bars in the executed copy, sheets instead of widgets.
@@ -172,6 +197,7 @@ def execute(name: str, parameters: dict, folder: Path) -> float:
     began = time.time()
     try:
         papermill.execute_notebook(str(source), str(target), {**parameters, **places}, cwd=str(NOTEBOOKS), progress_bar=False, log_output=False,
+                                   stderr_file=_Progress(log), autosave_cell_every=5,
                                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"])     # it warns of TCP each time, and of its own end
     except PapermillExecutionError as error:
         raise RuntimeError(f"{name} failed in cell {error.exec_count}:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n"
@@ -188,6 +214,8 @@ def execute(name: str, parameters: dict, folder: Path) -> float:
         if target.exists():
             executed = nbformat.read(target, 4)
             executed.metadata.pop("widgets", None)
+            for cell in executed.cells:
+                _forget_progress(cell.get("outputs", []))
             for key in ("input_path", "output_path"):
                 executed.metadata.get("papermill", {}).pop(key, None)
             write_whole(target, nbformat.writes(nbformat.from_dict(scrub(executed, folder))) + "\n")
@@ -239,7 +267,7 @@ def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resum
             moved = f"; what was there is now in {aside}" + ("" if resume else ", --resume goes on with what is unchanged") if aside else ""
             log(f"[{i + 1}/{len(chosen)}] {notebook} ...{rest}{moved}")
             try:
-                spent = execute(notebook, parameters, folder)
+                spent = execute(notebook, parameters, folder, log)
             except BaseException as error:
                 status[notebook].update(state="failed" if isinstance(error, Exception) else "interrupted",
                                         error=scrub(str(error), folder) or type(error).__name__)

@@ -23,6 +23,7 @@ from .files import append_lines, locked, read_lines, write_whole
 from .identity import describe, differences
 from .objectives import Objective, Share
 from .policy import FlowPolicy
+from .progress import progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # What a resumed training may have otherwise than the one that began it. All else must be the same: objective, prompts and their order, sampler, judges,
 # the weights of teachers, base and start, the adapter's shape and scale, precision, optimizer. (Beside these, objectives leave out `micro`, the images
 # in a forward, and judges the device and the images they look at together; the number of processes is no setting at all.)
-MAY_CHANGE = ("iterations", "save_every", "save_seconds", "max_seconds")
+MAY_CHANGE = ("iterations", "save_every", "save_seconds", "max_seconds", "log_with")
 
 
 class TrainingDiverged(RuntimeError):
@@ -40,7 +41,8 @@ class TrainingDiverged(RuntimeError):
 @dataclass(frozen=True)
 class TrainConfig:
     """`iterations` of the objective (each makes its own number of updates), fewer if `max_seconds` of training are over before. A checkpoint
-    is written every `save_every` iterations and after `save_seconds`, whichever comes first, and at the end."""
+    is written every `save_every` iterations and after `save_seconds`, whichever comes first, and at the end. `log_with`: one of accelerate's trackers, such as
+    tensorboard or wandb, that is told of every iteration too."""
     iterations: int
     lr: float = 3e-4
     warmup: int = 0                     # updates
@@ -51,6 +53,7 @@ class TrainConfig:
     save_every: int = 20
     save_seconds: float = 120.
     max_seconds: float = math.inf
+    log_with: str | None = None
 
     def __post_init__(self):
         if self.iterations < 1 or self.save_every < 1:
@@ -62,6 +65,12 @@ class TrainConfig:
         if self.warmup < 0 or self.weight_decay < 0 or not self.save_seconds > 0 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"warmup {self.warmup} and weight_decay {self.weight_decay} must be at least 0, save_seconds {self.save_seconds} positive "
                              f"and betas {self.betas} in [0, 1)")
+        if self.log_with is not None:       # accelerate leaves out a tracker it does not find, and says nothing
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+            if self.log_with not in list(LOGGER_TYPE_TO_CLASS):
+                raise ValueError(f"log_with names no tracker of accelerate's: {self.log_with!r}; there are {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
+            if self.log_with not in list(get_available_trackers()):
+                raise ValueError(f"the tracker {self.log_with} is not installed; pip install {self.log_with}, or leave log_with out")
 
 
 @dataclass(frozen=True)
@@ -141,13 +150,19 @@ def train(policy: FlowPolicy, objective: Objective, folder: str | Path, config: 
     """
     if accelerator is None:
         from accelerate import Accelerator
-        accelerator = Accelerator(cpu=policy.device.type == "cpu")
+        accelerator = Accelerator(cpu=policy.device.type == "cpu", log_with=config.log_with, project_dir=folder)
     if accelerator.num_processes > 1 and config.max_seconds < math.inf:
         raise ValueError("max_seconds is for one process: several would stop at different iterations, and wait for each other; give iterations")
     folder = Path(folder)
     objective.check(policy, adapter)
     with locked(folder, f"a training of {adapter}") if accelerator.is_main_process else contextlib.nullcontext():
-        yield from _updates(policy, objective, folder, config, adapter, accelerator)
+        if accelerator.log_with:
+            accelerator.init_trackers("flow-opd", init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}})
+        try:
+            yield from _updates(policy, objective, folder, config, adapter, accelerator)
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 def _updates(policy: FlowPolicy, objective: Objective, folder: Path, config: TrainConfig, adapter: str, accelerator: Accelerator) -> Iterator[StepInfo]:
@@ -185,6 +200,8 @@ def _updates(policy: FlowPolicy, objective: Objective, folder: Path, config: Tra
             info = StepInfo(run.iteration, update, loss, norm, run.seconds, metrics)
             if last:
                 run.iteration += 1
+                if accelerator.log_with:
+                    accelerator.log({"loss": loss, "grad_norm": norm, **metrics}, step=info.iteration)
                 if accelerator.is_main_process:
                     append_lines(log, json.dumps({"iteration": info.iteration, "loss": loss, "grad_norm": norm, "seconds": round(info.seconds, 2),
                                                   **metrics}) + "\n")
@@ -212,7 +229,7 @@ def _updates(policy: FlowPolicy, objective: Objective, folder: Path, config: Tra
 
 
 def fit(policy: FlowPolicy, objective: Objective, folder: str | Path, config: TrainConfig, adapter: str = "student",
-        probe: Callable[[str], pd.DataFrame] | None = None, every: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+        probe: Callable[[str], pd.DataFrame] | None = None, every: int = 0, shown: bool = True) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`train` to the end, in one process: its metrics, a row an iteration, and what `probe(adapter)` told on the way.
 
     The probe is asked before the first iteration, after every `every` and after the last (then about the averaged weights); its rows get
@@ -227,10 +244,17 @@ def fit(policy: FlowPolicy, objective: Objective, folder: str | Path, config: Tr
             rows = probe(adapter).assign(iteration=iteration, seconds=seconds)
             append_lines(log, rows.to_json(orient="records", lines=True))       # one write, so that a kill leaves all of a probe's rows or none
     ask(0, 0.)
-    for info in train(policy, objective, folder, config, adapter):
-        done = info.iteration + 1
-        if info.metrics and every and done % every == 0 and done < config.iterations and info.seconds < config.max_seconds:
-            ask(done, info.seconds)
+    by_time = config.max_seconds < math.inf
+    with progress(config.max_seconds if by_time else config.iterations, f"train {adapter}", shown) as advance:
+        before = 0.
+        for info in train(policy, objective, folder, config, adapter):
+            done = info.iteration + 1
+            if not info.metrics:
+                continue
+            advance((info.seconds if by_time else done) - before)
+            before = info.seconds if by_time else done
+            if every and done % every == 0 and done < config.iterations and info.seconds < config.max_seconds:
+                ask(done, info.seconds)
     curve = read_lines(folder / "metrics.jsonl")
     ask(len(curve), curve["seconds"].iloc[-1])
     return curve, read_lines(log)

@@ -106,17 +106,18 @@ def _colour(ledger: pd.DataFrame) -> np.ndarray:
 
 
 def ledger_figure(ledger: pd.DataFrame, source: str) -> Figure:
-    """A row per claim that was measured: the effect over half its interval's width, turned so that the claim is at the right of 0; `source` names the run."""
+    """A row per claim that was measured, in its own words: the effect over half its interval's width, turned so that the claim is at the right of 0; `source` names the run."""
     rows = ledger.assign(colour=_colour(ledger))[ledger["high"] > ledger["low"]]
     half = (rows["high"] - rows["low"]) / 2 * np.where(rows["claimed"] == "< 0", -1, 1)
     effect, ends = rows["effect"] / half, np.sort(np.stack([rows["low"] / half, rows["high"] / half]), 0)
-    figure, axis = plt.subplots(figsize=(11, .34 * len(rows) + 1.7))
+    figure, axis = plt.subplots(figsize=(13, .42 * len(rows) + 1.7))
     for name, colour in VERDICTS.items():
         here = np.flatnonzero(rows["colour"] == name)
         axis.errorbar(effect.iloc[here], here, xerr=[effect.iloc[here] - ends[0, here], ends[1, here] - effect.iloc[here]], fmt="o", ms=6,
                       capsize=3, color=colour, label=f"{'' if name == 'reproduced' else 'not reproduced: '}{name} ({len(here)})")
     axis.axvline(0, color=".3", lw=1)
-    axis.set_yticks(range(len(rows)), [textwrap.shorten(f"{r.claim} (n={r.n})", 40) for r in rows.itertuples()], fontsize=9)
+    words = [textwrap.fill(textwrap.shorten(f"{r.statement} (n={r.n:.0f})", 140, placeholder=" …"), 72) for r in rows.itertuples()]
+    axis.set_yticks(range(len(rows)), words, fontsize=8, linespacing=.95)
     axis.set_xscale("symlog", linthresh=2)
     ticks = [t for t in (-30, -10, -3, -1, 0, 1, 3, 10, 30) if rows.empty or min(ends.min(), -1) - 2 <= t <= max(ends.max(), 1) + 2]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])

@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
-from flowopd_lib import diff, files, report, run, runs
+from flowopd_lib import diff, files, progress, report, run, runs
 
 PNG = io.BytesIO()
 Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(PNG, "PNG")
@@ -79,7 +80,7 @@ def executed(monkeypatch):
             return now
     done = Executed()
 
-    def execute(name, parameters, folder):
+    def execute(name, parameters, folder, log):
         done.append(name + (" kept" if (folder / name).exists() else ""))
         (folder / name).mkdir(exist_ok=True)
         nbformat.write(new_notebook(), folder / f"{name}.ipynb")
@@ -301,3 +302,37 @@ def test_what_is_written_says_all_and_no_path_and_two_runs_compare(lab, capsys, 
     assert list(diff.compare(folder, folder))[1:] == [
         "\n1_first", "  parameters: the same", "  scores: 0 of 2 differ, 0 with intervals apart", "  text: the same",
         "\n2_second", "  parameters: the same", "  text: the same"]
+
+
+def test_a_reports_formulas_are_mathml_and_what_is_none_stays():
+    text = report.with_formulas("Let $\\sigma = 1$ be noise:\n\n$$w_k = \\frac{\\Delta t}{2}$$\n\n`$HOME` and `a $b$`; it costs $5 or $6; a $\\broken{$ one.")
+    assert text.count("<math") == text.count("</math>") >= 2 and 'display="block"' in text and "<mfrac>" in text and "\\sigma" not in text
+    assert "`$HOME` and `a $b$`" in text and "$5 or $6" in text
+    for path in (Path(__file__).parent.parent / "notebooks").glob("*.ipynb"):      # every formula that there is
+        source = "\n\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+        assert "\\" not in re.sub("`[^`]*`", "", report.with_formulas(source)), path
+
+
+def test_a_long_cell_says_how_far_it_is_while_it_runs_and_the_finished_copy_does_not(lab):
+    write("3_alone", "seed = 0", """import sys
+from pathlib import Path
+for part in (30, 60):
+    print(f"progress: train {part}%, about 9 s left", file=sys.stderr, flush=True)
+print("a warning", file=sys.stderr)""")
+    said = []
+    folder = tiny(only="3", log=said.append)
+    assert [line for line in said if line.startswith("    ")] == ["    train 30%, about 9 s left", "    train 60%, about 9 s left"]
+    assert [o.text for o in nbformat.read(folder / "3_alone.ipynb", 4).cells[-1].outputs] == ["a warning\n"]
+
+
+def test_progress_is_a_line_every_few_seconds_where_nobody_sees_bars(monkeypatch, capsys):
+    clock = iter(range(0, 100, 3))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setenv("FLOWOPD_HEADLESS", "1")
+    with progress.progress(6, "train") as advance:
+        for _ in range(6):
+            advance(1)
+    assert capsys.readouterr().err.splitlines() == ["progress: train 33%, about 12 s left", "progress: train 67%, about 6 s left"]
+    with progress.progress(6, "train", shown=False) as advance:
+        advance(6)
+    assert capsys.readouterr().err == ""

@@ -309,3 +309,33 @@ def test_every_recipe_can_be_built(path):
         recipe["student"] = {"load": str(tinyworld.EXPERTS / Path(recipe["student"]["load"]).name)}
     policy, objective, config = build(recipe)
     assert "student" in policy.adapters and len(objective.schedule.draw(0)) > 0 and config.iterations > 0
+
+
+def test_a_tracker_is_told_of_every_iteration_and_one_that_is_not_there_is_named(tmp_path):
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    class Told(GeneralTracker):
+        name, requires_logging_directory, tracker, main_process_only = "told", False, None, True
+
+        def __init__(self):
+            super().__init__()
+            self.rows, self.finished = [], 0
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None, **_):
+            self.rows.append((step, values))
+
+        def finish(self):
+            self.finished += 1
+    policy, told = FlowPolicy(tinyworld.BASE), Told()
+    policy.add_adapter("student", rank=4, alpha=8)
+    list(train(policy, sft(policy), tmp_path, TrainConfig(3, lr=1e-3), accelerator=Accelerator(cpu=True, log_with=told)))
+    log = files.read_lines(tmp_path / "metrics.jsonl")
+    assert [step for step, _ in told.rows] == [0, 1, 2] and [values["loss"] for _, values in told.rows] == list(log["loss"]) and told.finished == 1
+    with pytest.raises(ValueError, match="names no tracker of accelerate's: 'tensorbord'"):
+        TrainConfig(3, log_with="tensorbord")
+    with pytest.raises(ValueError, match="the tracker dvclive is not installed"):
+        TrainConfig(3, log_with="dvclive")
