@@ -10,7 +10,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,22 +22,13 @@ from .identity import sha256_of
 from .precision import resolve
 from .prompts import Prompt
 from .quiet import quiet
+from .texts import TextEmbedding, unread
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 TEXTS = 8                   # encoded together
 CACHE_BYTES = 1 << 30       # of text embeddings kept: some 400 prompts of SD3.5 in bf16, 35,000 of the small world
-
-@dataclass(frozen=True)
-class TextEmbedding:
-    """`tokens` (B, S, D) for the joint attention and `pooled` (B, P) for the modulation."""
-    tokens: torch.Tensor
-    pooled: torch.Tensor
-
-    def __getitem__(self, rows) -> TextEmbedding:
-        return TextEmbedding(self.tokens[rows], self.pooled[rows])
-
 
 def _alone(method: Callable) -> Callable:
     """One thread at a time: which adapter is in use is a state of the whole network. JupyterLab runs widgets' callbacks beside the cells."""
@@ -121,21 +111,11 @@ class FlowPolicy:
         if not texts:
             return
         self._checked.update(texts)
-        for name, limit in (("tokenizer", self.pipeline.tokenizer_max_length), ("tokenizer_3", self.max_sequence_length)):
-            tokenizer = getattr(self.pipeline, name)
-            if tokenizer is None:
-                continue
-            bare = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-            special = len(tokenizer("").input_ids)
-            for what, found, lost in (("have characters that", [t for t, ids in zip(texts, bare) if tokenizer.unk_token_id in ids], "does not know"),
-                                      (f"are longer than the {limit} tokens of", [t for t, ids in zip(texts, bare) if len(ids) + special > limit], "")):
-                if not found:
-                    continue
-                message = f"{len(found)} of {whose} {what} the model's {name} {lost}".rstrip() + f", such as {found[0]!r}"
-                if self.strict and (lost or name == "tokenizer_3"):
-                    self._checked.difference_update(texts)
-                    raise ValueError(message + ("; leave such characters out" if lost else "; shorten them"))
-                warnings.warn(message + (": they are left out" if lost else ": it will not see the end"), stacklevel=3)
+        for error, message, mend in unread(self.pipeline, self.max_sequence_length, texts, whose):
+            if self.strict and error:
+                self._checked.difference_update(texts)
+                raise ValueError(message + mend)
+            warnings.warn(message + (": they are left out" if "does not know" in message else ": it will not see the end"), stacklevel=3)
 
     @property
     def adapters(self) -> list[str]:

@@ -15,7 +15,8 @@ STYLE = """<style>
 .fo-tile { margin: 0; line-height: 1.35; }
 .fo img { display: block; image-rendering: pixelated; background: var(--jp-layout-color2); border: 1px solid var(--jp-border-color1); border-radius: 3px; }
 .fo-tile figcaption, .fo-row, .fo-note { color: var(--jp-ui-font-color1); font-size: 12px; }
-.fo-badge { display: block; padding-left: 5px; border-left: 4px solid; margin: 2px 0; white-space: nowrap; }
+.fo-badge { display: block; padding-left: 5px; border-left: 4px solid; margin: 2px 0; }
+.fo-badge span { white-space: nowrap; }
 .fo-badge > span { color: var(--jp-ui-font-color1); }
 .fo-row { line-height: 1.35; overflow-wrap: anywhere; padding-right: 6px; }
 .fo-dim { color: var(--jp-ui-font-color2); }
@@ -58,8 +59,8 @@ def note_html(text: str) -> str:
 
 def badge_html(judge: str, score: float, change: float, color: str) -> str:
     """A score and, where there is one, its difference to the base; the sign and an arrow say what a colour alone would not."""
-    arrow = "" if change != change else f" {'▲' if change > 0 else '▼' if change < 0 else '='} {change:+.2f}"
-    return f'<span class="fo-badge" style="border-color: {color}"><span>{escape(judge)} {score:.2f}{arrow}</span></span>'
+    arrow = "" if change != change else f" <span>{'▲' if change > 0 else '▼' if change < 0 else '='} {change:+.2f}</span>"
+    return f'<span class="fo-badge" style="border-color: {color}"><span>{escape(judge)} {score:.2f}</span>{arrow}</span>'
 
 
 class Guard:

@@ -15,6 +15,7 @@ from ..viz import COLORS
 from .common import STYLE, Guard, badge_html, headless, note_html, picture_html
 
 TILE, COLUMN, ZOOM, PROMPTS_SHOWN = 128, 168, 320, 300       # pixels, thrice; prompts listed at once, more are found by searching
+NARROW = 84             # pixels that a column shrinks to where many models stand beside the file browser
 FLEX = ipw.Layout(width="auto")
 
 
@@ -90,7 +91,7 @@ class SampleGallery:
         side = ipw.VBox([self.search, self.prompt, self.columns], layout=ipw.Layout(width="285px", flex="0 0 auto"))
         main = ipw.VBox([ipw.HBox([self.sort, self.against, self.descending]), ipw.HBox([self.of, self.judge, self.range]),
                          ipw.HBox([self.tag, self.repeat, self.locked, self.only_pinned]),
-                         ipw.HBox([self.back, self.at, self.forth, self.count]), self.guard.box, self.body], layout=ipw.Layout(overflow="auto"))
+                         ipw.HBox([self.back, self.at, self.forth, self.count]), self.guard.box, self.body], layout=ipw.Layout(overflow="auto", flex="1 1 0", min_width="0"))
         self.box = ipw.VBox([ipw.HTML(STYLE), ipw.HBox([side, main]), self.detail, ipw.HBox([self.as_sheet, self.as_csv, self.said])])
         self.box.add_class("fo")
         self.box.add_class("fo-gallery")
@@ -181,12 +182,12 @@ class SampleGallery:
                     button.disabled, button.tooltip = position < 0, "" if position < 0 else f"Look at {self.samples.alt(position)}"
                     button.description = "look ★" if position in self.pins else "look"
         if tuple(shown) != self.body.children:
-            self.body.layout.grid_template_columns = f"150px repeat({len(self.models)}, {COLUMN}px)"
+            self.body.layout.grid_template_columns = f"minmax(90px, 150px) repeat({len(self.models)}, minmax({NARROW}px, {COLUMN}px))"
             self.body.children = shown
 
     def _cell(self, row: int, column: int) -> tuple[ipw.HTML, ipw.Button, ipw.Widget]:
         if (row, column) not in self.cells:
-            tile, button = ipw.HTML(), ipw.Button(layout=ipw.Layout(width=f"{TILE}px", height="24px"))
+            tile, button = ipw.HTML(), ipw.Button(layout=ipw.Layout(width="95%", max_width=f"{TILE}px", height="24px"))
             button.on_click(self.guard(lambda: self._choose(int(self.page[row, column]))))
             label = row < 0 or column < 0
             self.cells[row, column] = tile, button, tile if label else ipw.VBox([tile, button], layout=ipw.Layout(margin="0 0 8px 0", overflow="hidden"))
@@ -202,7 +203,7 @@ class SampleGallery:
         if position < 0:
             return '<div class="fo-note fo-dim">no sample</div>'
         badges = "".join(badge_html(judge, score, change, COLORS[judge]) for judge, score, change in self.samples.scores(position))
-        picture = picture_html(self.samples.picture(position), self.samples.alt(position), width)
+        picture = picture_html(self.samples.picture(position), self.samples.alt(position), width, style="max-width: 95%; height: auto")
         return f'<figure class="fo-tile">{picture}<figcaption>{badges}</figcaption></figure>'
 
     def _choose(self, position: int) -> None:
