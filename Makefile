@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Installed first; any release that pyproject.toml allows will do: make setup TORCH=torch
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-browser drill lab clean
+.PHONY: setup demo test test-browser drill lab figures clean
 
 setup: .venv/done
 
@@ -24,7 +24,7 @@ setup: .venv/done
 
 demo: setup
 	$(BIN)/python -m flowopd_lib.run demo
-	@echo "Open papermill_runs/demo/*.ipynb (make lab), or read papermill_runs/demo/*/results.json."
+	@echo "Open papermill_runs/demo/report.html, or the executed notebooks beside it (make lab)."
 
 test: setup
 	$(BIN)/python -m pytest
@@ -32,11 +32,16 @@ test: setup
 # Notebook 09 in JupyterLab in headless Chromium (Debian's, installed if it is not there; that needs root). Screenshots: build/browser.
 test-browser: setup
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { apt-get update && apt-get install -y chromium chromium-driver; }
-	$(BIN)/python -m pytest tests/test_browser.py -s
+	$(BIN)/python -m pytest -n 0 tests/test_browser.py -s
 
-# Kills, full disks, two starters, lost ranks, bad inputs: some half an hour. Filling a disk needs root.
+# Kills, full disks, two starters, lost ranks, bad inputs: an hour, more than half of it the notebooks. Filling a disk needs root.
 drill: setup
 	$(BIN)/python tests/drill.py
+
+# The pictures of the README and docs/.
+figures: setup test-browser
+	$(BIN)/python docs/figures.py
+	cp build/browser/gallery.png docs/gallery.png
 
 lab: setup
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb

@@ -86,8 +86,10 @@ def pixels(images: torch.Tensor) -> np.ndarray:
 
 
 def judged(policy: FlowPolicy, models: Mapping[str, str | None], tasks: list[str], split: str, n: int, into: Path | None = None) -> pd.DataFrame:
-    prompts = [p for p in tinyworld.first_prompts(split, n) if p.task in tasks]
-    return evaluate(policy, prompts, tinyworld.judges(), SEED, Sampler(20), models, embed=pixels, progress=False, into=into)
+    """Scores and pictures of the tasks' first `n` prompts, in neighbouring tasks' order: a prompt has its noise whichever tasks are asked with it."""
+    every = tinyworld.first_prompts(split, n)
+    prompts = [p for p in every if p.task in tasks]
+    return evaluate(policy, prompts, tinyworld.judges(), SEED + every.index(prompts[0]), Sampler(20), models, embed=pixels, progress=False, into=into)
 
 
 def references(folder: Path, recipe: Mapping, split: str, n: int) -> pd.DataFrame:
