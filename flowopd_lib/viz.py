@@ -191,20 +191,22 @@ def probe_curves(probes: Mapping[str, pd.DataFrame], x: str, title: str) -> Figu
 
 
 def kl_figure(curve: pd.DataFrame, sigmas: Sequence[float], title: str) -> Figure:
-    """How the KL to the teachers falls while a student is distilled: by task, and by step of its walk (`sigmas`: the sampler's grid)."""
+    """How a student nears its teachers while it is distilled: the velocities' squared difference by task, and the KL by step of its walk (`sigmas`: the
+    sampler's grid). Where steps are drawn at random, an iteration tells of those it drew."""
     import seaborn as sns
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True)
-    tasks, steps = ([c for c in curve if c.startswith("kl_") and c.startswith("kl_step_") == step] for step in (False, True))
-    names = {"kl_geneval": "GenEval", "kl_ocr": "OCR", "kl_pickscore": "PickScore", "kl_deqa": "DeQA"}
-    for column in tasks:
-        left.plot(curve["iteration"], curve[column].rolling(5, min_periods=1, center=True).mean(), lw=2,
-                  color=COLORS.get(names.get(column)), label=f"to the {names.get(column, column)} teacher")
-    steps = sorted(steps, key=lambda c: int(c.split("_")[-1]))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    names = {"gap_geneval": "GenEval", "gap_ocr": "OCR", "gap_pickscore": "PickScore", "gap_deqa": "DeQA"}
+
+    def line(axis, column: str, window: int, **style) -> None:
+        told = curve[["iteration", column]].dropna()
+        axis.plot(told["iteration"], told[column].rolling(window, min_periods=1, center=True).mean(), **style)
+    for column in [c for c in curve if c.startswith("gap_")]:
+        line(left, column, max(5, len(curve) // 15), lw=2, color=COLORS.get(names.get(column)), label=f"to the {names.get(column, column)} teacher")
+    steps = sorted([c for c in curve if c.startswith("kl_step_")], key=lambda c: int(c.split("_")[-1]))
     for column, color in zip(steps, sns.color_palette("viridis", len(steps))):
-        right.plot(curve["iteration"], curve[column].rolling(5, min_periods=1, center=True).mean(), lw=1.6, color=color,
-                   label=f"σ {sigmas[int(column.split('_')[-1])]:.2f}")
-    left.set(yscale="log", xlabel="iteration", ylabel="KL of a step, nats", title="by teacher")
-    right.set(xlabel="iteration", title="by noise level")
+        line(right, column, 5, lw=1.6, color=color, label=f"σ {sigmas[int(column.split('_')[-1])]:.2f}")
+    left.set(yscale="log", xlabel="iteration", ylabel="mean squared difference of velocities", title="by teacher")
+    right.set(yscale="log", xlabel="iteration", ylabel="KL of a step, nats", title="by noise level")
     left.legend(fontsize=9)
     figure.legend(*right.get_legend_handles_labels(), fontsize=9, loc="outside right center")
     figure.suptitle(title, fontweight="bold")

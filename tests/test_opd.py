@@ -204,3 +204,14 @@ def test_the_kl_is_told_by_task_and_by_step():
     told = o.metrics(data)
     assert told["kl_geneval"] == 0 < told["kl_ocr"] and [k for k in told if k.startswith("kl_step")] == [f"kl_step_{k}" for k in range(STEPS - 1)]
     assert sum(told[f"kl_step_{k}"] for k in range(STEPS - 1)) / (STEPS - 1) == pytest.approx(told["kl"], rel=1e-5)
+    assert told["gap_geneval"] == 0 < told["gap_ocr"]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(steps=3), dict(steps=2, draw="iteration")])
+def test_the_kl_is_told_in_nats_whatever_the_loss_weighs(options):
+    policy, found = policy_of(), []
+    for weighting in ("kl", "uniform_v"):
+        o = objective("pathwise", batch=12, weighting=weighting, **options)
+        data = o.collect(policy, "student", 2, Share())
+        found.append((sum(loss.item() for loss in o.losses(policy, "student", data, 0)), o.metrics(data)))
+    assert found[0][0] != pytest.approx(found[1][0], rel=.1) and found[0][1] == pytest.approx(found[1][1], rel=1e-4)

@@ -186,9 +186,12 @@ class OPD:
         return teacher, anchor
 
     def _weight(self, sigma: float, sigma_next: float, size: int) -> float:
-        kind = "sde" if self.sampler.kind == "ode" else self.sampler.kind
-        weight = velocity_weight(sigma, sigma_next, self.weighting, kind, self.sampler.noise_level, size)
+        weight = velocity_weight(sigma, sigma_next, self.weighting, self._kind, self.sampler.noise_level, size)
         return weight if self.max_weight is None else min(weight, self.max_weight)
+
+    @property
+    def _kind(self) -> str:
+        return "sde" if self.sampler.kind == "ode" else self.sampler.kind
 
     def _distance(self, step: Step, v: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """(B,): `w ||v - other||^2` at one step."""
@@ -218,19 +221,21 @@ class OPD:
             teacher, anchor = self._targets(policy, x, sigma, text, prompts)
             v = policy.velocity(x, sigma, text, self.sampler.guidance, adapter)
             kl = weight * (v - teacher).square().flatten(1).sum(1)
-            loss, seen = kl, kl.detach()
+            loss, gap = kl, (kl.detach() / weight)
+            seen = gap * torch.tensor([velocity_weight(grid[k], grid[k + 1], "kl", self._kind, self.sampler.noise_level) for k in steps], device=x.device)
             by_step = {k: seen[[s == k for s in steps]].mean() for k in sorted(set(steps))}
             records.append({"kl": torch.stack(list(by_step.values())).mean(), **{f"kl_step_{k}": value for k, value in by_step.items()},
-                            **self._by_task(seen, prompts)})
+                            **self._by_task(seen, gap / size, prompts)})
             if self.mar:
                 distance = weight * (v - anchor).square().flatten(1).sum(1)
                 records[-1]["mar"] = distance.detach().mean()
                 loss = loss + self.mar * distance
             yield loss.sum() / (images * self._seen)
 
-    def _by_task(self, kl: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """NaN: not there."""
-        return {f"kl_{task}": kl[[p.task == task for p in prompts]].mean() for task in self.schedule.prompts}
+    def _by_task(self, kl: torch.Tensor, gap: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """The KL, in nats whatever the loss weighs, and the mean squared difference of the velocities, which steps of any noise level have alike. NaN: not there."""
+        rows = {task: [p.task == task for p in prompts] for task in self.schedule.prompts}
+        return {f"{name}_{task}": values[here].mean() for task, here in rows.items() for name, values in (("kl", kl), ("gap", gap))}
 
     def _walk_and_learn(self, policy: FlowPolicy, adapter: str, data: Walks) -> Iterator[torch.Tensor]:
         for rows in chunks(len(data.batch), self.micro):
@@ -267,8 +272,10 @@ class OPD:
                 elif reading == "log_ratio":
                     target, _ = transition(step.x, visit.teacher, step.sigma, step.sigma_next, s.kind, s.noise_level)
                     loss = loss + self._surrogate(log_prob(step.x_next, target, std, self.reduction) - step.log_prob(self.reduction), ratio)
-        seen = kl.detach()
-        records.append({"kl": seen.mean(), f"kl_step_{step.index}": seen.mean(), **self._by_task(seen, prompts)})
+        size = v[0].numel()
+        gap = kl.detach() / self._weight(step.sigma, step.sigma_next, size)
+        seen = gap * velocity_weight(step.sigma, step.sigma_next, "kl", self._kind, self.sampler.noise_level)
+        records.append({"kl": seen.mean(), f"kl_step_{step.index}": seen.mean(), **self._by_task(seen, gap / size, prompts)})
         if self.mar:
             anchor = self._distance(step, v, visit.anchor)
             records[-1]["mar"] = anchor.detach().mean()
