@@ -19,7 +19,7 @@ from .rollout import Sampler, initial_noise, sample, trajectory
 from .schedule import Schedule
 from .train import StepInfo, TrainConfig, TrainingDiverged, fit, train
 from .viz import (captions_of, gain_matrix, image_grid, interference_figure, judge_figure, kl_figure, model_panels, probe_curves, readable, score_bars,
-                  taylor_figure, training_curves, use_style, walk_figure)
+                  steps_figure, taylor_figure, training_curves, use_style, walk_figure)
 from .widgets import Playground, SampleGallery, TrainingMonitor, TrajectoryExplorer
 
 __all__ = ["begin", "captions_of", "counts_of", "diversity", "evaluate", "fit", "FlowPolicy", "gain_kept",
@@ -29,6 +29,6 @@ __all__ = ["begin", "captions_of", "counts_of", "diversity", "evaluate", "fit", 
            "OPD", "paired_differences", "paper_average", "Playground", "probe_curves", "probe_of",
            "Prompt", "read_lines", "readable", "sample", "SampleGallery", "Sampler", "save_prompts",
            "Schedule", "score", "score_bars", "SEED", "SFT", "sft_start", "some_of", "some_prompts",
-           "StepInfo", "summary", "task_rewards", "taylor_figure", "tinyworld", "train", "TrainConfig",
+           "StepInfo", "steps_figure", "summary", "task_rewards", "taylor_figure", "tinyworld", "train", "TrainConfig",
            "training_curves", "TrainingDiverged", "TrainingMonitor", "trajectory", "TrajectoryExplorer",
            "use_style", "walk_figure", "within", "write_json", "write_table"]

@@ -196,9 +196,10 @@ def main() -> None:
     iterations = {arm: len(read_lines(folders[arm, args.seeds[0]] / "metrics.jsonl")) for arm in arms}
     clipped = {arm: float(np.mean([(read_lines(f / "metrics.jsonl")["grad_norm"] > study[arm]["train"].get("clip_norm", 1.)).mean()
                                    for (a, _), f in folders.items() if a == arm])) for arm in arms}
-    told["cell"] = [f"{r.mean:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in told.itertuples()]
-    print(told.pivot(index="arm", columns="what", values="cell").reindex(arms).assign(iterations=iterations, clipped=clipped).T.to_string())
-    write_table(args.out / f"{args.split}.parquet", told.drop(columns="cell"))
+    cells = told.assign(cell=[f"{r.mean:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in told.itertuples()]).pivot(index="arm", columns="what", values="cell").reindex(arms)
+    wanted = [c for c in (*told["what"].unique(),) if not c.endswith(f"minus that of {next(iter(arms))}") or c.startswith("distance")]
+    print(cells[wanted].assign(iterations=iterations, clipped={arm: f"{share:.2f}" for arm, share in clipped.items()}).to_string())
+    write_table(args.out / f"{args.split}.parquet", told)
     write_json(args.out / f"{args.split}.json", {"seconds": args.seconds, "pace": paces, "iterations": iterations, "updates clipped": clipped})
 
 

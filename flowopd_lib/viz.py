@@ -213,6 +213,23 @@ def kl_figure(curve: pd.DataFrame, sigmas: Sequence[float], title: str) -> Figur
     return figure
 
 
+def steps_figure(table: pd.DataFrame, title: str) -> Figure:
+    """By step of a walk: the share of the loss that it is under each weighting, and what learning from it alone brings (`steps.worth_of_steps`)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    shares, ticks = [c for c in table if c.startswith("share ")], [f"{r.step}\nσ {r.sigma:.2f}" for r in table.itertuples()]
+    for i, (column, colour) in enumerate(zip(shares, ("#D55E00", "#E69F00", "#0072B2"))):
+        left.bar(table["step"] + .27 * (i - (len(shares) - 1) / 2), table[column], .25, color=colour, label=column.removeprefix("share "))
+    left.set(ylabel="share of the loss", xlabel="step", title="what a loss looks at")
+    left.legend(title="weighting", fontsize=9)
+    right.errorbar(table["step"], table["nearer"], yerr=[table["nearer"] - table["low"], table["high"] - table["nearer"]], fmt="o", ms=7, capsize=4, color="#0072B2")
+    right.axhline(0, color=".3", lw=1)
+    right.set(ylabel="pictures nearer their teachers'", xlabel="step learned from, alone", title=f"what it brings (n={table['n'].iloc[0]} prompts)")
+    for axis in (left, right):
+        axis.set_xticks(table["step"], ticks, fontsize=8)
+    figure.suptitle(title, fontweight="bold")
+    return figure
+
+
 def gain_matrix(differences: pd.DataFrame, title: str) -> Figure:
     """Models (rows) by judges (columns): the change against the baseline with its interval, coloured by its share of the full scale.
 

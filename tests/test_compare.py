@@ -2,10 +2,13 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from small_policy import SmallPolicy
 
-from flowopd_lib import compare
+from flowopd_lib import Prompt, Sampler, compare, sample
 from flowopd_lib.recipes import build
 from flowopd_lib.runs import RUNS
+from flowopd_lib.steps import picture_distance
 
 STUDIES = sorted((RUNS / "studies").glob("*.yaml"))
 
@@ -42,3 +45,13 @@ def test_what_is_told_of_two_arms():
     assert row["low"] < .2 < row["high"] and row["high"] - row["low"] < .02 and row["n"] == 40
     assert told.loc[("b", "OCR kept"), "mean"] == pytest.approx(.5 / .6, abs=.02)
     assert told.loc[("a", "distance"), "mean"] == pytest.approx(.5, abs=.01) and told.loc[("b", "distance minus that of a"), "mean"] == pytest.approx(-.25, abs=.01)
+
+
+def test_pictures_are_held_against_those_of_each_prompts_own_teacher_from_the_same_noise():
+    weights = {name: torch.randn(2, 2, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(("a", "b", "student"))}
+    policy, prompts = SmallPolicy(2, **weights), [Prompt("x", "ocr"), Prompt("y", "geneval"), Prompt("z", "ocr")]
+    away = picture_distance(policy, "student", prompts, {"ocr": "a", "geneval": "b"}, Sampler(4), 7)
+    pictures = {name: sample(policy, prompts, [7, 8, 9], Sampler(4), name) for name in ("a", "b", "student")}
+    for i, name in enumerate("aba"):
+        assert away[i] == pytest.approx((pictures["student"][i] - pictures[name][i]).square().mean().sqrt().item(), rel=1e-5) and away[i] > 0
+    assert picture_distance(policy, "a", prompts, {"ocr": "a", "geneval": "a"}, Sampler(4), 7).max() == pytest.approx(0, abs=1e-6)
