@@ -25,10 +25,10 @@ import pandas as pd
 import torch
 
 from . import tinyworld
+from .bench import our_update
 from .evaluate import evaluate, gain_kept, home_scores, mean_interval, paired_differences, paper_average, summary
 from .files import read_lines, write_json, write_table
 from .inputs import check_keys, read_yaml
-from .objectives import Share
 from .policy import FlowPolicy
 from .prompts import FILES, TASKS
 from .recipes import build
@@ -64,19 +64,13 @@ def teachers_of(recipe: Mapping, task: str) -> list[str]:
 
 def pace(arms: Mapping[str, Mapping], turns: int = 3) -> dict[str, float]:
     """Seconds an iteration of each arm: the median of `turns` in which all take turns, after one to warm up."""
-    policy, objectives, seconds = build(next(iter(arms.values())))[0], {}, {arm: [] for arm in arms}
+    policy, seconds = build(next(iter(arms.values())))[0], {arm: [] for arm in arms}
     optimizer = torch.optim.AdamW(policy.train_adapter("student"), 1e-5)
-    for arm, recipe in arms.items():
-        objectives[arm] = build(recipe, policy=policy)[1]
+    iterations = {arm: our_update(policy, build(recipe, policy=policy)[1], optimizer) for arm, recipe in arms.items()}
     for turn in range(turns + 1):
-        for arm, objective in objectives.items():
+        for arm, iteration in iterations.items():
             began = time.perf_counter()
-            data = objective.collect(policy, "student", turn, Share())
-            for update in range(objective.updates):
-                for loss in objective.losses(policy, "student", data, update):
-                    loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            iteration(turn)
             seconds[arm].append(time.perf_counter() - began)
     return {arm: statistics.median(values[1:]) for arm, values in seconds.items()}
 

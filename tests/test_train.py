@@ -260,6 +260,9 @@ def test_the_students_recipe_can_be_looked_at(tmp_path):
     look(policy, "student", tmp_path, 0)
     rows = files.read_lines(tmp_path / "looks.jsonl")
     assert set(rows["task"]) == {"geneval", "ocr", "pickscore", "deqa"} and rows[rows["task"] == "deqa"]["DeQA"].notna().all()
+    once = (tmp_path / "looks.jsonl").read_bytes()
+    look(policy, "student", tmp_path, 0)            # as a training does that goes on from a checkpoint before this look
+    assert (tmp_path / "looks.jsonl").read_bytes() == once
 
 
 def test_a_probed_training_that_was_cut_off_tells_what_an_uninterrupted_one_tells(tmp_path):
