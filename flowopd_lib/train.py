@@ -251,8 +251,9 @@ def fit(policy: FlowPolicy, objective: Objective, folder: str | Path, config: Tr
             done = info.iteration + 1
             if not info.metrics:
                 continue
-            advance((info.seconds if by_time else done) - before)
-            before = info.seconds if by_time else done
+            now = min(info.seconds, config.max_seconds) if by_time else done
+            advance(now - before)
+            before = now
             if every and done % every == 0 and done < config.iterations and info.seconds < config.max_seconds:
                 ask(done, info.seconds)
     curve = read_lines(folder / "metrics.jsonl")
