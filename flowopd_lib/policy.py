@@ -111,11 +111,11 @@ class FlowPolicy:
         if not texts:
             return
         self._checked.update(texts)
-        for error, message, mend in unread(self.pipeline, self.max_sequence_length, texts, whose):
+        for error, message, comes_of_it, mend in unread(self.pipeline, self.max_sequence_length, texts, whose):
             if self.strict and error:
                 self._checked.difference_update(texts)
                 raise ValueError(message + mend)
-            warnings.warn(message + (": they are left out" if "does not know" in message else ": it will not see the end"), stacklevel=3)
+            warnings.warn(message + comes_of_it, stacklevel=3)
 
     @property
     def adapters(self) -> list[str]:

@@ -74,9 +74,9 @@ class Sampler:
             raise ValueError(f"guidance must be at least 0 (1 is none), not {self.guidance}")
         if self.noisy is not None and not 1 <= self.noisy < self.steps:
             raise ValueError(f"of {self.steps} steps, between 1 and {self.steps - 1} can have noise, not {self.noisy}")
-        begins, width = (self.first, self.first if self.last is None else self.last), self.noisy or self.steps - 1
-        if self.steps > 1 and not 0 <= begins[0] <= begins[1] <= self.steps - 1 - width:
-            raise ValueError(f"a window of {width} noisy steps in a walk of {self.steps}, whose last has none, begins at a step from 0 to {self.steps - 1 - width}, "
+        latest = self.steps - 1 - len(self.window)
+        if self.steps > 1 and not 0 <= self.first <= (self.first if self.last is None else self.last) <= latest:
+            raise ValueError(f"a window of {len(self.window)} noisy steps in a walk of {self.steps}, whose last has none, begins at a step from 0 to {latest}, "
                              f"not {self.first}" + (f" to {self.last}" if self.last is not None else ""))
         if self.slide < 0 or (self.slide and self.last is None):
             raise ValueError(f"slide is a number of iterations, at least 0, and needs last, where the window turns back; not {self.slide}")

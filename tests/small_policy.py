@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowopd_lib.policy import TextEmbedding
+from flowopd_lib.texts import TextEmbedding
 
 
 class SmallPolicy:

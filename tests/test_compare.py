@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_policy import SmallPolicy
 
-from flowopd_lib import Prompt, Sampler, compare, sample
+from flowopd_lib import Prompt, Sampler, sample, studies
 from flowopd_lib.recipes import build
 from flowopd_lib.runs import RUNS
 from flowopd_lib.steps import picture_distance, teacher_pictures
@@ -15,7 +15,7 @@ STUDIES = sorted((RUNS / "studies").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", STUDIES, ids=[p.stem for p in STUDIES])
 def test_every_arm_of_every_study_can_be_trained(path):
-    arms = compare.load_study(path)
+    arms = studies.load_study(path)
     policy = build(next(iter(arms.values())))[0]
     objectives = {arm: build(recipe, policy=policy)[1] for arm, recipe in arms.items()}
     assert len({repr(recipe) for recipe in arms.values()}) == len(arms) == len(objectives)      # no two are the same
@@ -27,7 +27,7 @@ def test_every_arm_of_every_study_can_be_trained(path):
 def test_a_study_that_is_none_is_named(text, message, tmp_path):
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises((ValueError, OSError), match=message):
-        compare.load_study(tmp_path / "study.yaml")
+        studies.load_study(tmp_path / "study.yaml")
 
 
 def test_what_is_told_of_two_arms():
@@ -39,7 +39,7 @@ def test_what_is_told_of_two_arms():
         return pd.DataFrame({"task": "ocr", "tag": "ocr", "prompt": prompts, "OCR": score + rng.normal(0, .01, 40), "model": model, "embedding": pixels})
     reference = pd.concat([table("base", .2, 0.), table("start", .4, .2), table("ocr", .8, 1.)])
     tables = {("a", 0): table("x", .5, .5), ("a", 1): table("x", .5, .5), ("b", 0): table("x", .65, .75), ("b", 1): table("x", .75, .75)}
-    told = compare.tell(tables, {"a": recipe, "b": recipe}, reference).set_index(["arm", "what"])
+    told = studies.tell(tables, {"a": recipe, "b": recipe}, reference).set_index(["arm", "what"])
     assert told.loc[("b", "OCR"), "mean"] == pytest.approx(.7, abs=.01) and np.allclose(told.loc[("b", "OCR"), "by seed"], [.65, .75], atol=.01)
     row = told.loc[("b", "OCR minus that of a")]
     assert row["low"] < .2 < row["high"] and row["high"] - row["low"] < .02 and row["n"] == 40

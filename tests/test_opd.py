@@ -187,6 +187,7 @@ def test_drawn_steps_of_all_kinds_of_walks_are_those_of_whole_walks_and_a_walk_e
 
 @pytest.mark.parametrize("options, message", [
     (dict(steps=1, estimator="return_to_go"), "one drawn step says nothing"), (dict(draw="prompt"), "unknown draw"),
+    (dict(max_weight=0.), "max_weight must be positive"),
     (dict(estimator="gkd"), "unknown estimator gkd"), (dict(weighting="snr"), "unknown weighting"), (dict(steps=(4,)), "the others are deterministic"),
     (dict(steps=9), "between 1 and 4"), (dict(sampler=Sampler(5, "ode"), estimator="paper"), "probabilities of actions")])
 def test_bad_settings_are_named_before_anything_is_walked(options, message):
@@ -215,3 +216,13 @@ def test_the_kl_is_told_in_nats_whatever_the_loss_weighs(options):
         data = o.collect(policy, "student", 2, Share())
         found.append((sum(loss.item() for loss in o.losses(policy, "student", data, 0)), o.metrics(data)))
     assert found[0][0] != pytest.approx(found[1][0], rel=.1) and found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_walk_without_any_noise_has_no_kl_and_can_be_learned_from_all_the_same(steps):
+    policy = policy_of()
+    o = OPD(Schedule({"ocr": [Prompt("x", "ocr")]}, 4), {"ocr": "teacher"}, Sampler(STEPS, "ode", noise_level=0.), weighting="uniform_v", steps=steps, mar=0.)
+    data = o.collect(policy, "student", 0, Share())
+    assert sum(loss.item() for loss in o.losses(policy, "student", data, 0)) > 0
+    told = o.metrics(data)
+    assert told["gap_ocr"] > 0 and math.isnan(told["kl"])

@@ -25,6 +25,7 @@ OPD = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["geneval", "oc
        "train": {"iterations": 6, "lr": 1e-3, "save_every": 2}}
 GRPO = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4},
         "sampler": {"steps": 4}, "grpo": {"rewards": {"OCR": .6, "DeQA": .4}, "micro": 2, "updates": 2}, "train": {"iterations": 2, "lr": 1e-3}}
+BRANCH = {**GRPO, "sampler": {"steps": 4, "noisy": 1, "last": 2, "branch": True}}       # the window moves, and the images of a prompt part there
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -81,7 +82,10 @@ def assert_same_training(whole, other, iterations):
     assert rows[0] == rows[1] and [r["iteration"] for r in rows[0]] == list(range(iterations))
 
 
-@pytest.mark.parametrize("recipe", [OPD, GRPO], ids=["opd", "grpo"])
+DRAWN = {**OPD, "opd": {**OPD["opd"], "steps": 1}}
+
+
+@pytest.mark.parametrize("recipe", [OPD, DRAWN, GRPO, BRANCH], ids=["opd", "opd drawn", "grpo", "grpo branch"])
 def test_a_generator_closed_after_an_iteration_leaves_a_checkpoint_to_go_on_from_to_the_bit(recipe, expert, tmp_path):
     recipe = {**recipe, "adapters": {"expert": str(expert)}, "train": {"iterations": 4, "lr": 1e-3, "save_every": 100}}
     for folder, stops in (("whole", ()), ("cut", (1, 3))):
@@ -105,7 +109,8 @@ def test_a_generator_closed_between_the_updates_of_an_iteration_writes_nothing(e
 
 
 # GRPO's rewards are not the same to the last bit when a judge sees half of the pictures, and centred in their group they lose digits.
-@pytest.mark.parametrize("recipe, tolerance", [(OPD, 1e-5), (GRPO, 1e-3)], ids=["opd", "grpo"])
+@pytest.mark.parametrize("recipe, tolerance", [(OPD, 1e-5), (DRAWN, 1e-5), (GRPO, 1e-3), (BRANCH, 1e-3)],
+                         ids=["opd", "opd drawn", "grpo", "grpo branch"])
 def test_two_processes_make_the_update_of_one(recipe, tolerance, expert, tmp_path):
     recipe = written({**recipe, "train": {"iterations": 1, "lr": 1e-3}}, tmp_path / "recipe.yaml", expert)
     subprocess.run(command(recipe, tmp_path / "one"), check=True, env=ENVIRONMENT, capture_output=True)

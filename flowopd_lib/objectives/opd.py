@@ -13,17 +13,19 @@ probabilities of the action x_{k+1} now and when it was taken, the readings of "
 """
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ..policy import FlowPolicy, TextEmbedding
+from ..policy import FlowPolicy
 from ..prompts import Prompt
 from ..rollout import NoiseStreams, Sampler, Step, states, trajectory, walk
 from ..schedule import Batch, Schedule
 from ..sde import log_prob, transition, velocity_weight
+from ..texts import TextEmbedding
 from .base import Share, check_settings, chunks, mean_of, trained_steps
 
 DRAWS = ("walk", "iteration")
@@ -61,7 +63,7 @@ class OPD:
     """`teachers` maps a task to the adapter its prompts are routed to (None: the base). No reward is computed and nothing is decoded.
 
     `estimator`: one of ESTIMATORS, or several joined by `+`. `weighting`: of the steps, see `velocity_weight`; its noise is the sampler's,
-    or for ODE rollouts that of the SDE with the same noise level. `mar` weighs Manifold Anchor Regularization towards `anchor` (an adapter; None
+    or for ODE rollouts that of the SDE with the same noise level; a weight is at most `max_weight`. `mar` weighs Manifold Anchor Regularization towards `anchor` (an adapter; None
     is the base) on all prompts. `guidance`: a teacher's own guidance scale, by adapter.
 
     `steps`: of a walk, those that are learned from: None all with noise, a tuple exactly those, a number that many of the N, drawn at random and weighed N/k,
@@ -103,10 +105,12 @@ class OPD:
             raise ValueError("return_to_go weighs a step by the KL at later ones, so one drawn step says nothing of it; draw at least 2, or name the steps")
         if self.draw not in DRAWS:
             raise ValueError(f"unknown draw {self.draw!r}: steps are drawn for every {' or every '.join(DRAWS)}")
-        # Of N steps k are drawn: one is seen in k/N of the draws, two together in k (k - 1) / (N (N - 1)).
+        # Of N steps k are drawn: one is seen in k/N of the draws, and with it a later one in (k - 1) / (N - 1) of these.
         drawn = self.steps if isinstance(self.steps, int) else noisy
-        self._seen, self._seen_later = (drawn / noisy, (drawn - 1) / max(noisy - 1, 1)) if isinstance(self.steps, int) else (1., 1.)
+        self._seen, self._seen_later = drawn / noisy, (drawn - 1) / (noisy - 1) if drawn > 1 else 1.
         velocity_weight(.5, .4, self.weighting)
+        if self.max_weight is not None and not self.max_weight > 0:
+            raise ValueError(f"max_weight must be positive, not {self.max_weight}; leave it out for none")
         check_settings(self.updates, self.micro, self.clip, self.reduction, self.schedule)
         if self.mar < 0:
             raise ValueError(f"mar must be at least 0, not {self.mar}")
@@ -185,13 +189,17 @@ class OPD:
                 teacher[rows] = policy.velocity(x[rows], sigma[rows] if torch.is_tensor(sigma) else sigma, text[rows], scale, name)
         return teacher, anchor
 
+    @property
+    def _kind(self) -> str:
+        return "sde" if self.sampler.kind == "ode" else self.sampler.kind
+
     def _weight(self, sigma: float, sigma_next: float, size: int) -> float:
         weight = velocity_weight(sigma, sigma_next, self.weighting, self._kind, self.sampler.noise_level, size)
         return weight if self.max_weight is None else min(weight, self.max_weight)
 
-    @property
-    def _kind(self) -> str:
-        return "sde" if self.sampler.kind == "ode" else self.sampler.kind
+    def _nats(self, sigma: float, sigma_next: float) -> float:
+        """The KL of a step over the squared difference of the velocities; NaN where a walk has no noise."""
+        return velocity_weight(sigma, sigma_next, "kl", self._kind, self.sampler.noise_level) if self.sampler.noise_level else math.nan
 
     def _distance(self, step: Step, v: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """(B,): `w ||v - other||^2` at one step."""
@@ -212,30 +220,37 @@ class OPD:
 
     def _learn(self, policy: FlowPolicy, adapter: str, found: States, images: int, records: list) -> Iterator[torch.Tensor]:
         """Pathwise at states of any walks and steps, in one forward: as many as `micro` together."""
-        grid, size = policy.sigmas(self.sampler.steps), found.x[0].numel()
+        grid = policy.sigmas(self.sampler.steps)
         for rows in chunks(len(found.steps), self.micro):
-            prompts, steps, x = found.prompts[rows], found.steps[rows], found.x[rows]
-            sigma, weight = (torch.tensor(values, device=x.device, dtype=torch.float32) for values in
-                             ([grid[k] for k in steps], [self._weight(grid[k], grid[k + 1], size) for k in steps]))
-            text = policy.encode([p.text for p in prompts])
+            prompts, x = found.prompts[rows], found.x[rows]
+            at = [(k, grid[k], grid[k + 1]) for k in found.steps[rows]]
+            sigma, text = torch.tensor([sigma for _, sigma, _ in at], device=x.device), policy.encode([p.text for p in prompts])
             teacher, anchor = self._targets(policy, x, sigma, text, prompts)
             v = policy.velocity(x, sigma, text, self.sampler.guidance, adapter)
-            kl = weight * (v - teacher).square().flatten(1).sum(1)
-            loss, gap = kl, (kl.detach() / weight)
-            seen = gap * torch.tensor([velocity_weight(grid[k], grid[k + 1], "kl", self._kind, self.sampler.noise_level) for k in steps], device=x.device)
-            by_step = {k: seen[[s == k for s in steps]].mean() for k in sorted(set(steps))}
-            records.append({"kl": torch.stack(list(by_step.values())).mean(), **{f"kl_step_{k}": value for k, value in by_step.items()},
-                            **self._by_task(seen, gap / size, prompts)})
-            if self.mar:
-                distance = weight * (v - anchor).square().flatten(1).sum(1)
-                records[-1]["mar"] = distance.detach().mean()
-                loss = loss + self.mar * distance
-            yield loss.sum() / (images * self._seen)
+            to_teacher, to_anchor = self._pulls(v, teacher, anchor, at, prompts, records)
+            yield (to_teacher + to_anchor).sum() / (images * self._seen)
 
-    def _by_task(self, kl: torch.Tensor, gap: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """The KL, in nats whatever the loss weighs, and the mean squared difference of the velocities, which steps of any noise level have alike. NaN: not there."""
-        rows = {task: [p.task == task for p in prompts] for task in self.schedule.prompts}
-        return {f"{name}_{task}": values[here].mean() for task, here in rows.items() for name, values in (("kl", kl), ("gap", gap))}
+    def _pulls(self, v: torch.Tensor, teacher: torch.Tensor, anchor: torch.Tensor | None, at: Sequence[tuple[int, float, float]], prompts: Sequence[Prompt],
+               records: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,), twice: the weighed distance to the teacher and, times `mar`, to the anchor; `at` is each row's step, sigma and next sigma.
+
+        `records` gets the KL, in nats whatever the loss weighs, and `gap`, the mean squared difference of the velocities, which steps of any noise level
+        have alike. NaN: there is none, of a task that is not among the prompts or of a walk without noise.
+        """
+        size, steps = v[0].numel(), [k for k, _, _ in at]
+        nats = torch.tensor([self._nats(sigma, after) for _, sigma, after in at], device=v.device)
+        weight = torch.tensor([self._weight(sigma, after, size) for _, sigma, after in at], device=v.device)
+        apart = (v - teacher).square().flatten(1).sum(1)
+        gap, kl = apart.detach() / size, nats * apart.detach()
+        by_step = {f"kl_step_{k}": kl[[step == k for step in steps]].mean() for k in sorted(set(steps))}
+        of = {task: [p.task == task for p in prompts] for task in self.schedule.prompts}
+        records.append({"kl": torch.stack(list(by_step.values())).mean(), **by_step,
+                        **{f"{name}_{task}": values[rows].mean() for task, rows in of.items() for name, values in (("kl", kl), ("gap", gap))}})
+        if not self.mar:
+            return weight * apart, torch.zeros_like(apart)
+        to_anchor = weight * (v - anchor).square().flatten(1).sum(1)
+        records[-1]["mar"] = to_anchor.detach().mean()
+        return weight * apart, self.mar * to_anchor
 
     def _walk_and_learn(self, policy: FlowPolicy, adapter: str, data: Walks) -> Iterator[torch.Tensor]:
         for rows in chunks(len(data.batch), self.micro):
@@ -256,7 +271,8 @@ class OPD:
 
     def _loss(self, visit: Visit, v: torch.Tensor, records: list, prompts: Sequence[Prompt]) -> torch.Tensor:
         """(B,): the chosen readings and the anchor at one step; `v` is the student's and carries the graph."""
-        step, kl = visit.step, self._distance(visit.step, v, visit.teacher)
+        step = visit.step
+        kl, to_anchor = self._pulls(v, visit.teacher, visit.anchor, [(step.index, step.sigma, step.sigma_next)] * len(v), prompts, records)
         loss = kl if "pathwise" in self.readings else torch.zeros_like(kl)
         if self.readings != ["pathwise"]:
             s = self.sampler
@@ -272,15 +288,7 @@ class OPD:
                 elif reading == "log_ratio":
                     target, _ = transition(step.x, visit.teacher, step.sigma, step.sigma_next, s.kind, s.noise_level)
                     loss = loss + self._surrogate(log_prob(step.x_next, target, std, self.reduction) - step.log_prob(self.reduction), ratio)
-        size = v[0].numel()
-        gap = kl.detach() / self._weight(step.sigma, step.sigma_next, size)
-        seen = gap * velocity_weight(step.sigma, step.sigma_next, "kl", self._kind, self.sampler.noise_level)
-        records.append({"kl": seen.mean(), f"kl_step_{step.index}": seen.mean(), **self._by_task(seen, gap / size, prompts)})
-        if self.mar:
-            anchor = self._distance(step, v, visit.anchor)
-            records[-1]["mar"] = anchor.detach().mean()
-            loss = loss + self.mar * anchor
-        return loss
+        return loss + to_anchor
 
     def _surrogate(self, reward: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
         """`-min(rho r, clip(rho) r)`."""
