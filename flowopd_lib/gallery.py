@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .evaluate import JUDGES_OF_TASK, evaluate
+from .evaluate import evaluate
 from .files import write_table
 from .policy import FlowPolicy
 from .prompts import Prompt

@@ -200,9 +200,10 @@ def kl_figure(curve: pd.DataFrame, sigmas: Sequence[float], title: str) -> Figur
     def line(axis, column: str, window: int, **style) -> None:
         told = curve[["iteration", column]].dropna()
         axis.plot(told["iteration"], told[column].rolling(window, min_periods=1, center=True).mean(), **style)
-    for column in [c for c in curve if c.startswith("gap_")]:
-        line(left, column, max(5, len(curve) // 15), lw=2, color=COLORS.get(names.get(column)), label=f"to the {names.get(column, column)} teacher")
     steps = sorted([c for c in curve if c.startswith("kl_step_")], key=lambda c: int(c.split("_")[-1]))
+    window = 2 * len(steps) if curve[steps].isna().any(axis=None) else 5       # where steps are drawn: all of them, about twice
+    for column in [c for c in curve if c.startswith("gap_")]:
+        line(left, column, window, lw=2, color=COLORS.get(names.get(column)), label=f"to the {names.get(column, column)} teacher")
     for column, color in zip(steps, sns.color_palette("viridis", len(steps))):
         line(right, column, 5, lw=1.6, color=color, label=f"σ {sigmas[int(column.split('_')[-1])]:.2f}")
     left.set(yscale="log", xlabel="iteration", ylabel="mean squared difference of velocities", title="by teacher")

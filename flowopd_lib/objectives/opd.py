@@ -234,8 +234,8 @@ class OPD:
                records: list) -> tuple[torch.Tensor, torch.Tensor]:
         """(B,), twice: the weighed distance to the teacher and, times `mar`, to the anchor; `at` is each row's step, sigma and next sigma.
 
-        `records` gets the KL, in nats whatever the loss weighs, and `gap`, the mean squared difference of the velocities, which steps of any noise level
-        have alike. NaN: there is none, of a task that is not among the prompts or of a walk without noise.
+        `records` gets the KL, in nats whatever the loss weighs, and `gap`, the mean squared difference of the velocities, which varies
+        far less with the step. NaN: there is none, of a task that is not among the prompts or of a walk without noise.
         """
         size, steps = v[0].numel(), [k for k, _, _ in at]
         nats = torch.tensor([self._nats(sigma, after) for _, sigma, after in at], device=v.device)
