@@ -73,7 +73,8 @@ class FlowPolicy:
         self._texts: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._checked: set[str] = set()
         self.peft: PeftModel | None = None
-        self._used: str | None = None
+        self._used: str | None = None           # the adapter of the forward under way
+        self._switched: str | None = None       # PEFT's own
         self._training: str | None = None
         self._trained: list[torch.nn.Parameter] = []
         self._starts: dict[tuple[str, str], str] = {}
@@ -236,47 +237,40 @@ class FlowPolicy:
     def _settle(self) -> None:
         """After the set of adapters changed: nothing trains but what `train_adapter` named, and the base is in use."""
         self.transformer.eval().requires_grad_(False)
-        self._used = self.adapters[0] if self.adapters else None
-        if self.peft is not None:
-            self.peft.base_model.enable_adapter_layers()
         for _, layer in self._layers():
             if "forward" not in vars(layer):
                 layer.forward = partial(self._lora_forward, layer, layer.forward)
                 # PEFT would cast activations up to the adapter's float32, and autocast down again: two copies a layer, for nothing
                 layer.cast_input_dtype_enabled = self.dtype == torch.float32
-        self._use(None)
+        for p in self._trained:
+            p.requires_grad_(True)
+        self._used, self._switched = None, None
 
     def _lora_forward(self, layer: torch.nn.Module, factored: Callable, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """A frozen adapter is added to each layer's weight as it is asked, `(W + s B A) x`: one product over the tokens instead of three, and no copy of
         the backbone. The adapter in training takes PEFT's way, with gradient or without, so that ratios of its probabilities are exact."""
         name, weight = self._used, layer.base_layer.weight
-        if torch.is_grad_enabled() or layer.disable_adapters or name == self._training or name not in layer.lora_A or name in layer.lora_variant:
+        if name is None or name not in layer.lora_A:
+            return layer.base_layer(x, *args, **kwargs)
+        if torch.is_grad_enabled() or name == self._training or name in layer.lora_variant:
+            self._switch(name)
             return factored(x, *args, **kwargs)
         return torch.nn.functional.linear(x, weight + layer.get_delta_weight(name).to(weight.dtype), layer.base_layer.bias)
 
-    def _use(self, name: str | None) -> None:
-        if name is not None:
-            self._known(name)
-        if name == self._used and all(p.requires_grad for p in self._trained[:1]):
-            return
-        if self.peft is not None:
-            if name is None:
-                self.peft.base_model.disable_adapter_layers()
-            else:
-                if self._used is None:
-                    self.peft.base_model.enable_adapter_layers()
-                self.peft.base_model.set_adapter(name, inference_mode=True)
-            # PEFT switches gradients with the adapter. A graph already built must not lose them when a teacher is asked.
-            for p in self._trained:
+    def _switch(self, name: str) -> None:
+        """Let PEFT's own forward use an adapter. It walks through the whole network for that, some 20 ms: nothing else here asks for it."""
+        if name != self._switched or not all(p.requires_grad for p in self._trained[:1]):
+            self.peft.base_model.set_adapter(name, inference_mode=True)
+            for p in self._trained:         # PEFT switches gradients with the adapter. A graph already built must not lose them.
                 p.requires_grad_(True)
-        self._used = name
+            self._switched = name
 
     @_alone
     def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, text: TextEmbedding, guidance: float = 1.0,
                  adapter: str | None = None) -> torch.Tensor:
         """`v(x, sigma)` in float32, (B, C, H, W), under one adapter; `sigma` is a number or (B,). `guidance` is classifier-free guidance: 1 is none,
         above it `v_empty + guidance (v - v_empty)`, as the pipeline does it."""
-        self._use(adapter)
+        self._used = None if adapter is None else self._known(adapter)
         if guidance != 1.0:
             empty = self.encode([""] * len(x))
             text = TextEmbedding(torch.cat([empty.tokens, text.tokens]), torch.cat([empty.pooled, text.pooled]))

@@ -106,7 +106,7 @@ def loaded_by_us(folder):
     policy, name = policy_of_all(), f"x{len(policy_of_all().adapters)}"
     policy.load_adapter(name, folder)
     policy.train_adapter(name)          # PEFT's own way through the layers
-    policy._use(name)
+    policy._used = name
     return look(policy.transformer)
 
 
