@@ -2,7 +2,8 @@
 
 Ours against the pattern of the public Flow-OPD code, written out: a rollout that is decoded and scored, then a second forward of the
 student with gradient at every state, and a whole copy of the backbone for every teacher and for the anchor. Same model, same batch,
-same adapters. Each case runs in a process of its own, so that peaks of memory do not mix; the cases take turns, and ratios are of medians.
+same adapters. `ours` learns from all steps too, `recipe` from the one that student_opd.yaml draws for an update (a median over draws: a late step is walked to
+for longer). Each case runs in a process of its own, so that peaks of memory do not mix; the cases take turns, and ratios are of medians.
 
 `opd_operations_ours_over_public` counts floating-point operations. We leave out the rollout's own forwards, decoding and judges; the student's forward and
 backward, the teachers' forward and the anchor's are in both. At the same speed per operation time cannot fall below that ratio.
@@ -35,7 +36,7 @@ from .sde import velocity_weight
 TEACHERS = {task: task for task in TASKS}       # and a fourth adapter, the anchor's, which no prompt is routed to
 SAMPLER = Sampler(10, "sde")
 MAR = .04
-CASES = ("student", "ours", "public", "grpo", "rollout")
+CASES = ("student", "ours", "recipe", "public", "grpo", "rollout")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -115,10 +116,13 @@ def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int
     torch.set_num_threads(os.cpu_count())
     where = torch.device(device)
     before = peak_memory(where)
-    policy, schedule = setting(model, device, dtype, images, (*TASKS, "deqa") if case == "ours" else ())
+    policy, schedule = setting(model, device, dtype, images, (*TASKS, "deqa") if case in ("ours", "recipe") else ())
     optimizer = torch.optim.AdamW(policy.train_adapter("student"), 1e-5)
     if case == "ours":
         step = our_update(policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images), optimizer)
+    elif case == "recipe":          # student_opd.yaml's: one step, drawn for the update
+        one = {"steps": 1, "draw": "iteration", "weighting": "uniform_v"}
+        step = our_update(policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images, **one), optimizer)
     elif case == "student":         # the student alone: pulled to the base, which it carries anyway, and no anchor
         step = our_update(policy, OPD(schedule, dict.fromkeys(TASKS), SAMPLER, mar=0., micro=images), optimizer)
     elif case == "public":
@@ -186,6 +190,7 @@ def bench(model: str, device: str, dtype: torch.dtype, images: int, repeats: int
     return {"model": model or "tiny-sd3", "device": device, "dtype": str(dtype).removeprefix("torch."), "images": images, "repeats": repeats,
             "steps": SAMPLER.steps, "matmul_peak_gflops": peak / 1e9, "rollout_images_per_second": images / cases["rollout"]["seconds"],
             "opd_time_ours_over_public": cases["ours"]["seconds"] / cases["public"]["seconds"],
+            "opd_time_recipe_over_public": cases["recipe"]["seconds"] / cases["public"]["seconds"],
             "opd_operations_ours_over_public": cases["ours"]["flop"] / cases["public"]["flop"],
             "opd_memory_ours_over_public": cases["ours"]["memory_mib"] / cases["public"]["memory_mib"],
             "opd_memory_teachers_over_student_alone": cases["ours"]["memory_mib"] / cases["student"]["memory_mib"], "cases": cases}

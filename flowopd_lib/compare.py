@@ -32,10 +32,11 @@ from .inputs import check_keys
 from .policy import FlowPolicy
 from .recipes import build
 from .rollout import Sampler
-from .studies import load_study, scores_of, tasks_of, teachers_of, tell
+from .studies import load_study, reached, scores_of, tasks_of, teachers_of, tell
 from .train import TrainConfig, fit
 
 SEED = 1 << 20  # of the samples judged
+SHARE = 0.9  # of the experts' gains, kept in the mean over the judges: when a look first sees it is told
 
 
 def pace(arms: Mapping[str, Mapping], turns: int = 3) -> dict[str, float]:
@@ -159,12 +160,14 @@ def main() -> None:
         for (arm, seed), job in waiting.items():
             job.result()
             print(f"{arm}, seed {seed}: done", flush=True)
+        others = reference.result()
         told = tell(
             {run: pd.read_parquet(folder / f"{args.split}.parquet") for run, folder in folders.items()},
             arms,
-            reference.result(),
+            others,
         )
     logs = {run: read_lines(folder / "metrics.jsonl") for run, folder in folders.items()}
+    teachers = any(" kept" in what for what in told["what"])
     limit = {arm: recipe["train"].get("clip_norm", TrainConfig.clip_norm) for arm, recipe in arms.items()}
     clipped = {run: (log["grad_norm"] > limit[run[0]]).mean() for run, log in logs.items()}
     for arm in arms:
@@ -173,12 +176,16 @@ def main() -> None:
             [share for (a, _), share in clipped.items() if a == arm]
         )
         told.loc[told["arm"] == arm, "seconds an iteration"] = paces[arm]
+        if args.looks and teachers:
+            first = [reached(read_lines(folders[arm, s] / "probes.jsonl"), others, SHARE) for s in args.seeds]
+            told.loc[told["arm"] == arm, f"seconds to {SHARE:.0%}"] = np.mean(first) * paces[arm]
     cells = [f"{r.mean:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in told.itertuples()]
     table = (
         told.assign(cell=cells).pivot(index="arm", columns="what", values="cell").reindex(["start", *arms])
     )
     table = table[[c for c in told["what"].unique() if " minus " not in c or c.startswith("distance")]]
-    print(table.join(told.groupby("arm")[["updates", "clipped"]].first().round(2)).to_string())
+    columns = [c for c in told if c in ("updates", "clipped", f"seconds to {SHARE:.0%}")]
+    print(table.join(told.groupby("arm")[columns].first().round(2)).to_string())
     told["by seed"] = [" ".join(f"{value:.4f}" for value in seeds) for seeds in told["by seed"]]
     write_whole(args.out / f"{args.split}.csv", told.round(4).to_csv(index=False))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,19 +31,22 @@ from .rollout import Sampler
 from .schedule import Schedule
 
 
-def gradients(policy: FlowPolicy, adapter: str, objective: OPD, batches: int) -> torch.Tensor:
-    """(batches, P) float32: the loss's gradient by the adapter's weights, on one iteration's rollouts each."""
-    parameters, found = policy.train_adapter(adapter), []
-    with progress(batches, f"gradients of {objective.estimator}") as advance:
+def gradients(policy: FlowPolicy, adapter: str, objectives: Mapping[str, OPD], batches: int) -> dict[str, torch.Tensor]:
+    """By objective, (batches, P) float32: the loss's gradient by the adapter's weights. The objectives, readings of one distillation, share the rollouts
+    of each iteration and the teachers' velocities there, which the first that is not `pathwise` alone collects."""
+    parameters, found = policy.train_adapter(adapter), {name: [] for name in objectives}
+    collector = next((o for o in objectives.values() if o.readings != ["pathwise"]), next(iter(objectives.values())))
+    with progress(batches * len(objectives), f"gradients of {len(objectives)} readings") as advance:
         for iteration in range(batches):
-            data = objective.collect(policy, adapter, iteration, Share())
-            for loss in objective.losses(policy, adapter, data, 0):
-                loss.backward()
-            found.append(torch.cat([p.grad.flatten() for p in parameters]).cpu())
-            for p in parameters:
-                p.grad = None
-            advance(1)
-    return torch.stack(found)
+            data = collector.collect(policy, adapter, iteration, Share())
+            for name, objective in objectives.items():
+                for loss in objective.losses(policy, adapter, data, 0):
+                    loss.backward()
+                found[name].append(torch.cat([p.grad.flatten() for p in parameters]).cpu())
+                for p in parameters:
+                    p.grad = None
+                advance(1)
+    return {name: torch.stack(rows) for name, rows in found.items()}
 
 
 def compare_estimators(gradients_of: dict[str, torch.Tensor]) -> pd.DataFrame:
@@ -77,7 +80,8 @@ def measure(batches: int = 24, images: int = 12, seed: int = 0, estimators: Sequ
         if name != task:
             merge(policy, ["merged", task], name, "cat", [1 - distance, distance])
     schedule = Schedule({t: load_prompts(tinyworld.PROMPTS, t, "train") for t in TASKS}, images, seed=seed)
-    return compare_estimators({name: gradients(policy, "merged", OPD(schedule, teachers, Sampler(10, "sde"), name, mar=0.), batches) for name in estimators})
+    readings = {name: OPD(schedule, teachers, Sampler(10, "sde"), name, mar=0.) for name in estimators}
+    return compare_estimators(gradients(policy, "merged", readings, batches))
 
 
 def main() -> None:

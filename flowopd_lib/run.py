@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="leave out what is done and unchanged, go on with what was cut off")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="override parameters, in the notebooks that have them")
     parser.add_argument("--folder", type=Path, help="where the run goes (default: papermill_runs/PROFILE)")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks beside one another, each with its share of the cores (default: 1)")
     args = parser.parse_args()
     for item in args.set:
         if "=" not in item:
@@ -25,7 +26,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a kill ends like Ctrl-C: in order, the kernel too
     try:
         overrides = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in args.set)}
-        folder = run_profile(args.profile, args.only, overrides, args.folder, resume=args.resume)
+        folder = run_profile(args.profile, args.only, overrides, args.folder, resume=args.resume, jobs=args.jobs)
     except (ValueError, RuntimeError, OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

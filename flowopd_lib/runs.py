@@ -5,11 +5,11 @@ import ast
 import hashlib
 import html
 import json
-import os
 import re
 import time
 import urllib.parse
 from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import nbformat
@@ -20,8 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 from . import report
 from .files import locked, set_aside, write_json, write_whole
 from .inputs import check_kinds, kinds_of, nearest, read_yaml
-from .precision import VARIABLE, decide
-from .progress import MARK
+from .kernels import Progress, environment, forget_progress, stop_kernels
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS, RUNS = ROOT / "notebooks", ROOT / "papermill_runs"
@@ -155,41 +154,14 @@ def scrub(node, folder: Path):
     return node
 
 
-class _Progress:
-    """In the place of a file that a notebook's stderr goes to: tells `log` the lines that say how far it is."""
-
-    def __init__(self, log):
-        self.log = log
-
-    def write(self, text: str) -> None:
-        for line in text.splitlines():
-            if line.startswith(MARK):
-                self.log(f"    {line.removeprefix(MARK)}")
-
-    def flush(self) -> None:
-        """papermill calls it."""
-
-
-def _forget_progress(outputs: list) -> None:
-    for output in list(outputs):
-        if output.get("name") == "stderr":
-            output.text = "".join(line for line in output.text.splitlines(keepends=True) if not line.startswith(MARK))
-            if not output.text:
-                outputs.remove(output)
-
-
 def execute(name: str, parameters: dict, folder: Path, log=print) -> float:
-    """Run one notebook into `folder`, in the precision decided for that, and return its seconds. Raises RuntimeError that shows the failing cell.
+    """Run one notebook into `folder` and return its seconds. Raises RuntimeError that shows the failing cell.
 
     The notebook must take `out_dir`, `folder/name` here, and writes its results there. Where it takes `run_dir` and is given none, that is
     `folder`, with the results of others. While it runs, its executed copy is saved every few seconds and `log` is told how far it is; widget state, paths and
     those lines are then dropped from the copy.
     """
     source, target, out = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", folder / name
-    # For the kernel: no bars in the executed copy, sheets instead of widgets.
-    ours = {"FLOWOPD_HEADLESS": "1", VARIABLE: str(decide(folder)).removeprefix("torch.")}
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
     out.mkdir(parents=True, exist_ok=True)
     places = {"out_dir": str(out)}
     if "run_dir" in parameters_of(source) and not parameters.get("run_dir"):
@@ -197,7 +169,7 @@ def execute(name: str, parameters: dict, folder: Path, log=print) -> float:
     began = time.time()
     try:
         papermill.execute_notebook(str(source), str(target), {**parameters, **places}, cwd=str(NOTEBOOKS), progress_bar=False, log_output=False,
-                                   stderr_file=_Progress(log), autosave_cell_every=5,
+                                   stderr_file=Progress(log), autosave_cell_every=5,
                                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"])     # it warns of TCP each time, and of its own end
     except PapermillExecutionError as error:
         raise RuntimeError(f"{name} failed in cell {error.exec_count}:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n"
@@ -207,38 +179,38 @@ def execute(name: str, parameters: dict, folder: Path, log=print) -> float:
     except RuntimeError as error:               # of nbclient: the kernel died
         raise RuntimeError(f"{name} was not executed to its end: {error}") from error
     finally:
-        for variable, value in before.items():
-            os.environ.pop(variable)
-            if value is not None:
-                os.environ[variable] = value
         if target.exists():
             executed = nbformat.read(target, 4)
             executed.metadata.pop("widgets", None)
             for cell in executed.cells:
-                _forget_progress(cell.get("outputs", []))
+                forget_progress(cell.get("outputs", []))
             for key in ("input_path", "output_path"):
                 executed.metadata.get("papermill", {}).pop(key, None)
             write_whole(target, nbformat.writes(nbformat.from_dict(scrub(executed, folder))) + "\n")
     return time.time() - began
 
 
-def run_profile(name: str, only: str = "", overrides: Mapping | None = None, folder: Path | None = None, log=print, resume: bool = False) -> Path:
+def run_profile(name: str, only: str = "", overrides: Mapping | None = None, folder: Path | None = None, log=print, resume: bool = False,
+                jobs: int = 1) -> Path:
     """Execute a profile's notebooks in order into `folder` (default `papermill_runs/NAME`), with `status.json`, `manifest.json`, `report.html`.
 
     Every parameter and every need is checked before the first notebook starts. `resume` leaves out what is done with the same fingerprint,
     and keeps the folder of what was cut off with the same, so that trainings go on in it. What lies there of anything else is moved into
-    `folder/earlier/`, never removed. Raises FolderInUse while another run writes to the folder.
+    `folder/earlier/`, never removed. With `jobs`, so many notebooks run beside one another, each with its share of the cores and after what it needs.
+    Raises FolderInUse while another run writes to the folder.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs, the notebooks that run beside one another, must be at least 1, not {jobs}")
     chosen = choose(name, only, overrides or {})
     folder = (folder or RUNS / name).resolve()
     if folder.is_file() or folder == NOTEBOOKS.resolve():
         raise ValueError(f"{folder} is no folder for a run")
     check_needs(chosen, read_status(folder) if only or resume else {}, folder)      # before the folder is made
     with locked(folder, f"a run of the profile {name}"):
-        return _run(name, only, chosen, folder, log, resume)
+        return _run(name, only, chosen, folder, log, resume, jobs)
 
 
-def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resume: bool) -> Path:
+def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resume: bool, jobs: int) -> Path:
     old = read_status(folder)
     kept = old if only or resume else {}
     earlier = [(n, s) for record in (read_status(RUNS / "reference"), read_status(RUNS / name), old) for n, s in record.items()]
@@ -250,32 +222,54 @@ def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resum
     def finished(notebook: str, fingerprint: str) -> bool:
         return (resume and status[notebook]["state"] == "done" and status[notebook].get("fingerprint") == fingerprint
                 and (folder / notebook).is_dir() and (folder / f"{notebook}.ipynb").is_file())
-    commit = report.checkout(ROOT, folder)
+    commit, waiting, running = report.checkout(ROOT, folder), list(chosen), {}
+    place = {notebook: f"[{i + 1}/{len(chosen)}] {notebook}" for i, notebook in enumerate(chosen)}
+
+    def start(notebook: str, pool: ThreadPoolExecutor) -> None:
+        now = fingerprints({n: chosen[n] for n in waiting}, status)
+        waiting.remove(notebook)
+        if finished(notebook, now[notebook]):
+            log(f"{place[notebook]} is done and unchanged")
+            return
+        left = [n for n in now if not finished(n, now[n])]
+        rest = f" (about {report.duration(sum(seconds[n] for n in left) / jobs)} left)" if set(left) <= set(seconds) else ""
+        keep = resume and status[notebook]["state"] != "done" and status[notebook].get("fingerprint") == now[notebook]
+        # First this, so that a kill in between leaves no checkpoints of something else under the new fingerprint.
+        aside = None if keep else set_aside(folder, folder / notebook, folder / f"{notebook}.ipynb")
+        status[notebook] = {"state": "running", "parameters": chosen[notebook], "fingerprint": now[notebook], "git": commit, **({"resumed": True} if keep else {})}
+        write_json(folder / "status.json", status)
+        moved = f"; what was there is now in {aside}" + ("" if resume else ", --resume goes on with what is unchanged") if aside else ""
+        log(f"{place[notebook]} ...{rest}{moved}")
+        running[pool.submit(execute, notebook, chosen[notebook], folder, log if jobs == 1 else lambda line: log(f"    {notebook[:2]} {line.strip()}"))] = notebook
+
+    def ended(notebook: str, **how) -> None:
+        status[notebook].update(how)
+        write_json(folder / "status.json", status)
+
     try:
-        for i, (notebook, parameters) in enumerate(chosen.items()):
-            now = fingerprints({n: chosen[n] for n in list(chosen)[i:]}, status)
-            if finished(notebook, now[notebook]):
-                log(f"[{i + 1}/{len(chosen)}] {notebook} is done and unchanged")
-                continue
-            left = [n for n in now if not finished(n, now[n])]
-            rest = f" (about {report.duration(sum(seconds[n] for n in left))} left)" if set(left) <= set(seconds) else ""
-            keep = resume and status[notebook]["state"] != "done" and status[notebook].get("fingerprint") == now[notebook]
-            # First this, so that a kill in between leaves no checkpoints of something else under the new fingerprint.
-            aside = None if keep else set_aside(folder, folder / notebook, folder / f"{notebook}.ipynb")
-            status[notebook] = {"state": "running", "parameters": parameters, "fingerprint": now[notebook], "git": commit, **({"resumed": True} if keep else {})}
-            write_json(folder / "status.json", status)
-            moved = f"; what was there is now in {aside}" + ("" if resume else ", --resume goes on with what is unchanged") if aside else ""
-            log(f"[{i + 1}/{len(chosen)}] {notebook} ...{rest}{moved}")
-            try:
-                spent = execute(notebook, parameters, folder, log)
-            except BaseException as error:
-                status[notebook].update(state="failed" if isinstance(error, Exception) else "interrupted",
-                                        error=scrub(str(error), folder) or type(error).__name__)
-                write_json(folder / "status.json", status)
-                raise
-            status[notebook].update(state="done", seconds=round(spent, 1))
-            write_json(folder / "status.json", status)
-            log(f"[{i + 1}/{len(chosen)}] {notebook} done in {report.duration(spent)}: {folder / notebook}.ipynb")
+        with environment(folder, jobs), ThreadPoolExecutor(jobs) as pool:
+            failed = None
+            while running or (waiting and not failed):
+                while not failed and len(running) < jobs and (ready := [n for n in waiting if not {*needs_of(n)} & {*waiting, *running.values()}]):
+                    start(ready[0], pool)
+                try:
+                    done = wait(running, return_when=FIRST_COMPLETED).done
+                except BaseException as error:
+                    stop_kernels()
+                    wait(running)
+                    for notebook in running.values():
+                        ended(notebook, state="interrupted", error=scrub(str(error), folder) or type(error).__name__)
+                    raise
+                for future in done:
+                    notebook, error = running.pop(future), future.exception()
+                    if error:
+                        failed = failed or error
+                        ended(notebook, state="failed", error=scrub(str(error), folder) or type(error).__name__)
+                    else:
+                        ended(notebook, state="done", seconds=round(future.result(), 1))
+                        log(f"{place[notebook]} done in {report.duration(future.result())}: {folder / notebook}.ipynb")
+            if failed:
+                raise failed
     finally:
         read = {n: digest for n, digest in inputs().items() if not n.endswith(".py")}
         manifest = scrub(report.manifest(name, folder, status, read), folder)

@@ -7,7 +7,7 @@ the root mean square over the pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,20 @@ def scores_of(table: pd.DataFrame) -> pd.DataFrame:
     if not set(TASKS) <= set(table["task"]):
         return rows
     return pd.concat([rows, paper_average(table)], ignore_index=True)
+
+
+def reached(looks: Sequence[Mapping], reference: pd.DataFrame, share: float) -> float:
+    """The iteration of the first look at which the experts' gains are kept to `share`, in the mean over the
+    judges; NaN if none is. A look is the rows of `scores_of` and their iteration."""
+    means = {name: summary(home_scores(t)).set_index("judge")["mean"] for name, t in reference.groupby("model")}
+    taught = {judge: name for judge, name in EXPERTS.items() if name in means}
+    seen = pd.DataFrame(looks).pivot(index="iteration", columns="judge", values="mean").sort_index()
+    base, best = (
+        pd.Series({judge: means[who(name)][judge] for judge, name in taught.items()})
+        for who in (lambda name: "base", str)
+    )
+    kept = ((seen[list(taught)] - base) / (best - base)).mean(axis=1)
+    return float(kept.index[kept >= share].min())
 
 
 def distances(table: pd.DataFrame, reference: pd.DataFrame, recipe: Mapping) -> pd.Series:

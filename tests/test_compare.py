@@ -47,6 +47,15 @@ def test_what_is_told_of_two_arms():
     assert told.loc[("a", "distance"), "mean"] == pytest.approx(.5, abs=.01) and told.loc[("b", "distance minus that of a"), "mean"] == pytest.approx(-.25, abs=.01)
 
 
+def test_when_the_gains_are_kept_to_nine_tenths_is_told():
+    def table(model, task, **scores):
+        return pd.DataFrame({"model": model, "task": task, "tag": task, "prompt": ["x", "y"], **scores})
+    reference = pd.concat([table("base", "ocr", OCR=.2), table("ocr", "ocr", OCR=.7), table("base", "geneval", GenEval=0.), table("geneval", "geneval", GenEval=1.)])
+    looks = [{"judge": judge, "mean": mean, "iteration": i} for i, ocr, geneval in ((0, .2, .5), (4, .65, .88), (8, .65, .9), (12, .7, 1.))
+             for judge, mean in (("OCR", ocr), ("GenEval", geneval), ("Average", 0.))]
+    assert studies.reached(looks, reference, .9) == 8 and np.isnan(studies.reached(looks[:6], reference, .9))
+
+
 def test_pictures_are_held_against_those_of_each_prompts_own_teacher_from_the_same_noise():
     weights = {name: torch.randn(2, 2, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(("a", "b", "student"))}
     policy, prompts = SmallPolicy(2, **weights), [Prompt("x", "ocr"), Prompt("y", "geneval"), Prompt("z", "ocr")]

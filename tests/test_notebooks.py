@@ -10,7 +10,7 @@ ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
 def test_smoke_profile_runs_every_notebook(tmp_path):
-    run_profile("smoke", folder=tmp_path, log=lambda message: None)
+    run_profile("smoke", folder=tmp_path, log=lambda message: None, jobs=2)
     status = json.loads((tmp_path / "status.json").read_text())
     assert list(status) == [p.stem for p in ALL] and all(s["state"] == "done" for s in status.values())
     results = json.loads((tmp_path / "00_quickstart" / "results.json").read_text())

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -116,6 +117,29 @@ def test_resume_runs_again_what_changed_and_what_needs_it(lab, executed):
     assert executed.since() == ["3_alone"]
     tiny()
     assert executed.since() == ["1_first", "2_second", "3_alone"]
+
+
+def test_notebooks_run_beside_one_another_and_after_what_they_need(lab, executed, monkeypatch):
+    met, listed = threading.Barrier(2, timeout=30), runs.execute
+
+    def execute(name, parameters, folder, log):
+        assert os.environ["OMP_NUM_THREADS"] == str(max(1, os.cpu_count() // 2)) and os.environ["FLOWOPD_HEADLESS"]
+        if name != "2_second":
+            met.wait()              # 1_first and 3_alone, both at work
+        log("progress")
+        return listed(name, parameters, folder, log)
+    monkeypatch.setattr(runs, "execute", execute)
+    said = []
+    folder = tiny(jobs=2, log=said.append)
+    assert executed.since()[-1] == "2_second" or said.index("[2/3] 2_second ...") > said.index(f"[1/3] 1_first done in 3 min: {folder / '1_first'}.ipynb")
+    assert "    3_ progress" in said and "FLOWOPD_HEADLESS" not in os.environ
+    assert [s["state"] for s in runs.read_status(folder).values()] == ["done"] * 3
+    executed.fail = ["1_first"]
+    with pytest.raises(RuntimeError, match="1_first failed"):
+        tiny(jobs=2)
+    assert {n: s["state"] for n, s in runs.read_status(folder).items()} == {"1_first": "failed", "2_second": "waiting", "3_alone": "done"}
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        tiny(jobs=0)
 
 
 def test_what_was_cut_off_keeps_its_folder_unless_it_changed(lab, executed):
@@ -238,7 +262,7 @@ def test_resume_finishes_what_a_kill_left(lab, how):
     # The package without its __init__, which imports everything.
     script = (f"import sys, types; from pathlib import Path; p = types.ModuleType('flowopd_lib'); p.__path__ = [{str(Path(run.__file__).parent)!r}]\n"
               f"sys.modules['flowopd_lib'] = p; from flowopd_lib import run, runs\nruns.ROOT = root = Path({str(lab)!r})\n"
-              "runs.NOTEBOOKS, runs.RUNS = root / 'notebooks', root / 'papermill_runs'\nsys.argv = ['run', 'tiny', '--only', '1']\nrun.main()")
+              "runs.NOTEBOOKS, runs.RUNS = root / 'notebooks', root / 'papermill_runs'\nsys.argv = ['run', 'tiny', '--only', '1', '--jobs', '2']\nrun.main()")
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     state = runs.RUNS / "tiny" / "1_first" / "state"
     wait(lambda: state.exists() and state.read_text() or process.poll() is not None)
