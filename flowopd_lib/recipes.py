@@ -166,7 +166,7 @@ def main() -> None:
         recipe = read_yaml(args.recipe)
         train_section = recipe.get("train") if isinstance(recipe, dict) else None
         tracker = train_section.get("log_with") if isinstance(train_section, dict) else None
-        tracker = tracker if tracker in list(get_available_trackers()) else None        # `build` tells of one that is not there
+        tracker = tracker if tracker in map(str, get_available_trackers()) else None        # `build` tells of one that is not there
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=args.folder)
         if accelerator.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed precision {accelerator.mixed_precision} is not supported; use no or bf16")

@@ -67,9 +67,9 @@ class TrainConfig:
                              f"and betas {self.betas} in [0, 1)")
         if self.log_with is not None:       # accelerate leaves out a tracker it does not find, and says nothing
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-            if self.log_with not in list(LOGGER_TYPE_TO_CLASS):
+            if self.log_with not in map(str, LOGGER_TYPE_TO_CLASS):
                 raise ValueError(f"log_with names no tracker of accelerate's: {self.log_with!r}; there are {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
-            if self.log_with not in list(get_available_trackers()):
+            if self.log_with not in map(str, get_available_trackers()):
                 raise ValueError(f"the tracker {self.log_with} is not installed; pip install {self.log_with}, or leave log_with out")
 
 

@@ -319,8 +319,8 @@ def test_every_recipe_can_be_built(path):
     assert "student" in policy.adapters and len(objective.schedule.draw(0)) > 0 and config.iterations > 0
 
 
-def test_a_tracker_is_told_of_every_iteration_and_one_that_is_not_there_is_named(tmp_path):
-    from accelerate import Accelerator
+def test_a_tracker_is_told_of_every_iteration_and_one_that_is_not_there_is_named(tmp_path, monkeypatch):
+    from accelerate import Accelerator, tracking
     from accelerate.tracking import GeneralTracker
 
     class Told(GeneralTracker):
@@ -347,3 +347,5 @@ def test_a_tracker_is_told_of_every_iteration_and_one_that_is_not_there_is_named
         TrainConfig(3, log_with="tensorbord")
     with pytest.raises(ValueError, match="the tracker dvclive is not installed"):
         TrainConfig(3, log_with="dvclive")
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.DVCLIVE])        # its names are members of an enum, not strings
+    assert TrainConfig(3, log_with="dvclive").log_with == "dvclive"

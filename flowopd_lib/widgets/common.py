@@ -16,7 +16,7 @@ STYLE = """<style>
 .fo img { display: block; image-rendering: pixelated; background: var(--jp-layout-color2); border: 1px solid var(--jp-border-color1); border-radius: 3px; }
 .fo-tile figcaption, .fo-row, .fo-note { color: var(--jp-ui-font-color1); font-size: 12px; }
 .fo-badge { display: block; padding-left: 5px; border-left: 4px solid; margin: 2px 0; }
-.fo-badge span { white-space: nowrap; }
+.fo-badge span + span { white-space: nowrap; }
 .fo-badge > span { color: var(--jp-ui-font-color1); }
 .fo-row { line-height: 1.35; overflow-wrap: anywhere; padding-right: 6px; }
 .fo-dim { color: var(--jp-ui-font-color2); }

@@ -203,7 +203,7 @@ class SampleGallery:
         if position < 0:
             return '<div class="fo-note fo-dim">no sample</div>'
         badges = "".join(badge_html(judge, score, change, COLORS[judge]) for judge, score, change in self.samples.scores(position))
-        picture = picture_html(self.samples.picture(position), self.samples.alt(position), width, style="max-width: 95%; height: auto")
+        picture = picture_html(self.samples.picture(position), self.samples.alt(position), width, style="box-sizing: border-box; max-width: 95%; height: auto")
         return f'<figure class="fo-tile">{picture}<figcaption>{badges}</figcaption></figure>'
 
     def _choose(self, position: int) -> None:
