@@ -59,27 +59,35 @@ def pixels(images: torch.Tensor) -> np.ndarray:
 
 
 def judged(
-    policy: FlowPolicy, models: Mapping, tasks: list[str], split: str, n: int, into: Path | None = None
+    policy: FlowPolicy,
+    models: Mapping,
+    tasks: list[str],
+    split: str,
+    n: int,
+    repeats: int = 1,
+    into: Path | None = None,
 ) -> pd.DataFrame:
-    """Scores and pictures of the tasks' first `n` prompts. The tasks are neighbours in `TASKS`, so that a
+    """Scores and pictures of the tasks' first `n` prompts, `repeats` of each. The tasks are neighbours in `TASKS`, so that a
     prompt has its noise whichever others are asked with it."""
     every = tinyworld.first_prompts(split, n)
     prompts = [p for p in every if p.task in tasks]
     seed, judges = SEED + every.index(prompts[0]), tinyworld.judges()
-    how = {"embed": pixels, "progress": False, "into": into}
+    how = {"repeats": repeats, "embed": pixels, "progress": False, "into": into}
     return evaluate(policy, prompts, judges, seed, Sampler(20), models, **how)
 
 
-def references(folder: Path, recipe: Mapping, split: str, n: int) -> pd.DataFrame:
+def references(folder: Path, recipe: Mapping, split: str, n: int, repeats: int) -> pd.DataFrame:
     """The base, the student before it is trained, and each task's own teachers."""
     policy, tables = build(recipe)[0], []
     for task in tasks_of(recipe):
         models = {"base": None, "start": "student", **{name: name for name in teachers_of(recipe, task)}}
-        tables.append(judged(policy, models, [task], split, n, folder / f"{task}.parquet"))
+        tables.append(judged(policy, models, [task], split, n, repeats, folder / f"{task}.parquet"))
     return pd.concat(tables, ignore_index=True)
 
 
-def train_and_judge(arm: str, recipe: Mapping, folder: Path, split: str, n: int, looks: int) -> None:
+def train_and_judge(
+    arm: str, recipe: Mapping, folder: Path, split: str, n: int, repeats: int, looks: int
+) -> None:
     """One training into a folder, or on from where it was cut off."""
     policy, objective, config = build(recipe)
 
@@ -88,7 +96,7 @@ def train_and_judge(arm: str, recipe: Mapping, folder: Path, split: str, n: int,
 
     every = max(1, config.iterations // max(looks, 1))
     fit(policy, objective, folder, config, probe=look if looks else None, every=every, shown=False)
-    judged(policy, {arm: "student"}, tasks_of(recipe), split, n, folder / f"{split}.parquet")
+    judged(policy, {arm: "student"}, tasks_of(recipe), split, n, repeats, folder / f"{split}.parquet")
 
 
 def main() -> None:
@@ -105,10 +113,11 @@ def main() -> None:
     add("--seconds", type=float, default=240.0, help="of training, of one thread of this machine")
     add("--split", choices=("val", "test"), default="val")
     add("--n", type=int, default=40, help="prompts a task")
+    add("--repeats", type=int, default=1, help="pictures a prompt, at the end")
     add("--looks", type=int, default=0, help="looks at the scores while it trains; 0: none")
     add("--jobs", type=int, default=os.cpu_count(), help="trainings beside one another, a thread each")
     args = parser.parse_args()
-    least = {"seconds": 1e-9, "n": 12, "jobs": 1, "looks": 0}
+    least = {"seconds": 1e-9, "n": 12, "repeats": 1, "jobs": 1, "looks": 0}
     for name, value in [
         *((name, getattr(args, name)) for name in least),
         *(("seeds", s) for s in args.seeds),
@@ -147,7 +156,9 @@ def main() -> None:
         args.jobs, multiprocessing.get_context("spawn"), partial(torch.set_num_threads, 1)
     ) as pool:
         waiting = {
-            run: pool.submit(train_and_judge, run[0], training(*run), folder, args.split, args.n, args.looks)
+            run: pool.submit(
+                train_and_judge, run[0], training(*run), folder, args.split, args.n, args.repeats, args.looks
+            )
             for run, folder in folders.items()
         }
         reference = pool.submit(
@@ -156,6 +167,7 @@ def main() -> None:
             next(iter(arms.values())),
             args.split,
             args.n,
+            args.repeats,
         )
         for (arm, seed), job in waiting.items():
             job.result()

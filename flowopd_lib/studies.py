@@ -60,7 +60,9 @@ def scores_of(table: pd.DataFrame) -> pd.DataFrame:
 def reached(looks: Sequence[Mapping], reference: pd.DataFrame, share: float) -> float:
     """The iteration of the first look at which the experts' gains are kept to `share`, in the mean over the
     judges; NaN if none is. A look is the rows of `scores_of` and their iteration."""
-    means = {name: summary(home_scores(t)).set_index("judge")["mean"] for name, t in reference.groupby("model")}
+    means = {
+        name: summary(home_scores(t)).set_index("judge")["mean"] for name, t in reference.groupby("model")
+    }
     taught = {judge: name for judge, name in EXPERTS.items() if name in means}
     seen = pd.DataFrame(looks).pivot(index="iteration", columns="judge", values="mean").sort_index()
     base, best = (
@@ -73,13 +75,19 @@ def reached(looks: Sequence[Mapping], reference: pd.DataFrame, share: float) -> 
 
 def distances(table: pd.DataFrame, reference: pd.DataFrame, recipe: Mapping) -> pd.Series:
     """By task and prompt: how far the pictures lie from those of the prompt's teachers."""
-    pictures = {(r.model, r.task, r.prompt): r.embedding.astype(np.float32) for r in reference.itertuples()}
+    pictures = {
+        (r.model, r.task, r.prompt, r.repeat): r.embedding.astype(np.float32) for r in reference.itertuples()
+    }
 
     def away(row) -> float:
-        theirs = [pictures[name, row.task, row.prompt] for name in teachers_of(recipe, row.task)]
+        theirs = [pictures[name, row.task, row.prompt, row.repeat] for name in teachers_of(recipe, row.task)]
         return float(np.mean([np.sqrt(np.mean((row.embedding - picture) ** 2)) for picture in theirs]))
 
-    return pd.Series({(row.task, row.prompt): away(row) for row in table.itertuples()})
+    return (
+        table.assign(away=[away(row) for row in table.itertuples()])
+        .groupby(["task", "prompt"])["away"]
+        .mean()
+    )
 
 
 def tell(

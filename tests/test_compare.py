@@ -32,17 +32,17 @@ def test_a_study_that_is_none_is_named(text, message, tmp_path):
 
 def test_what_is_told_of_two_arms():
     recipe = {"schedule": {"tasks": ["ocr"]}, "opd": {"teachers": {"ocr": "ocr"}}}
-    rng, prompts = np.random.default_rng(0), [f"sign {i}" for i in range(40)]
+    rng, prompts = np.random.default_rng(0), [f"sign {i // 2}" for i in range(40)]       # two pictures of each
 
     def table(model, score, colour):
         pixels = [np.full(12, colour, np.float16)] * 40
-        return pd.DataFrame({"task": "ocr", "tag": "ocr", "prompt": prompts, "OCR": score + rng.normal(0, .01, 40), "model": model, "embedding": pixels})
+        return pd.DataFrame({"task": "ocr", "tag": "ocr", "prompt": prompts, "repeat": [0, 1] * 20, "OCR": score + rng.normal(0, .01, 40), "model": model, "embedding": pixels})
     reference = pd.concat([table("base", .2, 0.), table("start", .4, .2), table("ocr", .8, 1.)])
     tables = {("a", 0): table("x", .5, .5), ("a", 1): table("x", .5, .5), ("b", 0): table("x", .65, .75), ("b", 1): table("x", .75, .75)}
     told = studies.tell(tables, {"a": recipe, "b": recipe}, reference).set_index(["arm", "what"])
     assert told.loc[("b", "OCR"), "mean"] == pytest.approx(.7, abs=.01) and np.allclose(told.loc[("b", "OCR"), "by seed"], [.65, .75], atol=.01)
     row = told.loc[("b", "OCR minus that of a")]
-    assert row["low"] < .2 < row["high"] and row["high"] - row["low"] < .02 and row["n"] == 40
+    assert row["low"] < .2 < row["high"] and row["high"] - row["low"] < .02 and row["n"] == 20
     assert told.loc[("b", "OCR kept"), "mean"] == pytest.approx(.5 / .6, abs=.02)
     assert told.loc[("a", "distance"), "mean"] == pytest.approx(.5, abs=.01) and told.loc[("b", "distance minus that of a"), "mean"] == pytest.approx(-.25, abs=.01)
 
