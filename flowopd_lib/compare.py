@@ -67,8 +67,8 @@ def judged(
     repeats: int = 1,
     into: Path | None = None,
 ) -> pd.DataFrame:
-    """Scores and pictures of the tasks' first `n` prompts, `repeats` of each. The tasks are neighbours in `TASKS`, so that a
-    prompt has its noise whichever others are asked with it."""
+    """Scores and pictures of the tasks' first `n` prompts, `repeats` of each. The tasks are neighbours in
+    `TASKS`, so that a prompt has its noise whichever others are asked with it."""
     every = tinyworld.first_prompts(split, n)
     prompts = [p for p in every if p.task in tasks]
     seed, judges = SEED + every.index(prompts[0]), tinyworld.judges()
@@ -189,7 +189,8 @@ def main() -> None:
         )
         told.loc[told["arm"] == arm, "seconds an iteration"] = paces[arm]
         if args.looks and teachers:
-            first = [reached(read_lines(folders[arm, s] / "probes.jsonl"), others, SHARE) for s in args.seeds]
+            looked = others[others["repeat"] == 0]
+            first = [reached(read_lines(folders[arm, s] / "probes.jsonl"), looked, SHARE) for s in args.seeds]
             told.loc[told["arm"] == arm, f"seconds to {SHARE:.0%}"] = np.mean(first) * paces[arm]
     cells = [f"{r.mean:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in told.itertuples()]
     table = (

@@ -1,4 +1,5 @@
-"""The kernels of a headless run: what they are told, the lines they say of how far they are, and their end."""
+"""The kernels of a headless run: what they are told, the lines they say of how far they are, their end."""
+
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +15,8 @@ from .progress import MARK
 
 @contextlib.contextmanager
 def environment(folder: Path, jobs: int) -> Iterator[None]:
-    """For the kernels: no bars in the executed copies, sheets instead of widgets, the precision decided for the folder, their share of the cores."""
+    """For the kernels: no bars in the executed copies, sheets instead of widgets, the precision decided for
+    the folder, their share of the cores."""
     ours = {"FLOWOPD_HEADLESS": "1", VARIABLE: str(decide(folder)).removeprefix("torch.")}
     if jobs > 1:
         ours["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -31,13 +33,14 @@ def environment(folder: Path, jobs: int) -> Iterator[None]:
 
 def stop_kernels() -> None:
     for process in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):         # one that ended meanwhile
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ended meanwhile
             if "ipykernel_launcher" in process.cmdline():
                 process.kill()
 
 
 class Progress:
-    """In the place of a file that a notebook's stderr goes to: tells `log` the lines that say how far it is."""
+    """In the place of a file that a notebook's stderr goes to: tells `log` the lines that say how far it
+    is."""
 
     def __init__(self, log):
         self.log = log
@@ -54,6 +57,8 @@ class Progress:
 def forget_progress(outputs: list) -> None:
     for output in list(outputs):
         if output.get("name") == "stderr":
-            output.text = "".join(line for line in output.text.splitlines(keepends=True) if not line.startswith(MARK))
+            output.text = "".join(
+                line for line in output.text.splitlines(keepends=True) if not line.startswith(MARK)
+            )
             if not output.text:
                 outputs.remove(output)

@@ -250,9 +250,9 @@ def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resum
         with environment(folder, jobs), ThreadPoolExecutor(jobs) as pool:
             failed = None
             while running or (waiting and not failed):
-                while not failed and len(running) < jobs and (ready := [n for n in waiting if not {*needs_of(n)} & {*waiting, *running.values()}]):
-                    start(ready[0], pool)
                 try:
+                    while not failed and len(running) < jobs and (ready := [n for n in waiting if not {*needs_of(n)} & {*waiting, *running.values()}]):
+                        start(ready[0], pool)
                     done = wait(running, return_when=FIRST_COMPLETED).done
                 except BaseException as error:
                     stop_kernels()

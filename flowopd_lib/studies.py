@@ -65,10 +65,8 @@ def reached(looks: Sequence[Mapping], reference: pd.DataFrame, share: float) -> 
     }
     taught = {judge: name for judge, name in EXPERTS.items() if name in means}
     seen = pd.DataFrame(looks).pivot(index="iteration", columns="judge", values="mean").sort_index()
-    base, best = (
-        pd.Series({judge: means[who(name)][judge] for judge, name in taught.items()})
-        for who in (lambda name: "base", str)
-    )
+    base = pd.Series({judge: means["base"][judge] for judge in taught})
+    best = pd.Series({judge: means[name][judge] for judge, name in taught.items()})
     kept = ((seen[list(taught)] - base) / (best - base)).mean(axis=1)
     return float(kept.index[kept >= share].min())
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_policy import SmallPolicy
 
-from flowopd_lib.objectives import OPD, Share
+from flowopd_lib.objectives import ESTIMATORS, OPD, Share
 from flowopd_lib.prompts import Prompt
 from flowopd_lib.rollout import Sampler, initial_noise, trajectory
 from flowopd_lib.schedule import Schedule
@@ -226,3 +226,15 @@ def test_a_walk_without_any_noise_has_no_kl_and_can_be_learned_from_all_the_same
     assert sum(loss.item() for loss in o.losses(policy, "student", data, 0)) > 0
     told = o.metrics(data)
     assert told["gap_ocr"] > 0 and math.isnan(told["kl"])
+
+
+def test_readings_that_share_the_rollouts_of_one_of_them_have_the_gradients_of_their_own():
+    policy, readings = policy_of(), {name: objective(name, batch=20) for name in ESTIMATORS}
+
+    def gradient(reading, collector):
+        policy.weights["student"].grad = None
+        for loss in reading.losses(policy, "student", collector.collect(policy, "student", 1, Share()), 0):
+            loss.backward()
+        return policy.weights["student"].grad.clone()
+    for name, reading in readings.items():
+        assert torch.allclose(gradient(reading, readings["paper"]), gradient(reading, reading), rtol=1e-4, atol=1e-6), name
