@@ -205,7 +205,7 @@ def kl_figure(curve: pd.DataFrame, sigmas: Sequence[float], title: str) -> Figur
     for column in [c for c in curve if c.startswith("gap_")]:
         line(left, column, window, lw=2, color=COLORS.get(names.get(column)), label=f"to the {names.get(column, column)} teacher")
     for column, color in zip(steps, sns.color_palette("viridis", len(steps))):
-        line(right, column, 5, lw=1.6, color=color, label=f"σ {sigmas[int(column.split('_')[-1])]:.2f}")
+        line(right, column, min(5, max(1, curve[column].count() // 4)), lw=1.6, marker=".", color=color, label=f"σ {sigmas[int(column.split('_')[-1])]:.2f}")
     left.set(yscale="log", xlabel="iteration", ylabel="mean squared difference of velocities", title="by teacher")
     right.set(yscale="log", xlabel="iteration", ylabel="KL of a step, nats", title="by noise level")
     left.legend(fontsize=9)
