@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import os
 import resource
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -32,11 +33,16 @@ from .prompts import TASKS, load_prompts
 from .rollout import Sampler, sample, trajectory
 from .schedule import Schedule
 from .sde import velocity_weight
+from .stand_in import write_sd35
 
 TEACHERS = {task: task for task in TASKS}       # and a fourth adapter, the anchor's, which no prompt is routed to
 SAMPLER = Sampler(10, "sde")
 MAR = .04
 CASES = ("student", "ours", "recipe", "public", "grpo", "rollout")
+RATIOS = (("opd_time_ours_over_public", "seconds", "ours", "public"), ("opd_time_recipe_over_public", "seconds", "recipe", "public"),
+          ("opd_operations_ours_over_public", "flop", "ours", "public"), ("opd_memory_ours_over_public", "memory_mib", "ours", "public"),
+          ("opd_memory_teachers_over_student_alone", "memory_mib", "ours", "student"))
+RANDOM = "sd35-random"      # Stable Diffusion 3.5 Medium's architecture with random weights (`stand_in`)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -44,6 +50,11 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def brightness(images: torch.Tensor, prompts: Sequence) -> np.ndarray:
+    """In a judge's place where there is none: the pictures of random weights show nothing, and it costs nothing."""
+    return images.flatten(1).mean(1).numpy()
 
 
 def add_random_adapter(policy: FlowPolicy, name: str) -> None:
@@ -121,16 +132,16 @@ def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int
     if case == "ours":
         step = our_update(policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images), optimizer)
     elif case == "recipe":          # student_opd.yaml's: one step, drawn for the update
-        one = {"steps": 1, "draw": "iteration", "weighting": "uniform_v"}
+        one = {"steps": 1, "draw": "iteration", "weighting": "ode"}
         step = our_update(policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images, **one), optimizer)
     elif case == "student":         # the student alone: pulled to the base, which it carries anyway, and no anchor
         step = our_update(policy, OPD(schedule, dict.fromkeys(TASKS), SAMPLER, mar=0., micro=images), optimizer)
     elif case == "public":
         copies = {name: whole_copy(model, device, dtype, name) for name in (*TASKS, "deqa")}
-        step = public_update(policy, copies, schedule, tinyworld.judges(), optimizer)
+        step = public_update(policy, copies, schedule, {} if model else tinyworld.judges(), optimizer)
     elif case == "grpo":
         grouped = Schedule({"ocr": schedule.prompts["ocr"]}, images // 8, 8)
-        step = our_update(policy, GRPO(grouped, tinyworld.judges(), {"OCR": 1.}, SAMPLER, updates=1, micro=images), optimizer)
+        step = our_update(policy, GRPO(grouped, {"OCR": brightness} if model else tinyworld.judges(), {"OCR": 1.}, SAMPLER, updates=1, micro=images), optimizer)
     else:
         def step(iteration: int) -> None:
             batch = schedule.draw(iteration)
@@ -150,8 +161,9 @@ def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int
     pipe.send({"memory_mib": (peak_memory(where) - before) / 2 ** 20, "flop": counter.get_total_flops()})
 
 
-def matmul_peak(device: str, dtype: torch.dtype, size: int = 2048, repeats: int = 12) -> float:
+def matmul_peak(device: str, dtype: torch.dtype, repeats: int = 12) -> float:
     """FLOP/s of the best of a few large square matrix products."""
+    size = 2048 if device == "cpu" else 8192
     torch.set_num_threads(os.cpu_count())
     a, b, best = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype), 0.
     for _ in range(repeats):
@@ -165,40 +177,45 @@ def matmul_peak(device: str, dtype: torch.dtype, size: int = 2048, repeats: int 
     return best
 
 
-def bench(model: str, device: str, dtype: torch.dtype, images: int, repeats: int) -> dict:
-    """Seconds (median over `repeats`), MiB above the idle process, and operations of every case; the ratios; the matrix products' peak."""
-    context, running = multiprocessing.get_context("spawn"), {}
-    for case in CASES:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=run_case, args=(case, model, device, dtype, images, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        ours.recv()
-        running[case] = (process, ours)
-    seconds = {case: [] for case in CASES}
-    for iteration in range(repeats):
-        for case, (_, pipe) in running.items():
-            pipe.send(2 + iteration)
-            seconds[case].append(pipe.recv())
-    peak, cases = matmul_peak(device, dtype), {}
-    for case, (process, pipe) in running.items():
-        pipe.send(None)
-        end, median = pipe.recv(), float(np.median(seconds[case]))
-        cases[case] = {"seconds": median, "fastest": min(seconds[case]), "slowest": max(seconds[case]), **end,
-                       "share_of_matmul_peak": end["flop"] / median / peak}
-        process.join()
-    return {"model": model or "tiny-sd3", "device": device, "dtype": str(dtype).removeprefix("torch."), "images": images, "repeats": repeats,
-            "steps": SAMPLER.steps, "matmul_peak_gflops": peak / 1e9, "rollout_images_per_second": images / cases["rollout"]["seconds"],
-            "opd_time_ours_over_public": cases["ours"]["seconds"] / cases["public"]["seconds"],
-            "opd_time_recipe_over_public": cases["recipe"]["seconds"] / cases["public"]["seconds"],
-            "opd_operations_ours_over_public": cases["ours"]["flop"] / cases["public"]["flop"],
-            "opd_memory_ours_over_public": cases["ours"]["memory_mib"] / cases["public"]["memory_mib"],
-            "opd_memory_teachers_over_student_alone": cases["ours"]["memory_mib"] / cases["student"]["memory_mib"], "cases": cases}
+def bench(model: str, device: str, dtype: torch.dtype, images: int, repeats: int, cases: Sequence[str] = CASES) -> dict:
+    """Seconds (median over `repeats`), MiB above the idle process, and operations of every case; the ratios; the matrix products' peak. On a CPU, whose speed
+    varies, the cases take turns; on a GPU, whose memory they would have to share, they come one after another."""
+    context, peak, found = multiprocessing.get_context("spawn"), matmul_peak(device, dtype), {}
+    for together in ([cases] if device == "cpu" else [[case] for case in cases]):
+        running = {}
+        for case in together:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=run_case, args=(case, model, device, dtype, images, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            ours.recv()
+            running[case] = (process, ours)
+        seconds = {case: [] for case in together}
+        for iteration in range(repeats):
+            for case, (_, pipe) in running.items():
+                pipe.send(2 + iteration)
+                seconds[case].append(pipe.recv())
+        for case, (process, pipe) in running.items():
+            pipe.send(None)
+            end, median = pipe.recv(), float(np.median(seconds[case]))
+            found[case] = {"seconds": median, "fastest": min(seconds[case]), "slowest": max(seconds[case]), **end,
+                           "share_of_matmul_peak": end["flop"] / median / peak}
+            process.join()
+    told = {"model": model or "tiny-sd3", "device": device if device == "cpu" else torch.cuda.get_device_name(), "dtype": str(dtype).removeprefix("torch."),
+            "images": images, "repeats": repeats, "steps": SAMPLER.steps, "matmul_peak_gflops": peak / 1e9}
+    if "rollout" in found:
+        told["rollout_images_per_second"] = images / found["rollout"]["seconds"]
+    for name, what, case, other in RATIOS:
+        if case in found and other in found:
+            told[name] = found[case][what] / found[other][what]
+    return {**told, "cases": found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flowopd_lib.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="a Stable Diffusion 3 folder or hub id (default: the small world's)")
+    parser.add_argument("--model", default="", help="a Stable Diffusion 3 folder or hub id (default: the small world's), or sd35-random: Stable Diffusion "
+                        "3.5 Medium's architecture with random weights at 512 px")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("auto", *NAMES), default="auto", help="auto: what is faster here")
     parser.add_argument("--images", type=int, default=64, help="a batch; a multiple of 8")
@@ -207,7 +224,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.images < 8 or args.images % 8 or args.repeats < 1:
         parser.error(f"--images must be a positive multiple of 8 and --repeats positive, not {args.images} and {args.repeats}")
-    result = bench(args.model, args.device, resolve(args.dtype, args.device), args.images, args.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        dtype, model = resolve(args.dtype, args.device), args.model
+        if model == RANDOM:
+            model = str(write_sd35(folder, dtype=dtype, device=args.device))
+        result = {**bench(model, args.device, dtype, args.images, args.repeats, args.cases), "model": args.model or "tiny-sd3"}
     print(f"{'case':10} {'seconds':>8} {'MiB':>8} {'GFLOP':>8} {'of matmul peak':>15}")
     for case, row in result["cases"].items():
         print(f"{case:10} {row['seconds']:8.3f} {row['memory_mib']:8.0f} {row['flop'] / 1e9:8.0f} {row['share_of_matmul_peak']:15.2f}")

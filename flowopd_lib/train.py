@@ -42,10 +42,11 @@ class TrainingDiverged(RuntimeError):
 class TrainConfig:
     """`iterations` of the objective (each makes its own number of updates), fewer if `max_seconds` of training are over before. A checkpoint
     is written every `save_every` iterations and after `save_seconds`, whichever comes first, and at the end. `log_with`: one of accelerate's trackers, such as
-    tensorboard or wandb, that is told of every iteration too."""
+    tensorboard or wandb, that is told of every iteration too. `cooldown`: the share of the iterations, at the end, over which `lr` falls to zero."""
     iterations: int
     lr: float = 3e-4
     warmup: int = 0                     # updates
+    cooldown: float = 0.
     ema: float = .95                    # of the adapter, per update; 0 keeps none
     clip_norm: float = 1.
     betas: tuple[float, float] = (.9, .99)
@@ -65,6 +66,9 @@ class TrainConfig:
         if self.warmup < 0 or self.weight_decay < 0 or not self.save_seconds > 0 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"warmup {self.warmup} and weight_decay {self.weight_decay} must be at least 0, save_seconds {self.save_seconds} positive "
                              f"and betas {self.betas} in [0, 1)")
+        if not 0 <= self.cooldown <= 1 or (self.cooldown and self.max_seconds < math.inf):
+            raise ValueError(f"cooldown is a share of the iterations, from 0 to 1, and needs to know how many there are: not {self.cooldown} with max_seconds "
+                             f"{self.max_seconds}")
         if self.log_with is not None:       # accelerate leaves out a tracker it does not find, and says nothing
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
             if self.log_with not in map(str, LOGGER_TYPE_TO_CLASS):
@@ -95,7 +99,8 @@ class _Run:
         self.iteration = self.updates = 0
         self.seconds = 0.
         self.follows_from = {
-            "objective": describe(objective), "train": {k: v for k, v in describe(config).items() if k not in MAY_CHANGE},
+            "objective": describe(objective),
+            "train": {k: v for k, v in describe(config).items() if k not in MAY_CHANGE or (k == "iterations" and config.cooldown)},
             "base": policy.base_hash, "precision": str(policy.dtype), "start": policy.start_hash(adapter, folder),
             "adapters": {name: policy.adapter(name).sha256 for name in sorted(objective.adapters)},
             "ranks": describe(policy.adapter(adapter).ranks), "scales": describe(policy.adapter(adapter).alpha)}
@@ -117,6 +122,12 @@ class _Run:
         save_state(self.state, {"parameters": [p.data for p in self.parameters], "average": self.average, "iteration": self.iteration, "seconds": self.seconds,
                                 "updates": self.updates, "optimizer": self.optimizer.state_dict(), "follows_from": self.follows_from})
 
+    @property
+    def _cooled(self) -> float:
+        """What is left of the rate in the iteration under way: 1 before the cooldown, and never 0 in it."""
+        total, cooldown = self.config.iterations, self.config.cooldown
+        return min(1., (total - self.iteration) / (cooldown * total + 1)) if cooldown else 1.
+
     def step(self, accelerator: Accelerator) -> float:
         """Add up the processes' gradients, clip, update, average; the gradient's norm before clipping."""
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
@@ -128,7 +139,7 @@ class _Run:
         if not math.isfinite(norm):
             return norm
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1., (self.updates + 1) / max(self.config.warmup, 1))
+            group["lr"] = self.config.lr * min(1., (self.updates + 1) / max(self.config.warmup, 1)) * self._cooled
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1

@@ -52,6 +52,8 @@ RECIPES = {
     "iterations missing": (without("train__iterations"), "train lacks iterations"),
     "a negative rate": (put(train__lr=-1e-3), "must be positive"),
     "a negative warmup": (put(train__warmup=-1), "must be at least 0"),
+    "more than all of it cooled down": (put(train__cooldown=1.5), "cooldown is a share of the iterations"),
+    "a cooldown to no known end": (put(train__cooldown=.5, train__max_seconds=60.), "needs to know how many there are"),
     "ema of 1": (put(train__ema=1.), "in [0, 1)"),
     "one beta": (put(train__betas=[.9]), "train.betas"),
     "teachers as a list": (put(opd__teachers=["ocr"]), "opd.teachers must be a mapping of names to values, not ['ocr']"),

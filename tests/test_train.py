@@ -22,7 +22,7 @@ from flowopd_lib.train import TrainConfig, TrainingDiverged, fit, train
 
 OPD = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
        "sampler": {"steps": 4}, "opd": {"teachers": {"geneval": "expert", "ocr": None}, "micro": 2, "anchor": "expert"},
-       "train": {"iterations": 6, "lr": 1e-3, "save_every": 2}}
+       "train": {"iterations": 6, "lr": 1e-3, "save_every": 2, "cooldown": .5}}
 GRPO = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4},
         "sampler": {"steps": 4}, "grpo": {"rewards": {"OCR": .6, "DeQA": .4}, "micro": 2, "updates": 2}, "train": {"iterations": 2, "lr": 1e-3}}
 BRANCH = {**GRPO, "sampler": {"steps": 4, "noisy": 1, "last": 2, "branch": True}}       # the window moves, and the images of a prompt part there
@@ -317,6 +317,18 @@ def test_every_recipe_can_be_built(path):
         recipe["student"] = {"load": str(tinyworld.EXPERTS / Path(recipe["student"]["load"]).name)}
     policy, objective, config = build(recipe)
     assert "student" in policy.adapters and len(objective.schedule.draw(0)) > 0 and config.iterations > 0
+
+
+def test_the_rate_warms_up_and_cools_down_to_the_end_it_was_begun_with(tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1])
+    policy = FlowPolicy(tinyworld.BASE)
+    policy.add_adapter("student", rank=2, alpha=4)
+    config = {"lr": 1., "warmup": 2, "cooldown": .5, "save_every": 4}
+    list(train(policy, sft(policy), tmp_path, TrainConfig(8, **config)))
+    assert rates == pytest.approx([.5, 1., 1., 1., .8, .6, .4, .2])
+    with pytest.raises(ValueError, match="train.iterations was 8 and is 9"):
+        next(train(policy, sft(policy), tmp_path, TrainConfig(9, **config)))
 
 
 def test_a_tracker_is_told_of_every_iteration_and_one_that_is_not_there_is_named(tmp_path, monkeypatch):
