@@ -23,7 +23,7 @@ setup: .venv/done
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m flowopd_lib.run demo --jobs 2
+	$(BIN)/python -m flowopd_lib.runs demo --jobs 2
 	@echo "Open papermill_runs/demo/report.html, or the executed notebooks beside it (make lab)."
 
 test: setup

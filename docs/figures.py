@@ -16,7 +16,7 @@ from flowopd_lib import (
     trajectory,
     use_style,
 )
-from flowopd_lib.viz import COLORS
+from flowopd_lib.looking.figures import COLORS
 
 HERE = Path(__file__).parent
 REWARDS = {"geneval": "GenEval", "ocr": "OCR", "pickscore": "PickScore", "deqa": "DeQA"}

@@ -5,12 +5,12 @@ import os
 # take 4 to 10 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from . import tinyworld  # noqa: E402
+from .worlds import tiny as tinyworld  # noqa: E402
 from .evaluate import (diversity, evaluate, gain_kept, home_scores, kernel_distance, mean_interval, model_scores, paired_differences, paper_average, probe_of,
                        score, summary)
 from .files import read_lines, write_json, write_table
 from .inputs import SEED, begin, counts_of, list_of, one_of, some_of, within
-from .launch import InProcess, Launched, Look, some_prompts
+from .jobs.launch import InProcess, Launched, Look, some_prompts
 from .merge import merge, sft_start
 from .objectives import GRPO, OPD, SFT, grpo_mix, task_rewards
 from .policy import FlowPolicy
@@ -18,9 +18,9 @@ from .prompts import Prompt, load_prompts, save_prompts
 from .rollout import Sampler, initial_noise, sample, trajectory
 from .schedule import Schedule
 from .train import StepInfo, TrainConfig, TrainingDiverged, fit, train
-from .viz import (captions_of, gain_matrix, image_grid, interference_figure, judge_figure, kl_figure, model_panels, probe_curves, readable, score_bars,
+from .looking.figures import (captions_of, gain_matrix, image_grid, interference_figure, judge_figure, kl_figure, model_panels, probe_curves, readable, score_bars,
                   steps_figure, taylor_figure, training_curves, use_style, walk_figure)
-from .widgets import Playground, SampleGallery, TrainingMonitor, TrajectoryExplorer
+from .looking.widgets import Playground, SampleGallery, TrainingMonitor, TrajectoryExplorer
 
 __all__ = ["begin", "captions_of", "counts_of", "diversity", "evaluate", "fit", "FlowPolicy", "gain_kept",
            "gain_matrix", "GRPO", "grpo_mix", "home_scores", "image_grid", "initial_noise", "InProcess",

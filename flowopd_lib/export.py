@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from . import tinyworld
+from .worlds import tiny as tinyworld
 from .adapters import write_diffusers
 from .files import read_lines, write_whole
 from .inputs import read_yaml

@@ -7,7 +7,7 @@ import sys
 
 import yaml
 
-from flowopd_lib import recipes
+from flowopd_lib.jobs import recipes
 
 GOOD = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4}, "adapters": {"ocr": "experts/ocr"},
         "sampler": {"steps": 4}, "opd": {"teachers": {"geneval": None, "ocr": "ocr"}}, "train": {"iterations": 6, "lr": 1e-3}}

@@ -27,7 +27,7 @@ import yaml
 
 from flowopd_lib.checkpoint import load_state
 from flowopd_lib.identity import sha256_of
-from flowopd_lib.runs import read_status
+from flowopd_lib.runs.runner import read_status
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
 RECIPE = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["ocr"], "prompts_per_batch": 4, "images_per_prompt": 4}, "sampler": {"steps": 4},
@@ -144,7 +144,7 @@ class Drill:
 
     def training(self) -> None:
         recipe = self.recipe("training")
-        self.killed("training, kill -9", lambda f: python("-m", "flowopd_lib.recipes", str(recipe), "--folder", str(f)), 30, self.work / "t", self.work / "t_cut")
+        self.killed("training, kill -9", lambda f: python("-m", "flowopd_lib.jobs", str(recipe), "--folder", str(f)), 30, self.work / "t", self.work / "t_cut")
 
     def evaluation(self) -> None:
         self.killed("evaluation, kill -9", lambda f: python("-c", EVALUATION, str(f)), 30, self.work / "e", self.work / "e_cut")
@@ -162,7 +162,7 @@ class Drill:
         for name, number in (("SIGTERM", signal.SIGTERM), ("Ctrl-C", signal.SIGINT)):
             folder, recipe = self.work / name, self.recipe("training")
             wrong, stops = "", 0
-            command = python("-m", "flowopd_lib.recipes", str(recipe), "--folder", str(folder))
+            command = python("-m", "flowopd_lib.jobs", str(recipe), "--folder", str(folder))
             for _ in range(3):
                 process = start(command)
                 first = process.stdout.readline()
@@ -176,7 +176,7 @@ class Drill:
 
     def two_starters(self) -> None:
         recipe, folder = self.recipe("training"), self.work / "two"
-        command = python("-m", "flowopd_lib.recipes", str(recipe), "--folder", str(folder))
+        command = python("-m", "flowopd_lib.jobs", str(recipe), "--folder", str(folder))
         both = [start(command) for _ in range(2)]
         said = [p.communicate() for p in both]
         lost = [i for i, p in enumerate(both) if p.returncode]
@@ -188,7 +188,7 @@ class Drill:
         recipe = self.recipe("ranks", train={**RECIPE["train"], "iterations": 12, "save_every": 1})
 
         def command(folder: Path) -> list[str]:
-            return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flowopd_lib.recipes", str(recipe), "--folder", str(folder))
+            return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flowopd_lib.jobs", str(recipe), "--folder", str(folder))
         whole, folder = self.work / "r", self.work / "r_cut"
         code, said = finish(command(whole))
         process = start(command(folder))
@@ -212,7 +212,7 @@ class Drill:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(place)], check=True)
         try:
             recipe = self.recipe("training")
-            command = python("-m", "flowopd_lib.recipes", str(recipe), "--folder", str(place / "t"))
+            command = python("-m", "flowopd_lib.jobs", str(recipe), "--folder", str(place / "t"))
             ballast = place / "ballast"
             process = start(command)
             while process.poll() is None and not process.stdout.readline().startswith("5/"):

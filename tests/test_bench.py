@@ -1,7 +1,7 @@
 """The benchmark compares like with like."""
 import torch
 
-from flowopd_lib.bench import MAR, SAMPLER, TASKS, TEACHERS, public_update, setting, whole_copy
+from flowopd_lib.bench.speed import MAR, SAMPLER, TASKS, TEACHERS, public_update, setting, whole_copy
 from flowopd_lib.objectives import OPD, Share
 
 

@@ -26,7 +26,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from flowopd_lib.checkpoint import load_state
-from flowopd_lib.runs import NOTEBOOKS, ROOT
+from flowopd_lib.runs.runner import NOTEBOOKS, ROOT
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with its chromedriver on the PATH; `make test-browser` installs both (Debian)")
@@ -53,7 +53,7 @@ return [[...errors, ...alerts].join("\n").replace(/\x1b\[[\d;]*m/g, ""), kernel 
 
 TRAINING = """
 from flowopd_lib import InProcess, Look, Sampler, TrainingMonitor, some_prompts
-from flowopd_lib.recipes import build
+from flowopd_lib.jobs.recipes import build
 policy, objective, config = build({"student": {"rank": 4, "alpha": 8}, "sampler": {"steps": 4}, "train": {"iterations": 100000, "lr": 1e-3},
                                    "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4},
                                    "grpo": {"rewards": {"OCR": 1.}, "micro": 4}})

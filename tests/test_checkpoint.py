@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from flowopd_lib.checkpoint import load_state, save_state
-from flowopd_lib.tinyworld import train_base as base
-from flowopd_lib.tinyworld.train_vae import new_vae
+from flowopd_lib.worlds.tiny import train_base as base
+from flowopd_lib.worlds.tiny.train_vae import new_vae
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):

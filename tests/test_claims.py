@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 
 from flowopd_lib import model_scores, paired_differences, paper_average, write_json
-from flowopd_lib.claims import CLAIMS, Claim, Missing, Run, judge, paired, some
-from flowopd_lib.runs import NOTEBOOKS
-from flowopd_lib.viz_results import beside, conclusion, cost, ledger_figure, ledger_table, mar_scores, said, surpassing, surpassing_figure
+from flowopd_lib.studies.claims import CLAIMS, Claim, Missing, Run, judge, paired, some
+from flowopd_lib.runs.runner import NOTEBOOKS
+from flowopd_lib.looking.result_figures import beside, conclusion, cost, ledger_figure, ledger_table, mar_scores, said, surpassing, surpassing_figure
 
 SCALE = {"GenEval": 1., "OCR": 1., "PickScore": 26., "DeQA": 5.}
 TASKS = {"geneval": ["GenEval"], "ocr": ["OCR"], "pickscore": ["PickScore", "DeQA"]}

@@ -5,10 +5,11 @@ import pytest
 import torch
 from small_policy import SmallPolicy
 
-from flowopd_lib import Prompt, Sampler, sample, studies
-from flowopd_lib.recipes import build
-from flowopd_lib.runs import RUNS
-from flowopd_lib.steps import picture_distance, teacher_pictures
+from flowopd_lib import Prompt, Sampler, sample
+from flowopd_lib.studies import arms as studies
+from flowopd_lib.jobs.recipes import build
+from flowopd_lib.runs.runner import RUNS
+from flowopd_lib.studies.steps import picture_distance, teacher_pictures
 
 STUDIES = sorted((RUNS / "studies").glob("*.yaml"))
 

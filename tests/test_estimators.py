@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from flowopd_lib.estimators import compare_estimators
+from flowopd_lib.studies.estimators import compare_estimators
 
 
 def test_bias_and_noise_are_found():

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from flowopd_lib import Sampler, evaluate
-from flowopd_lib.gallery import (TEACHER, Query, Samples, code_of, contact_sheet, disagreements, draw_samples, load_samples, page_of, redraw, rows_of,
+from flowopd_lib.looking.gallery import (TEACHER, Query, Samples, code_of, contact_sheet, disagreements, draw_samples, load_samples, page_of, redraw, rows_of,
                                  select)
 from flowopd_lib.thumbnails import read_thumbnail, webp, write_thumbnails
 

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from flowopd_lib import load_prompts
 from flowopd_lib.inputs import SEED, begin, check_value, counts_of, kinds_of, list_of, one_of, read_yaml, some_of, within
-from flowopd_lib.runs import NOTEBOOKS, parameters_of
+from flowopd_lib.runs.runner import NOTEBOOKS, parameters_of
 
 
 @pytest.mark.parametrize("value, kind, message", [
@@ -128,6 +128,6 @@ def test_the_good_recipe_they_are_made_of_is_good(tmp_path):
 def test_a_bad_recipe_in_a_process_of_its_own(tmp_path):
     content, message = CASES["lr as YAML's text"]
     (tmp_path / "recipe.yaml").write_bytes(content)
-    command = [sys.executable, "-m", "flowopd_lib.recipes", str(tmp_path / "recipe.yaml"), "--folder", str(tmp_path / "x")]
+    command = [sys.executable, "-m", "flowopd_lib.jobs", str(tmp_path / "recipe.yaml"), "--folder", str(tmp_path / "x")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_policy import SmallPolicy
 
-from flowopd_lib.interference import ALL, interference, pull_gradients, reward_gradients, taylor_check
+from flowopd_lib.studies.interference import ALL, interference, pull_gradients, reward_gradients, taylor_check
 from flowopd_lib.objectives import GRPO, OPD, Share
 from flowopd_lib.prompts import Prompt
 from flowopd_lib.rollout import Sampler

@@ -2,7 +2,7 @@
 import pytest
 
 from flowopd_lib import tinyworld
-from flowopd_lib.tinyworld.judging import judge_judges
+from flowopd_lib.worlds.tiny.judging import judge_judges
 
 
 @pytest.fixture(scope="module")

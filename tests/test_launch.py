@@ -6,8 +6,8 @@ import yaml
 from test_train import ENVIRONMENT, GRPO, assert_same_training, sft
 
 from flowopd_lib import FlowPolicy, InProcess, Launched, Look, Prompt, Sampler, TrainConfig, tinyworld
-from flowopd_lib.launch import looks_of, read_lines, some_prompts
-from flowopd_lib.recipes import build
+from flowopd_lib.jobs.launch import looks_of, read_lines, some_prompts
+from flowopd_lib.jobs.recipes import build
 
 RECIPE = {**GRPO, "train": {"iterations": 6, "lr": 1e-3, "save_every": 100}}
 

@@ -8,10 +8,10 @@ import torch
 from small_policy import SmallPolicy
 
 from flowopd_lib import OPD, FlowPolicy, Prompt, Sampler, Schedule, tinyworld, trajectory, walk_figure
-from flowopd_lib.playground import Trial, draw_findings, known_prompts, prompt_of, table_of, try_prompt
+from flowopd_lib.looking.playground import Trial, draw_findings, known_prompts, prompt_of, table_of, try_prompt
 from flowopd_lib.rewards import Detection
-from flowopd_lib.tinyworld import PROMPTS
-from flowopd_lib.trajectories import heat, step_weight, walk_through
+from flowopd_lib.worlds.tiny import PROMPTS
+from flowopd_lib.looking.trajectories import heat, step_weight, walk_through
 
 PROMPT = Prompt("a photo of one red star", "geneval")
 

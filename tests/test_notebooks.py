@@ -4,7 +4,7 @@ import json
 import nbformat
 import pytest
 
-from flowopd_lib.runs import NOTEBOOKS, check_parameters, load_profile, run_profile
+from flowopd_lib.runs.runner import NOTEBOOKS, check_parameters, load_profile, run_profile
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 

@@ -11,8 +11,8 @@ import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flowopd_lib import FlowPolicy, Prompt, Sampler, initial_noise, sample, tinyworld, trajectory
-from flowopd_lib.tinyworld.text import encode
-from flowopd_lib.tinyworld.train_base import tokenize
+from flowopd_lib.worlds.tiny.text import encode
+from flowopd_lib.worlds.tiny.train_base import tokenize
 from flowopd_lib.sde import predict_x0, transition
 
 ALONE = """

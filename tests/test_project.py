@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from flowopd_lib import tinyworld
-from flowopd_lib.runs import ROOT
-from flowopd_lib.tinyworld.train_experts import EXPERTS, recipes_of
+from flowopd_lib.runs.runner import ROOT
+from flowopd_lib.worlds.tiny.train_experts import EXPERTS, recipes_of
 
 
 def test_environment_and_pyproject_say_the_same():

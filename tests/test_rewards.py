@@ -7,9 +7,9 @@ from PIL import Image
 from flowopd_lib import Prompt, tinyworld
 from flowopd_lib.rewards import OCR, DeQA, PickScore
 from flowopd_lib.rewards.ocr import ocr_reward
-from flowopd_lib.tinyworld.data import to_tensor
-from flowopd_lib.tinyworld.scenes import degrade, render
-from flowopd_lib.tinyworld.specs import Spec, sample_specs
+from flowopd_lib.worlds.tiny.data import to_tensor
+from flowopd_lib.worlds.tiny.scenes import degrade, render
+from flowopd_lib.worlds.tiny.specs import Spec, sample_specs
 
 SIGN = Spec("ocr", "ocr", word="CAT", opener='a sign that says "{}"')
 BLANK = torch.full((1, 3, 64, 64), .5)

@@ -18,7 +18,11 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
-from flowopd_lib import diff, files, progress, report, run, runs
+from flowopd_lib import files, progress
+from flowopd_lib.runs import diff
+from flowopd_lib.runs import report
+from flowopd_lib.runs import run
+from flowopd_lib.runs import runner as runs
 
 PNG = io.BytesIO()
 Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(PNG, "PNG")

@@ -16,8 +16,8 @@ import yaml
 from flowopd_lib import FlowPolicy, Look, Sampler, files, load_prompts, sft_start, some_prompts, tinyworld
 from flowopd_lib.checkpoint import load_state
 from flowopd_lib.objectives import SFT
-from flowopd_lib.recipes import build
-from flowopd_lib.runs import RUNS
+from flowopd_lib.jobs.recipes import build
+from flowopd_lib.runs.runner import RUNS
 from flowopd_lib.train import TrainConfig, TrainingDiverged, fit, train
 
 OPD = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
@@ -47,7 +47,7 @@ def written(recipe, path, expert=None):
 
 
 def command(recipe, folder):
-    return [sys.executable, "-m", "flowopd_lib.recipes", str(recipe), "--folder", str(folder)]
+    return [sys.executable, "-m", "flowopd_lib.jobs", str(recipe), "--folder", str(folder)]
 
 
 def test_killed_and_resumed_is_uninterrupted_to_the_bit(expert, tmp_path):

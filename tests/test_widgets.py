@@ -10,9 +10,9 @@ from test_train import sft
 
 from flowopd_lib import (FlowPolicy, InProcess, Look, Playground, Prompt, SampleGallery, Sampler, TrainConfig, TrainingMonitor, TrajectoryExplorer,
                          tinyworld)
-from flowopd_lib.bench_gallery import MODELS, made_up_samples, measure
-from flowopd_lib.gallery import Query, Samples
-from flowopd_lib.widgets.common import Guard
+from flowopd_lib.bench.gallery import MODELS, made_up_samples, measure
+from flowopd_lib.looking.gallery import Query, Samples
+from flowopd_lib.looking.widgets.common import Guard
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_an_error_of_a_callback_is_shown_and_goes_away(gallery):
 def test_headless_a_sheet_and_a_table(samples, monkeypatch, capsys):
     monkeypatch.setenv("FLOWOPD_HEADLESS", "1")
     shown = []
-    monkeypatch.setattr("flowopd_lib.widgets.gallery.display", lambda *things: shown.extend(things))
+    monkeypatch.setattr("flowopd_lib.looking.widgets.gallery.display", lambda *things: shown.extend(things))
     gallery = SampleGallery(samples, MODELS, Query(task="ocr", sort="OCR"), rows=2)
     gallery._ipython_display_()
     assert shown[0].width > 600 and len(shown[1]) == 10 and not hasattr(gallery, "box")
@@ -107,7 +107,7 @@ def shown(monkeypatch):
     monkeypatch.setenv("FLOWOPD_HEADLESS", "1")
     things = []
     for name in ("explorer", "monitor", "playground"):
-        monkeypatch.setattr(f"flowopd_lib.widgets.{name}.display", lambda *them: things.extend(them))
+        monkeypatch.setattr(f"flowopd_lib.looking.widgets.{name}.display", lambda *them: things.extend(them))
     return things
 
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from flowopd_lib import Prompt, load_prompts, save_prompts, tinyworld
-from flowopd_lib.tinyworld.data import mistake, mutate, noisy_example, preference_pair, split_spec
-from flowopd_lib.tinyworld.scenes import DEGRADATIONS, LEVELS, degrade, lay_out, render
-from flowopd_lib.tinyworld.specs import (GENEVAL_TAGS, PROMPT_TASKS, Spec, heldout_pair, heldout_relation, random_spec,
+from flowopd_lib.worlds.tiny.data import mistake, mutate, noisy_example, preference_pair, split_spec
+from flowopd_lib.worlds.tiny.scenes import DEGRADATIONS, LEVELS, degrade, lay_out, render
+from flowopd_lib.worlds.tiny.specs import (GENEVAL_TAGS, PROMPT_TASKS, Spec, heldout_pair, heldout_relation, random_spec,
                                          sample_specs, split_of)
-from flowopd_lib.tinyworld.text import clip_tokenizer, letter_tokenizer, vocabulary
+from flowopd_lib.worlds.tiny.text import clip_tokenizer, letter_tokenizer, vocabulary
 
 FINGERPRINT = """
 import hashlib
-from flowopd_lib.tinyworld.scenes import render
-from flowopd_lib.tinyworld.specs import sample_specs
+from flowopd_lib.worlds.tiny.scenes import render
+from flowopd_lib.worlds.tiny.specs import sample_specs
 h = hashlib.sha256()
 for task in ("geneval", "ocr", "pickscore"):
     for spec in sample_specs(task, "test", 12):

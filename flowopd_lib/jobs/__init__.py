@@ -1,0 +1,1 @@
+"""Trainings as data, and where they run."""

@@ -1,0 +1,142 @@
+"""Studies: arms of one recipe as a file, and what is told of their trainings (`compare` trains them).
+
+Where students have teachers there is a second measure beside the scores, which tells two students apart on
+far fewer prompts: how far a picture lies from the one that the prompt's teacher draws from the same noise,
+the root mean square over the pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from ..evaluate import gain_kept, home_scores, mean_interval, paired_differences, paper_average, summary
+from ..inputs import check_keys, read_yaml
+from ..prompts import FILES, TASKS
+from ..runs.runner import RUNS
+
+# The judge that each expert was trained for.
+EXPERTS = {"GenEval": "geneval", "OCR": "ocr", "PickScore": "pickscore", "DeQA": "deqa"}
+
+
+def load_study(path: Path) -> dict[str, dict]:
+    """By arm, its recipe. Raises ValueError for what is none."""
+    study = read_yaml(path)
+    if not isinstance(study, dict) or not isinstance(study.get("arms"), dict) or len(study["arms"]) < 2:
+        raise ValueError(
+            f"{path} is no study: it has a recipe, the name of a file in papermill_runs/recipes, and "
+            "at least two arms"
+        )
+    check_keys("the study", study, ("recipe", "arms"))
+    base, arms = read_yaml(RUNS / "recipes" / f"{study.get('recipe')}.yaml"), {}
+    for arm, changes in study["arms"].items():
+        check_keys(f"the arm {arm}", changes, list(base))
+        arms[arm] = {**base, **{section: {**base[section], **values} for section, values in changes.items()}}
+    return arms
+
+
+def tasks_of(recipe: Mapping) -> list[str]:
+    """Whose prompts students of it are judged on."""
+    return [task for task in TASKS if FILES[task] in [FILES[t] for t in recipe["schedule"]["tasks"]]]
+
+
+def teachers_of(recipe: Mapping, task: str) -> list[str]:
+    return [name for t, name in recipe.get("opd", {}).get("teachers", {}).items() if FILES[t] == FILES[task]]
+
+
+def scores_of(table: pd.DataFrame) -> pd.DataFrame:
+    """Each score on its own prompts and, where all of them are there, the paper's Average: model, judge,
+    mean, low, high, n."""
+    rows = summary(home_scores(table), ["model"])
+    if not set(TASKS) <= set(table["task"]):
+        return rows
+    return pd.concat([rows, paper_average(table)], ignore_index=True)
+
+
+def reached(looks: Sequence[Mapping], reference: pd.DataFrame, share: float) -> float:
+    """The iteration of the first look at which the experts' gains are kept to `share`, in the mean over the
+    judges; NaN if none is. A look is the rows of `scores_of` and their iteration."""
+    means = {
+        name: summary(home_scores(t)).set_index("judge")["mean"] for name, t in reference.groupby("model")
+    }
+    taught = {judge: name for judge, name in EXPERTS.items() if name in means}
+    seen = pd.DataFrame(looks).pivot(index="iteration", columns="judge", values="mean").sort_index()
+    base = pd.Series({judge: means["base"][judge] for judge in taught})
+    best = pd.Series({judge: means[name][judge] for judge, name in taught.items()})
+    kept = ((seen[list(taught)] - base) / (best - base)).mean(axis=1)
+    return float(kept.index[kept >= share].min())
+
+
+def distances(table: pd.DataFrame, reference: pd.DataFrame, recipe: Mapping) -> pd.Series:
+    """By task and prompt: how far the pictures lie from those of the prompt's teachers."""
+    pictures = {
+        (r.model, r.task, r.prompt, r.repeat): r.embedding.astype(np.float32) for r in reference.itertuples()
+    }
+
+    def away(row) -> float:
+        theirs = [pictures[name, row.task, row.prompt, row.repeat] for name in teachers_of(recipe, row.task)]
+        return float(np.mean([np.sqrt(np.mean((row.embedding - picture) ** 2)) for picture in theirs]))
+
+    return (
+        table.assign(away=[away(row) for row in table.itertuples()])
+        .groupby(["task", "prompt"])["away"]
+        .mean()
+    )
+
+
+def tell(
+    tables: Mapping[tuple[str, int], pd.DataFrame], arms: Mapping[str, Mapping], reference: pd.DataFrame
+) -> pd.DataFrame:
+    """What the trainings came to, in long form: arm, what, mean, low, high (95 % over prompts, of which
+    several seeds are no more), n, the mean of each seed, and half the width of their 95 % t interval.
+
+    `what` is a score, its difference to the first arm's, the share of an expert's gain that is kept, or the
+    distance to the teachers' pictures. The arm `start` is the student before it is trained.
+    """
+    first, rows = next(iter(arms)), []
+    taught = {judge: name for judge, name in EXPERTS.items() if name in set(reference["model"])}
+    start = reference[reference["model"] == "start"]
+    of = {
+        "start": [start],
+        **{arm: [t.assign(model=arm) for (a, _), t in tables.items() if a == arm] for arm in arms},
+    }
+    every = pd.concat([t for some in of.values() for t in some], ignore_index=True)
+    judges = [judge for judge in EXPERTS if judge in every]
+    by_prompt = every.groupby(["model", "task", "prompt"], sort=False)[judges].mean().reset_index()
+    scores = {arm: [scores_of(t).set_index("judge")["mean"] for t in some] for arm, some in of.items()}
+
+    def tell_of(
+        arm: str, what: str, mean: float, low: float, high: float, n: int, seeds: list[float]
+    ) -> None:
+        half = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(seeds) if len(seeds) > 1 else np.nan
+        told = {"mean": mean, "low": low, "high": high, "n": n, "by seed": seeds, "over seeds": half}
+        rows.append({"arm": arm, "what": what, **told})
+
+    for r in scores_of(by_prompt).itertuples():
+        tell_of(r.model, r.judge, r.mean, r.low, r.high, r.n, [s[r.judge] for s in scores[r.model]])
+    trained = by_prompt[by_prompt["model"] != "start"]
+    for r in paired_differences(home_scores(trained), first, by=()).itertuples():
+        seeds = [a[r.judge] - b[r.judge] for a, b in zip(scores[r.model], scores[first])]
+        tell_of(r.model, f"{r.judge} minus that of {first}", r.mean, r.low, r.high, r.n, seeds)
+    if not taught:
+        return pd.DataFrame(rows)
+    apart = {
+        arm: [distances(t, reference, arms.get(arm, arms[first])) for t in some] for arm, some in of.items()
+    }
+    mean_apart = {arm: pd.concat(some, axis=1).mean(axis=1) for arm, some in apart.items()}
+    others = reference[reference["model"] != "start"]
+    for arm, some in of.items():
+        kept = [gain_kept(pd.concat([others, t]), arm, taught).set_index("judge")["mean"] for t in some]
+        for r in gain_kept(pd.concat([others, *some]), arm, taught).itertuples():
+            tell_of(arm, f"{r.judge} kept", r.mean, r.low, r.high, r.n, [k[r.judge] for k in kept])
+        values = mean_apart[arm].to_numpy()
+        tell_of(arm, "distance", *mean_interval(values), len(values), [d.mean() for d in apart[arm]])
+        if arm not in (first, "start"):
+            values = (mean_apart[arm] - mean_apart[first]).to_numpy()
+            seeds = [(a - b).mean() for a, b in zip(apart[arm], apart[first])]
+            tell_of(arm, f"distance minus that of {first}", *mean_interval(values), len(values), seeds)
+    return pd.DataFrame(rows)

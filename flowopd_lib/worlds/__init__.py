@@ -1,0 +1,1 @@
+"""Worlds: a pipeline, prompts, judges and experts."""
