@@ -1,4 +1,5 @@
 """Checkpoints without pickle: a nested state is one safetensors file, written atomically."""
+
 from __future__ import annotations
 
 import json
@@ -13,7 +14,8 @@ from .files import write_whole
 
 
 def save_state(path: str | Path, state: Any) -> None:
-    """Write nested dicts and lists of tensors and JSON values; a kill leaves the old file or the new one, whole."""
+    """Write nested dicts and lists of tensors and JSON values; a kill leaves the old file or the new one,
+    whole."""
     tensors: dict[str, torch.Tensor] = {}
 
     def strip(node: Any) -> Any:
@@ -22,7 +24,8 @@ def save_state(path: str | Path, state: Any) -> None:
             tensors[key] = node.detach().cpu().contiguous().clone()
             return {"__tensor__": key}
         if isinstance(node, dict):
-            return {"__dict__": [[k, strip(v)] for k, v in node.items()]}   # pairs keep the integer keys of optimizers
+            # pairs keep the integer keys of optimizers
+            return {"__dict__": [[k, strip(v)] for k, v in node.items()]}
         if isinstance(node, (list, tuple)):
             return [strip(v) for v in node]
         return node
@@ -38,13 +41,19 @@ def load_state(path: str | Path) -> Any:
             skeleton = json.loads(file.metadata()["skeleton"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this library ({error}); delete it to start over") from error
+        raise ValueError(
+            f"{path} is not a checkpoint of this library ({error}); delete it to start over"
+        ) from error
 
     def fill(node: Any) -> Any:
         if isinstance(node, list):
             return [fill(v) for v in node]
         if isinstance(node, dict):
-            return tensors[node["__tensor__"]] if "__tensor__" in node else {k: fill(v) for k, v in node["__dict__"]}
+            return (
+                tensors[node["__tensor__"]]
+                if "__tensor__" in node
+                else {k: fill(v) for k, v in node["__dict__"]}
+            )
         return node
 
     return fill(skeleton)

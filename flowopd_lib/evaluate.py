@@ -1,4 +1,5 @@
-"""From models and prompts to one tidy table of scores, and from that to means and differences with their uncertainty."""
+"""From models and prompts to one tidy table of scores."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,11 +19,17 @@ from .progress import progress as told
 from .prompts import Prompt
 from .rewards import Reward
 from .rollout import Sampler, sample
+from .stats import model_scores
 from .thumbnails import webp, write_thumbnails
 
+JUDGES = ("GenEval", "OCR", "PickScore", "DeQA")
 # Which judges can judge a task's prompts: the others need something the prompt does not have.
-JUDGES_OF_TASK = {"geneval": ("GenEval", "PickScore", "DeQA"), "ocr": ("OCR", "PickScore", "DeQA"),
-                  "pickscore": ("PickScore", "DeQA"), "deqa": ("PickScore", "DeQA")}
+JUDGES_OF_TASK = {
+    "geneval": ("GenEval", "PickScore", "DeQA"),
+    "ocr": ("OCR", "PickScore", "DeQA"),
+    "pickscore": ("PickScore", "DeQA"),
+    "deqa": ("PickScore", "DeQA"),
+}
 
 
 def _check_judges(judges: Iterable[str]) -> None:
@@ -34,8 +41,13 @@ def _check_judges(judges: Iterable[str]) -> None:
 def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd.DataFrame:
     """One row an image: task, tag, prompt and a column per judge, NaN where a judge does not apply."""
     _check_judges(judges)
-    table = pd.DataFrame({"task": [p.task for p in prompts], "tag": [p.tag for p in prompts],
-                          "prompt": [p.text for p in prompts]})
+    table = pd.DataFrame(
+        {
+            "task": [p.task for p in prompts],
+            "tag": [p.tag for p in prompts],
+            "prompt": [p.text for p in prompts],
+        }
+    )
     for name, judge in judges.items():
         rows = [i for i, p in enumerate(prompts) if name in JUDGES_OF_TASK[p.task]]
         table[name] = np.nan
@@ -44,45 +56,80 @@ def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd
     return table
 
 
-def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str, Reward], seed: int = 0,
-             sampler: Sampler = Sampler(), models: Mapping[str, str | None] = MappingProxyType({"base": None}), repeats: int = 1,
-             embed: Callable[[torch.Tensor], np.ndarray] | None = None, batch: int = 64, progress: bool = True,
-             pictures: str | Path | None = None, into: str | Path | None = None) -> pd.DataFrame:
+def evaluate(
+    policy: FlowPolicy,
+    prompts: Sequence[Prompt],
+    judges: Mapping[str, Reward],
+    seed: int = 0,
+    sampler: Sampler = Sampler(),
+    models: Mapping[str, str | None] = MappingProxyType({"base": None}),
+    repeats: int = 1,
+    embed: Callable[[torch.Tensor], np.ndarray] | None = None,
+    batch: int = 64,
+    progress: bool = True,
+    pictures: str | Path | None = None,
+    into: str | Path | None = None,
+) -> pd.DataFrame:
     """Sample every prompt `repeats` times under every model and score it: one row an image.
 
-    `models` maps a name to an adapter (None: the base). Image j of prompt i has seed `seed + j * len(prompts) + i` under every
-    model: the same noise, so that models can be compared prompt by prompt. Columns: model, task, tag, prompt, repeat, seed,
-    one per judge, and `embedding` if `embed` (images to (B, D), such as `PickScore.embed`) is given.
+    `models` maps a name to an adapter (None: the base). Image j of prompt i has seed `seed + j * len(prompts)
+    + i` under every model: the same noise, so that models can be compared prompt by prompt. Columns: model,
+    task, tag, prompt, repeat, seed, one per judge, and `embedding` if `embed` (images to (B, D), such as
+    `PickScore.embed`) is given.
 
-    With `pictures`, a folder, every sample is kept there as a thumbnail and `picture` says where, seen from the folder's parent, where the table belongs;
+    With `pictures`, a folder, every sample is kept there as a thumbnail and `picture` says where, seen from
+    the folder's parent, where the table belongs;
     `about.json` beside them says how they were drawn (see `gallery`).
 
-    With `into`, a parquet file, the table is kept there, and while it grows its finished batches beside it: the same call goes on where it was cut off, and
-    only reads what is whole. Where the models, prompts, judges or settings are others, what lies there is moved into `earlier/`.
+    With `into`, a parquet file, the table is kept there, and while it grows its finished batches beside it:
+    the same call goes on where it was cut off, and only reads what is whole. Where the models, prompts,
+    judges or settings are others, what lies there is moved into `earlier/`.
     """
     if not len(prompts):
         raise ValueError("nothing to evaluate: the list of prompts is empty")
     if seed < 0 or repeats < 1 or batch < 1:
-        raise ValueError(f"seed must be at least 0, repeats and batch at least 1, not {seed}, {repeats} and {batch}")
+        raise ValueError(
+            f"seed must be at least 0, repeats and batch at least 1, not {seed}, {repeats} and {batch}"
+        )
     _check_judges(judges)
     policy.check_adapters(a for a in models.values() if a is not None)
     policy.check_prompts(prompts)
     parts = None
     if into is not None:
-        of = {"sampler": sampler, "seed": seed, "batch size": batch, "repeats": repeats, "precision": policy.dtype, "base": policy.base_hash,
-              "models": {m: a and policy.adapter(a).sha256 for m, a in models.items()}, "prompts": list(prompts), "judges": judges,
-              "embedded": embed is not None, "pictures": pictures is not None}
+        of = {
+            "sampler": sampler,
+            "seed": seed,
+            "batch size": batch,
+            "repeats": repeats,
+            "precision": policy.dtype,
+            "base": policy.base_hash,
+            "models": {m: a and policy.adapter(a).sha256 for m, a in models.items()},
+            "prompts": list(prompts),
+            "judges": judges,
+            "embedded": embed is not None,
+            "pictures": pictures is not None,
+        }
         parts = Parts(Path(into), sha256_of(describe(of)))
         if parts.whole:
             return parts.table()
     every, tables = list(prompts) * repeats, []
     if pictures is not None:
-        write_json(Path(pictures) / "about.json", {"sampler": asdict(sampler), "batch": batch, "dtype": str(policy.dtype), "adapters": dict(models)})
-    with told(len(models) * len(every), f"evaluate {len(models)} models on {len(every)} prompts", progress) as advance:
+        write_json(
+            Path(pictures) / "about.json",
+            {
+                "sampler": asdict(sampler),
+                "batch": batch,
+                "dtype": str(policy.dtype),
+                "adapters": dict(models),
+            },
+        )
+    with told(
+        len(models) * len(every), f"evaluate {len(models)} models on {len(every)} prompts", progress
+    ) as advance:
         for number, (model, adapter) in enumerate(models.items()):
             done = []
             for i in range(0, len(every), batch):
-                part = every[i:i + batch]
+                part = every[i : i + batch]
                 rows = parts.get(number, i) if parts else None
                 if rows is None:
                     seeds = list(range(seed + i, seed + i + len(part)))
@@ -106,174 +153,15 @@ def evaluate(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str,
     return parts.finish(table) if parts else table
 
 
-def probe_of(policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str, Reward], sampler: Sampler, seed: int = 1 << 20
-             ) -> Callable[[str], pd.DataFrame]:
-    """For `fit`: what tells an adapter's `model_scores` on these prompts, with the same noise every time and none of the test's."""
-    return lambda adapter: model_scores(evaluate(policy, prompts, judges, seed, sampler, {adapter: adapter}, progress=False))
-
-
-def mean_interval(values: Sequence[float], resamples: int = 5000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean and 95 % interval over prompts: Wilson's for yes-or-no scores, else a percentile bootstrap.
-
-    Raises ValueError below two values.
-    """
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        raise ValueError(f"an interval needs at least two values, not {len(values)}")
-    if np.isin(values, (0, 1)).all():       # a bootstrap of 0 hits in 50 would claim certainty
-        from scipy import stats
-        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-        return float(values.mean()), float(interval.low), float(interval.high)
-    return _bootstrap_mean(values, resamples, seed)
-
-
-def summary(table: pd.DataFrame, by: Sequence[str] = (), judges: Sequence[str] = ("GenEval", "OCR", "PickScore", "DeQA")
-            ) -> pd.DataFrame:
-    """Long table: the columns of `by`, judge, mean, low, high (95 %), n. Judges without scores in a group are left out."""
-    rows = []
-    groups = table.groupby(list(by), sort=False) if by else [((), table)]
-    for key, group in groups:
-        for name in judges:
-            values = group[name].dropna() if name in group else []
-            if len(values) >= 2:
-                mean, low, high = mean_interval(values)
-                rows.append({**dict(zip(by, key)), "judge": name, "mean": mean, "low": low, "high": high, "n": len(values)})
-    return pd.DataFrame(rows)
-
-
-def paired_differences(table: pd.DataFrame, baseline: str, judges: Sequence[str] = ("GenEval", "OCR", "PickScore", "DeQA"), by: Sequence[str] = ("task",)
-                       ) -> pd.DataFrame:
-    """Every model's score minus the baseline's on the same prompts and noise: model, the columns of `by`, judge, mean, low, high (95 %), n prompts.
-
-    A prompt's repeats are averaged first; the percentile bootstrap draws prompts. Raises ValueError for an unknown baseline.
-    """
-    if baseline not in set(table["model"]):
-        raise ValueError(f"no model {baseline!r} in the table; it has {', '.join(table['model'].unique())}")
-    judges = [name for name in judges if name in table]
-    keys = list(dict.fromkeys([*by, "task", "prompt"]))
-    scores = table.groupby(["model", *keys], sort=False)[judges].mean()
-    rows = []
-    for model in table["model"].unique():
-        if model == baseline:
-            continue
-        change = (scores.loc[model] - scores.loc[baseline]).reset_index()
-        for key, group in change.groupby(list(by), sort=False) if by else [((), change)]:
-            for name in judges:
-                values = group[name].dropna()
-                if len(values) >= 2:
-                    # Differences of yes-or-no scores can all be 0 or 1 by chance; they are no shares, so no Wilson here.
-                    mean, low, high = _bootstrap_mean(values.to_numpy())
-                    rows.append({"model": model, **dict(zip(by, key)), "judge": name, "mean": mean, "low": low, "high": high, "n": len(values)})
-    return pd.DataFrame(rows)
-
-
-# What the paper's Average adds up, each over its full scale: (judge, task of the prompts, scale).
-AVERAGE = (("GenEval", "geneval", 1.), ("OCR", "ocr", 1.), ("DeQA", "pickscore", 5.), ("PickScore", "pickscore", 26.))
-
-
-def paper_average(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Flow-OPD's Average, (GenEval + OCR + DeQA/5 + PickScore/26) / 4, by model: mean, low, high (95 %, prompts drawn within their task).
-
-    GenEval and OCR on their own prompts, DeQA and PickScore on the preference prompts. Raises ValueError if one is missing.
-    """
-    rows = []
-    for model, group in table.groupby("model", sort=False):
-        rng, total, draws = np.random.default_rng(seed), 0., np.zeros(resamples)
-        drawn: dict[str, np.ndarray] = {}
-        for judge, task, scale in AVERAGE:
-            part = group[group["task"] == task]
-            if judge not in part or part[judge].isna().all():
-                raise ValueError(f"the Average needs {judge} on the {task} prompts, which {model} does not have")
-            values = part.groupby("prompt", sort=False)[judge].mean().to_numpy() / scale
-            if task not in drawn:       # DeQA and PickScore judge the same pictures: they are drawn together
-                drawn[task] = rng.integers(len(values), size=(resamples, len(values)))
-            total += values.mean() / len(AVERAGE)
-            draws += values[drawn[task]].mean(1) / len(AVERAGE)
-        low, high = np.percentile(draws, (2.5, 97.5))
-        rows.append({"model": model, "judge": "Average", "mean": total, "low": low, "high": high, "n": group["prompt"].nunique()})
-    return pd.DataFrame(rows)
-
-
-def home_scores(table: pd.DataFrame) -> pd.DataFrame:
-    """The same table with each score on its own prompts only: PickScore and DeQA, which can judge any, on the preference prompts."""
-    return table.assign(**{judge: table[judge].where(table["task"] == task) for judge, task, _ in AVERAGE if judge in table})
-
-
-def model_scores(table: pd.DataFrame) -> pd.DataFrame:
-    """What the paper's tables show: every model's four scores, each on its own prompts, and the Average: model, judge, mean, low, high, n prompts.
-
-    A prompt's repeats, and several trainings under one name, are averaged first: they are no new prompts.
-    """
-    judges = [judge for judge, _, _ in AVERAGE if judge in table]
-    by_prompt = home_scores(table).groupby(["model", "task", "prompt"], sort=False)[judges].mean().reset_index()
-    return pd.concat([summary(by_prompt, ["model"]), paper_average(table)], ignore_index=True)
-
-
-def gain_kept(table: pd.DataFrame, student: str, experts: Mapping[str, str], base: str = "base", resamples: int = 5000, seed: int = 0) -> pd.DataFrame:
-    """The share of each expert's gain over the base that a student keeps, (student - base) / (expert - base): judge, gains, mean, low, high (95 %), n.
-
-    `experts` maps a judge to the model trained for it; prompts are those of the Average. The bootstrap draws prompts for all three models together.
-    NaN where the expert's own gain is not above 0 with its interval: there is no share of nothing.
-    """
-    rows = []
-    for judge, task, _ in AVERAGE:
-        if judge not in experts:
-            continue
-        part = table[table["task"] == task]
-        scores = part.groupby(["prompt", "model"], sort=False)[judge].mean().unstack("model")
-        ours, theirs = ((scores[m] - scores[base]).to_numpy() for m in (student, experts[judge]))
-        drawn = np.random.default_rng(seed).integers(len(ours), size=(resamples, len(ours)))
-        gained = theirs[drawn].mean(1)
-        kept, low, high = np.nan, np.nan, np.nan
-        if np.percentile(gained, 2.5) > 0:
-            kept = ours.mean() / theirs.mean()
-            low, high = np.percentile(ours[drawn].mean(1)[gained > 0] / gained[gained > 0], (2.5, 97.5))
-        rows.append({"judge": judge, "expert": experts[judge], "expert's gain": theirs.mean(), "student's gain": ours.mean(),
-                     "mean": kept, "low": low, "high": high, "n": len(ours)})
-    return pd.DataFrame(rows)
-
-
-def _bootstrap_mean(values: np.ndarray, resamples: int = 5000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean and its 95 % percentile interval."""
-    from scipy import stats         # takes a second, and an evaluation may not come to it
-    interval = stats.bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", batch=500,
-                               rng=np.random.default_rng(seed)).confidence_interval
-    return float(values.mean()), float(interval.low), float(interval.high)
-
-
-def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.DataFrame:
-    """How different a prompt's samples are: mean of 1 - cosine over pairs of its repeats' embeddings, with a 95 % interval over prompts.
-
-    A model that collapsed to one picture a prompt has 0. Raises ValueError for a table without embeddings or repeats.
-    """
-    if "embedding" not in table or table.groupby(["model", "task", "prompt"]).size().min() < 2:
-        raise ValueError("diversity compares samples of one prompt: evaluate with embed= and repeats of at least 2")
-    rows = []
-    for key, group in table.groupby(list(by), sort=False):
-        spread = []
-        for _, part in group.groupby(["task", "prompt"], sort=False):
-            z = np.stack(part["embedding"])
-            z = z / np.linalg.norm(z, axis=1, keepdims=True)
-            cosines = z @ z.T
-            spread.append(1 - cosines[np.triu_indices(len(z), 1)].mean())
-        mean, low, high = _bootstrap_mean(np.array(spread))
-        rows.append({**dict(zip(by, key)), "mean": mean, "low": low, "high": high, "n": len(spread)})
-    return pd.DataFrame(rows)
-
-
-def kernel_distance(embeddings: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
-    """Squared MMD of two samples (n, D) of the same prompts in the same order, with the cubic kernel of KID (1801.01401), and its 95 % interval.
-
-    The U-statistic is unbiased, so that it is about 0, and may be negative, for two samples of one distribution.
-    """
-    x, y = np.asarray(embeddings, float), np.asarray(reference, float)
-    if x.shape != y.shape or len(x) < 3:
-        raise ValueError(f"two samples of the same shape, at least three rows each, are needed, not {x.shape} and {y.shape}")
-
-    def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
-    h = kernel(x, x) + kernel(y, y) - kernel(x, y) - kernel(y, x)
-    np.fill_diagonal(h, 0)
-    rows = h.sum(1) / (len(x) - 1)
-    error = 2 * rows.std(ddof=1) / np.sqrt(len(x))
-    return float(rows.mean()), float(rows.mean() - 1.96 * error), float(rows.mean() + 1.96 * error)
+def probe_of(
+    policy: FlowPolicy,
+    prompts: Sequence[Prompt],
+    judges: Mapping[str, Reward],
+    sampler: Sampler,
+    seed: int = 1 << 20,
+) -> Callable[[str], pd.DataFrame]:
+    """For `fit`: what tells an adapter's `model_scores` on these prompts, with the same noise every time and
+    none of the test's."""
+    return lambda adapter: model_scores(
+        evaluate(policy, prompts, judges, seed, sampler, {adapter: adapter}, progress=False)
+    )

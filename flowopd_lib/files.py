@@ -1,4 +1,6 @@
-"""Files and folders of runs: written whole or not at all, read with the types they were written with, filled by one process at a time."""
+"""Files and folders of runs: written whole or not at all, read with the types they were written with, filled
+by one process at a time."""
+
 from __future__ import annotations
 
 import contextlib
@@ -17,7 +19,9 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-WAIT = 5.       # seconds for a process that is just ending, such as the kernel of a killed run
+ROOT = Path(__file__).parent.parent  # of the checkout
+RUNS = ROOT / "papermill_runs"
+WAIT = 5.0  # seconds for a process that is just ending, such as the kernel of a killed run
 
 
 class FolderInUse(RuntimeError):
@@ -25,7 +29,8 @@ class FolderInUse(RuntimeError):
 
 
 def write_whole(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that a kill or a full disk leaves the old one or the new one, whole; clear what dead writers of it left.
+    """Write a file so that a kill or a full disk leaves the old one or the new one, whole; clear what dead
+    writers of it left.
 
     Raises OSError, naming the file.
     """
@@ -41,11 +46,15 @@ def write_whole(path: str | Path, data: bytes | str) -> None:
         with partial.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())         # else a power cut may leave the new name with nothing in it
+            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{os.strerror(error.errno or 0)}; what was there before is left as it was", str(path)) from error
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno or 0)}; what was there before is left as it was",
+            str(path),
+        ) from error
 
 
 def _alive(pid: int) -> bool:
@@ -59,7 +68,8 @@ def _alive(pid: int) -> bool:
 
 
 def append_lines(path: str | Path, lines: str) -> None:
-    """Add whole lines to a file of lines: all of them or, where the disk is full, none. Half a line that a kill left is cut off first."""
+    """Add whole lines to a file of lines: all of them or, where the disk is full, none. Half a line that a
+    kill left is cut off first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
@@ -80,23 +90,30 @@ def append_lines(path: str | Path, lines: str) -> None:
 
 
 def read_lines(path: str | Path) -> pd.DataFrame:
-    """A file of JSON lines, which another may be writing to: its whole lines, a row each; empty where there is none.
+    """A file of JSON lines, which another may be writing to: its whole lines, a row each; empty where there
+    is none.
 
-    A number is what it was written as: `2.0` stays a float, where pandas' own reader makes it an integer if all others are whole too.
+    A number is what it was written as: `2.0` stays a float, where pandas' own reader makes it an integer if
+    all others are whole too.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return pd.DataFrame([json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines() if line.strip()])
+    return pd.DataFrame(
+        [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    )
 
 
 def plain(node: Any) -> Any:
-    """What JSON can say of `node`: numbers, lists and texts for numpy's and pandas' kinds; null for NaN, "Infinity" for what is infinite."""
+    """What JSON can say of `node`: numbers, lists and texts for numpy's and pandas' kinds; null for NaN,
+    "Infinity" for what is infinite."""
     if isinstance(node, Mapping):
         return {str(plain(key)): plain(value) for key, value in node.items()}
     if isinstance(node, (pd.DataFrame, pd.Series)):
         return plain(node.to_dict("records") if isinstance(node, pd.DataFrame) else node.tolist())
     if isinstance(node, (list, tuple, set, frozenset, np.ndarray, pd.Index)):
-        return [plain(value) for value in (node.tolist() if isinstance(node, (np.ndarray, pd.Index)) else node)]
+        return [
+            plain(value) for value in (node.tolist() if isinstance(node, (np.ndarray, pd.Index)) else node)
+        ]
     if isinstance(node, np.generic):
         node = node.item()
     if node is None or node is pd.NA or node is pd.NaT:
@@ -107,7 +124,8 @@ def plain(node: Any) -> Any:
 
 
 def write_json(path: str | Path, record: Any) -> None:
-    """Write a record as JSON, whole or not at all. It takes everything: a result is not lost because writing it comes last."""
+    """Write a record as JSON, whole or not at all. It takes everything: a result is not lost because writing
+    it comes last."""
     write_whole(path, json.dumps(plain(record), indent=1, allow_nan=False) + "\n")
 
 
@@ -120,7 +138,8 @@ def write_table(path: str | Path, table: pd.DataFrame) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, what: str) -> Iterator[None]:
-    """Keep other processes from writing to a folder. The lock is the operating system's and goes with its process, however that ends.
+    """Keep other processes from writing to a folder. The lock is the operating system's and goes with its
+    process, however that ends.
 
     Raises FolderInUse, naming the other process, if it does not end within `WAIT` seconds.
     """
@@ -130,13 +149,24 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise FolderInUse(f"{folder} is in use by {_told(owner)}; wait for it, stop it, or give another folder") from error
+        raise FolderInUse(
+            f"{folder} is in use by {_told(owner)}; wait for it, stop it, or give another folder"
+        ) from error
     try:
-        write_json(owner, {"pid": os.getpid(), "host": platform.node(), "what": what, "command": " ".join(sys.argv),
-                           "since": datetime.now().isoformat(sep=" ", timespec="seconds")})
+        write_json(
+            owner,
+            {
+                "pid": os.getpid(),
+                "host": platform.node(),
+                "what": what,
+                "command": " ".join(sys.argv),
+                "since": datetime.now().isoformat(sep=" ", timespec="seconds"),
+            },
+        )
         yield
     finally:
-        with contextlib.suppress(OSError):      # the lock is what counts, and what went wrong before is what is told
+        # the lock is what counts, and what went wrong before is what is told
+        with contextlib.suppress(OSError):
             owner.unlink(missing_ok=True)
         lock.release()
 
@@ -145,13 +175,16 @@ def _told(owner: Path) -> str:
     try:
         record = json.loads(owner.read_text())
         where = "" if record["host"] == platform.node() else f" on {record['host']}"
-        return f"process {record['pid']}{where} ({record['what']}, since {record['since']}: {record['command']})"
+        return (
+            f"process {record['pid']}{where} ({record['what']}, since {record['since']}: {record['command']})"
+        )
     except (OSError, ValueError, KeyError):
         return "another process"
 
 
 def set_aside(folder: Path, *paths: Path) -> Path | None:
-    """Move what there is of `paths` into a new folder `folder/earlier/TIME`; that folder, None if there was nothing."""
+    """Move what there is of `paths` into a new folder `folder/earlier/TIME`; that folder, None if there was
+    nothing."""
     there = [p for p in paths if p.exists()]
     if not there:
         return None

@@ -1,4 +1,6 @@
-"""What a computation follows from, told as plain values and hashes: what a resume compares before it goes on."""
+"""What a computation follows from, told as plain values and hashes: what a resume compares before it goes
+on."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -36,15 +38,17 @@ def _bytes(digest, node: Any) -> None:
 
 
 def sha256_of(node: Any) -> str:
-    """Of tensors (dtype, shape and bytes), arrays, numbers and texts, nested in mappings and lists as they may be."""
+    """Of tensors (dtype, shape and bytes), arrays, numbers and texts, nested in mappings and lists as they
+    may be."""
     digest = hashlib.sha256()
     _bytes(digest, node)
     return digest.hexdigest()
 
 
 def describe(node: Any, known: bool = True) -> Any:
-    """`node` as JSON can hold it: numbers and texts as they are, tensors and modules by the hash of their weights, long lists by theirs, objects by the
-    name of their class and what they hold. An object that has `identity()` says itself what it is. What other libraries hold is not looked into."""
+    """`node` as JSON can hold it: numbers and texts as they are, tensors and modules by the hash of their
+    weights, long lists by theirs, objects by the name of their class and what they hold. An object that has
+    `identity()` says itself what it is. What other libraries hold is not looked into."""
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
     if isinstance(node, torch.nn.Module):
@@ -61,14 +65,33 @@ def describe(node: Any, known: bool = True) -> Any:
         return {str(key): describe(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
         values = [describe(value) for value in node]
-        return values if len(values) <= 24 else {"n": len(values), "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+        return (
+            values
+            if len(values) <= 24
+            else {
+                "n": len(values),
+                "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
+            }
+        )
     if known and hasattr(node, "identity"):
         return {"class": type(node).__qualname__, **describe(node.identity())}
     if not known or isinstance(node, type) or callable(node) and not hasattr(node, "__dict__"):
         return getattr(node, "__qualname__", type(node).__qualname__)
-    held = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else getattr(node, "__dict__", {})
-    ours = {k: describe(v, known=dataclasses.is_dataclass(v) or hasattr(v, "identity") or type(v).__module__.split(".")[0] == __package__)
-            for k, v in held.items() if not k.startswith("_") and k not in ASIDE}
+    held = (
+        {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+        if dataclasses.is_dataclass(node)
+        else getattr(node, "__dict__", {})
+    )
+    ours = {
+        k: describe(
+            v,
+            known=dataclasses.is_dataclass(v)
+            or hasattr(v, "identity")
+            or type(v).__module__.split(".")[0] == __package__,
+        )
+        for k, v in held.items()
+        if not k.startswith("_") and k not in ASIDE
+    }
     return {"class": type(node).__qualname__, **ours}
 
 

@@ -1,8 +1,11 @@
-"""What a user may give, checked before anything long begins: types and ranges by pydantic, every fault one sentence that says how to mend it.
+"""What a user may give, checked before anything long begins: types and ranges by pydantic, every fault one
+sentence that says how to mend it.
 
-A notebook's first cell calls `begin` with what each of its parameters may be; the runner finds that call in the notebook and checks a whole profile by it
-before the first notebook starts, and so does papermill or nbconvert alone, for the cell comes before any sampling.
+A notebook's first cell calls `begin` with what each of its parameters may be; the runner finds that call in
+the notebook and checks a whole profile by it before the first notebook starts, and so does papermill or
+nbconvert alone, for the cell comes before any sampling.
 """
+
 from __future__ import annotations
 
 import ast
@@ -20,7 +23,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 SEED = Annotated[int, Field(ge=0, lt=1 << 31)]
-INJECTED = "# Parameters\n"         # how the cell begins that papermill puts behind the parameters
+INJECTED = "# Parameters\n"  # how the cell begins that papermill puts behind the parameters
 
 
 def within(low: float, high: float) -> Any:
@@ -47,7 +50,15 @@ def counts_of(*names: str) -> Any:
     return Annotated[dict[Literal[names], Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
 
-KINDS = {"within": within, "one_of": one_of, "some_of": some_of, "list_of": list_of, "counts_of": counts_of, "SEED": SEED, "str": str}
+KINDS = {
+    "within": within,
+    "one_of": one_of,
+    "some_of": some_of,
+    "list_of": list_of,
+    "counts_of": counts_of,
+    "SEED": SEED,
+    "str": str,
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -70,24 +81,32 @@ def _adapter(kind: Any) -> TypeAdapter:
 
 
 def check_value(name: str, value: Any, kind: Any) -> Any:
-    """`value`, if it is of a kind (a type, with ranges as pydantic's `Field` has them). No text is taken for a number, and no 1.5 for a 1.
+    """`value`, if it is of a kind (a type, with ranges as pydantic's `Field` has them). No text is taken for
+    a number, and no 1.5 for a 1.
 
     Raises ValueError: one sentence with the name, what it must be and what it is.
     """
     try:
         return _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
-        faults = sorted(error.errors(include_url=False), key=lambda e: -len(e["loc"]))      # of a union, the alternative that came furthest
+        # of a union, the alternative that came furthest
+        faults = sorted(error.errors(include_url=False), key=lambda e: -len(e["loc"]))
         fault = faults[0]
-    place = name + "".join(f"[{part!r}]" for part in fault["loc"] if not (isinstance(part, str) and _is_kind(part, fault, value)))
+    place = name + "".join(
+        f"[{part!r}]" for part in fault["loc"] if not (isinstance(part, str) and _is_kind(part, fault, value))
+    )
     given, wanted = fault["input"], _wanted(fault)
     hint = ""
     if isinstance(given, str) and fault["type"] in ("int_type", "float_type", "int_from_float"):
         with contextlib.suppress(ValueError):
             float(given)
-            hint = f"; that is a text: write it without quotes{', and with a point, such as 3.0e-4, or YAML takes it for a text' * ('e' in given.lower())}"
+            hint = "; that is a text: write it without quotes"
+            if "e" in given.lower():
+                hint += ", and with a point, such as 3.0e-4, or YAML takes it for a text"
     if fault["type"] == "literal_error" and isinstance(given, str):
-        hint = nearest(given, [c.strip("' ") for c in fault["ctx"]["expected"].replace(" or ", ", ").split(",")])
+        hint = nearest(
+            given, [c.strip("' ") for c in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        )
     raise ValueError(f"{place} must be {wanted}, not {given!r}{hint}")
 
 
@@ -97,26 +116,48 @@ def _is_kind(part: str, fault: Mapping, value: Any) -> bool:
     for p in fault["loc"]:
         if p == part:
             return not (isinstance(node, Mapping) and p in node)
-        if isinstance(node, Mapping) and p in node or isinstance(node, (list, tuple)) and isinstance(p, int) and p < len(node):
+        if (
+            isinstance(node, Mapping)
+            and p in node
+            or isinstance(node, (list, tuple))
+            and isinstance(p, int)
+            and p < len(node)
+        ):
             node = node[p]
     return True
 
 
 def _wanted(fault: Mapping) -> str:
     kind, context = fault["type"], fault.get("ctx", {})
-    names = {"int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "string_type": "a text", "bool_type": "true or false",
-             "list_type": "a list", "tuple_type": "a list", "dict_type": "a mapping of names to values", "mapping_type": "a mapping of names to values",
-             "none_required": "nothing (null)", "too_short": "more than nothing", "finite_number": "a finite number"}
+    names = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "string_type": "a text",
+        "bool_type": "true or false",
+        "list_type": "a list",
+        "tuple_type": "a list",
+        "dict_type": "a mapping of names to values",
+        "mapping_type": "a mapping of names to values",
+        "none_required": "nothing (null)",
+        "too_short": "more than nothing",
+        "finite_number": "a finite number",
+    }
     if kind == "literal_error":
         return "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
     for limit, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
         if limit in context:
-            return f"{words} {context[limit]:g}" if isinstance(context[limit], float) else f"{words} {context[limit]}"
+            return (
+                f"{words} {context[limit]:g}"
+                if isinstance(context[limit], float)
+                else f"{words} {context[limit]}"
+            )
     return names.get(kind) or fault["msg"][0].lower() + fault["msg"][1:]
 
 
 def check_options(where: str, given: Any, kind: Any, left_out: Iterable[str] = ()) -> dict[str, Any]:
-    """`given`, checked against the arguments of `kind` and their types; lists become tuples where the argument takes one."""
+    """`given`, checked against the arguments of `kind` and their types; lists become tuples where the
+    argument takes one."""
     hints = typing.get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
     known = [n for n in inspect.signature(kind).parameters if n not in left_out]
     check_keys(where, given, known)
@@ -129,7 +170,8 @@ def check_options(where: str, given: Any, kind: Any, left_out: Iterable[str] = (
 
 
 def read_yaml(path: str | Path) -> Any:
-    """A YAML file. Raises ValueError with file and line for what is not YAML, FileNotFoundError where there is none."""
+    """A YAML file. Raises ValueError with file and line for what is not YAML, FileNotFoundError where there
+    is none."""
     path = Path(path)
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -145,10 +187,12 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def begin(names: Mapping[str, Any], **kinds: Any) -> Path:
-    """For a notebook's first cell, `begin(globals(), n_test=within(12, 300), ...)`: every parameter with what it may be; the folder for results, made here:
+    """For a notebook's first cell, `begin(globals(), n_test=within(12, 300), ...)`: every parameter with what
+    it may be; the folder for results, made here:
     `out_dir`, or a temporary one where that is "".
 
-    Raises ValueError for a value of another kind, for a name that papermill was given and the notebook does not have, and for an `out_dir` that is no folder.
+    Raises ValueError for a value of another kind, for a name that papermill was given and the notebook does
+    not have, and for an `out_dir` that is no folder.
     """
     cells = [cell for cell in names.get("In", []) if isinstance(cell, str) and cell.startswith(INJECTED)]
     check_keys("this notebook", {name: None for cell in cells for name in _assigned(cell)}, kinds)
@@ -167,7 +211,13 @@ def check_kinds(parameters: Mapping[str, Any], kinds: Mapping[str, Any]) -> None
 
 
 def _assigned(source: str) -> list[str]:
-    return [target.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)]
+    return [
+        target.id
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
 
 
 def kinds_of(sources: Iterable[str]) -> dict[str, Any]:
@@ -177,6 +227,12 @@ def kinds_of(sources: Iterable[str]) -> dict[str, Any]:
             continue
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "begin":
-                return {k.arg: eval(compile(ast.Expression(k.value), "begin", "eval"), {"__builtins__": {}}, KINDS)     # noqa: S307: our own notebooks
-                        for k in node.keywords if k.arg}
+                # our own notebooks
+                return {
+                    k.arg: eval(
+                        compile(ast.Expression(k.value), "begin", "eval"), {"__builtins__": {}}, KINDS
+                    )
+                    for k in node.keywords
+                    if k.arg
+                }
     return {}

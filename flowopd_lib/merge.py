@@ -1,8 +1,11 @@
-"""Cold start (Flow-OPD 5.1): one adapter out of several, by merging them through PEFT or by fine-tuning on their samples.
+"""Cold start (Flow-OPD 5.1): one adapter out of several, by merging them through PEFT or by fine-tuning on
+their samples.
 
-An adapter changes a weight by `s B A`. The average of the *changes* is not the change made by the averages of B and of A,
-which is what the public code's `merge.py` builds: with n experts that has all n^2 cross products, over n^2.
+An adapter changes a weight by `s B A`. The average of the *changes* is not the change made by the averages of
+B and of A, which is what the public code's `merge.py` builds: with n experts that has all n^2 cross products,
+over n^2.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +23,23 @@ from .train import TrainConfig, fit
 METHODS = ("cat", "svd", "ties", "dare", "factor_wise")
 
 
-def merge(policy: FlowPolicy, adapters: Sequence[str], name: str, method: str = "cat", weights: Sequence[float] | None = None,
-          rank: int | None = None, density: float = .5, seed: int = 0) -> None:
+def merge(
+    policy: FlowPolicy,
+    adapters: Sequence[str],
+    name: str,
+    method: str = "cat",
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> None:
     """Add adapter `name`, the weighted mean (equal weights by default) of `adapters`.
 
     cat          the exact mean of the changes; its rank is the sum of the ranks
-    svd          the best approximation of that mean with `rank` (default: the largest of the adapters'; exact at the sum of the ranks)
-    ties, dare   TIES (2306.01708) and DARE with TIES' signs (2311.03099), keeping a share `density` of each change; `rank` as for svd.
+    svd          the best approximation of that mean with `rank` (default: the largest of the adapters'; exact
+                 at the sum of the ranks)
+    ties, dare   TIES (2306.01708) and DARE with TIES' signs (2311.03099), keeping a share `density` of each
+                 change; `rank` as for svd.
                  DARE draws what it drops, from `seed`
     factor_wise  mean of the A, mean of the B: the public code's, kept to be compared
 
@@ -35,39 +48,70 @@ def merge(policy: FlowPolicy, adapters: Sequence[str], name: str, method: str = 
     adapters = list(adapters)
     unknown = set(adapters) - set(policy.adapters)
     if len(adapters) < 2 or unknown:
-        raise ValueError(f"merging takes at least two of the adapters {', '.join(policy.adapters) or '(none)'}, not {adapters}")
+        raise ValueError(
+            f"merging takes at least two of the adapters {', '.join(policy.adapters) or '(none)'}, not "
+            f"{adapters}"
+        )
     if method not in METHODS:
         raise ValueError(f"unknown way to merge {method!r}: choose one of {', '.join(METHODS)}")
     weights = list(weights) if weights is not None else [1 / len(adapters)] * len(adapters)
     if len(weights) != len(adapters) or (method == "factor_wise" and min(weights) < 0):
-        raise ValueError(f"{len(adapters)} adapters need as many weights, not {weights} (positive ones, factor by factor)")
+        raise ValueError(
+            f"{len(adapters)} adapters need as many weights, not {weights} (positive ones, factor by factor)"
+        )
     ranks = {a: policy.adapter(a).ranks for a in adapters}
     if method == "factor_wise":
         for other in adapters[1:]:
-            apart = [p for p in ranks[adapters[0]] | ranks[other] if ranks[adapters[0]].get(p) != ranks[other].get(p)]
+            apart = [
+                p
+                for p in ranks[adapters[0]] | ranks[other]
+                if ranks[adapters[0]].get(p) != ranks[other].get(p)
+            ]
             if apart:
-                raise ValueError(f"factor_wise averages factors, so adapters need the same ranks everywhere: at {apart[0]} {adapters[0]} has "
-                                 f"{ranks[adapters[0]].get(apart[0])} and {other} {ranks[other].get(apart[0])}; take cat or svd")
+                raise ValueError(
+                    "factor_wise averages factors, so adapters need the same ranks everywhere: at "
+                    f"{apart[0]} {adapters[0]} has "
+                    f"{ranks[adapters[0]].get(apart[0])} and {other} {ranks[other].get(apart[0])}; take "
+                    "cat or svd"
+                )
     rank = rank or max(r for of in ranks.values() for r in of.values())
     if rank < 1 or not 0 < density <= 1:
         raise ValueError(f"rank must be at least 1 and density in (0, 1], not {rank} and {density}")
-    how = {"cat": dict(combination_type="cat"), "svd": dict(combination_type="svd", svd_rank=rank, svd_full_matrices=False),
-           "ties": dict(combination_type="ties_svd", density=density, svd_rank=rank, svd_full_matrices=False),
-           "dare": dict(combination_type="dare_ties_svd", density=density, svd_rank=rank, svd_full_matrices=False),
-           "factor_wise": dict(combination_type="linear")}[method]
-    if method == "factor_wise":         # PEFT's `linear` weighs A and B by sqrt(w s) each: w^2 gives the means of both
-        weights = [w ** 2 for w in weights]
+    how = {
+        "cat": dict(combination_type="cat"),
+        "svd": dict(combination_type="svd", svd_rank=rank, svd_full_matrices=False),
+        "ties": dict(combination_type="ties_svd", density=density, svd_rank=rank, svd_full_matrices=False),
+        "dare": dict(
+            combination_type="dare_ties_svd", density=density, svd_rank=rank, svd_full_matrices=False
+        ),
+        "factor_wise": dict(combination_type="linear"),
+    }[method]
+    # PEFT's `linear` weighs A and B by sqrt(w s) each: w^2 gives the means of both
+    if method == "factor_wise":
+        weights = [w**2 for w in weights]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy.combine_adapters(adapters, weights, name, **how)
 
 
-def sft_start(policy: FlowPolicy, prompts: Sequence[Prompt], teachers: Mapping[str, str | None], name: str, folder: str | Path, iterations: int,
-              rank: int = 32, sampler: Sampler = Sampler(), lr: float = 5e-4) -> pd.DataFrame:
+def sft_start(
+    policy: FlowPolicy,
+    prompts: Sequence[Prompt],
+    teachers: Mapping[str, str | None],
+    name: str,
+    folder: str | Path,
+    iterations: int,
+    rank: int = 32,
+    sampler: Sampler = Sampler(),
+    lr: float = 5e-4,
+) -> pd.DataFrame:
     """Add adapter `name`, fine-tuned on samples that each prompt's own teacher draws; the training's metrics.
 
-    Seeds lie far from those of evaluations and of the schedules. Raises ValueError for a task without a teacher.
+    Seeds lie far from those of evaluations and of the schedules. Raises ValueError for a task without a
+    teacher.
     """
     latents = teacher_samples(policy, prompts, range(1 << 39, (1 << 39) + len(prompts)), teachers, sampler)
     policy.add_adapter(name, rank, 2 * rank)
-    return fit(policy, SFT(latents, prompts, batch=48), folder, TrainConfig(iterations, lr, warmup=5), name)[0]
+    return fit(policy, SFT(latents, prompts, batch=48), folder, TrainConfig(iterations, lr, warmup=5), name)[
+        0
+    ]

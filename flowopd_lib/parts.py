@@ -1,4 +1,5 @@
 """An evaluation that can be cut off: its finished batches beside the table they become."""
+
 from __future__ import annotations
 
 import json
@@ -17,16 +18,24 @@ class Parts:
     def __init__(self, path: Path, of: str):
         self.path, self.folder, self.of = path, path.parent / f".{path.name}.parts", of
         about = self.folder / "of.txt"
-        if self.path.is_file() and self._of(self.path) != of or self.folder.is_dir() and (about.read_text() if about.is_file() else "") != of:
+        if (
+            self.path.is_file()
+            and self._of(self.path) != of
+            or self.folder.is_dir()
+            and (about.read_text() if about.is_file() else "") != of
+        ):
             set_aside(path.parent, self.path, self.folder)
         if self.whole:
-            shutil.rmtree(self.folder, ignore_errors=True)      # of a process that ended between the table and this
+            # of a process that ended between the table and this
+            shutil.rmtree(self.folder, ignore_errors=True)
         else:
             write_whole(about, of)
 
     @staticmethod
     def _of(path: Path) -> str | None:
-        return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(b"PANDAS_ATTRS", b"{}")).get("of")
+        return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(b"PANDAS_ATTRS", b"{}")).get(
+            "of"
+        )
 
     @property
     def whole(self) -> bool:
@@ -44,10 +53,10 @@ class Parts:
     def finish(self, table: pd.DataFrame) -> pd.DataFrame:
         table.attrs["of"] = self.of
         write_table(self.path, table)
-        shutil.rmtree(self.folder)          # all of it is in the table, and in the thumbnails' files
+        shutil.rmtree(self.folder)  # all of it is in the table, and in the thumbnails' files
         return self.table()
 
     def table(self) -> pd.DataFrame:
         table = pd.read_parquet(self.path)
-        table.attrs.clear()                 # a table made of this one is of something else
+        table.attrs.clear()  # a table made of this one is of something else
         return table

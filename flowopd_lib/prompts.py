@@ -1,4 +1,5 @@
-"""Prompts and their files, in the formats of Flow-GRPO's `dataset/` folder, so that its own files load unchanged.
+"""Prompts and their files, in the formats of Flow-GRPO's `dataset/` folder, so that its own files load
+unchanged.
 
     geneval/{split}_metadata.jsonl   one GenEval record a line: tag, include, exclude, prompt
     ocr/{split}.txt                  one prompt a line, the target text in double quotes
@@ -6,6 +7,7 @@
 
 DeQA, a fourth task, has no file: its prompts are PickScore's, routed to its own teacher.
 """
+
 from __future__ import annotations
 
 import json
@@ -14,13 +16,20 @@ from pathlib import Path
 
 from .files import write_whole
 
-TASKS = ("geneval", "ocr", "pickscore")         # those with prompts of their own
-FILES = {"geneval": "geneval/{}_metadata.jsonl", "ocr": "ocr/{}.txt", "pickscore": "pickscore/{}.txt", "deqa": "pickscore/{}.txt"}
+TASKS = ("geneval", "ocr", "pickscore")  # those with prompts of their own
+FILES = {
+    "geneval": "geneval/{}_metadata.jsonl",
+    "ocr": "ocr/{}.txt",
+    "pickscore": "pickscore/{}.txt",
+    "deqa": "pickscore/{}.txt",
+}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the task it is routed by, and (for GenEval) the record that says what a right picture shows."""
+    """A prompt, the task it is routed by, and (for GenEval) the record that says what a right picture
+    shows."""
+
     text: str
     task: str
     metadata: dict = field(default_factory=dict, compare=False)
@@ -33,7 +42,8 @@ class Prompt:
 def load_prompts(folder: str | Path, task: str, split: str) -> list[Prompt]:
     """Read one split of one task from a Flow-GRPO folder.
 
-    Raises ValueError, with file and line, for what is not in the format, and FileNotFoundError with the splits there are.
+    Raises ValueError, with file and line, for what is not in the format, and FileNotFoundError with the
+    splits there are.
     """
     if task not in FILES:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(FILES)}")
@@ -63,10 +73,14 @@ def load_prompts(folder: str | Path, task: str, split: str) -> list[Prompt]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{where} is not a record but {_short(record)}; a GenEval record has tag, include and prompt")
+            raise ValueError(
+                f"{where} is not a record but {_short(record)}; a GenEval record has tag, include and prompt"
+            )
         missing = {"tag", "include", "prompt"} - set(record)
         if missing:
-            raise ValueError(f"{where} lacks {', '.join(sorted(missing))}; a GenEval record has tag, include and prompt")
+            raise ValueError(
+                f"{where} lacks {', '.join(sorted(missing))}; a GenEval record has tag, include and prompt"
+            )
         _check_record(record, where)
         prompts.append(Prompt(record["prompt"], task, record))
     if not prompts:
@@ -88,11 +102,27 @@ def _check_record(record: dict, where: str) -> None:
         if not isinstance(record.get(key, []), list):
             raise ValueError(f"{where}: {key} must be a list of objects, not {_short(record[key])}")
         for number, wanted in enumerate(record.get(key, [])):
-            if not isinstance(wanted, dict) or not isinstance(wanted.get("class"), str) or type(wanted.get("count")) is not int or wanted["count"] < 1:
-                raise ValueError(f"{where}: {key}[{number}] must have a class and a count of at least 1, not be {_short(wanted)}")
+            if (
+                not isinstance(wanted, dict)
+                or not isinstance(wanted.get("class"), str)
+                or type(wanted.get("count")) is not int
+                or wanted["count"] < 1
+            ):
+                raise ValueError(
+                    f"{where}: {key}[{number}] must have a class and a count of at least 1, not be "
+                    f"{_short(wanted)}"
+                )
             relation = wanted.get("position")
-            if relation is not None and not (isinstance(relation, list) and len(relation) == 2 and type(relation[1]) is int and 0 <= relation[1] < number):
-                raise ValueError(f"{where}: {key}[{number}] lies where {_short(relation)} says; that must be a relation and the number of an object before it")
+            if relation is not None and not (
+                isinstance(relation, list)
+                and len(relation) == 2
+                and type(relation[1]) is int
+                and 0 <= relation[1] < number
+            ):
+                raise ValueError(
+                    f"{where}: {key}[{number}] lies where {_short(relation)} says; that must be a relation "
+                    "and the number of an object before it"
+                )
     if not record["include"]:
         raise ValueError(f"{where}: include names no object")
 
@@ -111,5 +141,7 @@ def target_text(prompt: str, where: str = "") -> str:
     """What a sign has to say: the text between the first two double quotes (METHOD.md, OCR reward)."""
     parts = prompt.split('"')
     if len(parts) < 3 or not parts[1].strip():
-        raise ValueError(f"{where or repr(prompt)} has no text in double quotes for the OCR reward to look for")
+        raise ValueError(
+            f"{where or repr(prompt)} has no text in double quotes for the OCR reward to look for"
+        )
     return parts[1]

@@ -1,4 +1,6 @@
-"""Which prompts an iteration trains on: a function of the seed and the iteration alone, so a resumed run goes on exactly."""
+"""Which prompts an iteration trains on: a function of the seed and the iteration alone, so a resumed run goes
+on exactly."""
+
 from __future__ import annotations
 
 import random
@@ -10,7 +12,9 @@ from .prompts import Prompt
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts with the seeds of their samples, in the order of the whole iteration, of which a process has a part."""
+    """Prompts with the seeds of their samples, in the order of the whole iteration, of which a process has a
+    part."""
+
     prompts: list[Prompt]
     seeds: list[int]
 
@@ -21,18 +25,27 @@ class Batch:
 class Schedule:
     """`prompts_per_batch` prompts an iteration, `images_per_prompt` samples each (K-repeat sampling).
 
-    `shares` weighs the tasks; equal by default. `alternate`: an iteration has one task and the tasks take turns by their shares, as
-    GRPO-Mix does (GenEval : OCR : PickScore = 3 : 1 : 1); otherwise every batch is mixed. Each task goes through its
-    prompts in random order before any is drawn again.
+    `shares` weighs the tasks; equal by default. `alternate`: an iteration has one task and the tasks take
+    turns by their shares, as GRPO-Mix does (GenEval : OCR : PickScore = 3 : 1 : 1); otherwise every batch is
+    mixed. Each task goes through its prompts in random order before any is drawn again.
     """
 
-    def __init__(self, prompts: Mapping[str, Sequence[Prompt]], prompts_per_batch: int, images_per_prompt: int = 1,
-                 shares: Mapping[str, int] | None = None, alternate: bool = False, seed: int = 0):
+    def __init__(
+        self,
+        prompts: Mapping[str, Sequence[Prompt]],
+        prompts_per_batch: int,
+        images_per_prompt: int = 1,
+        shares: Mapping[str, int] | None = None,
+        alternate: bool = False,
+        seed: int = 0,
+    ):
         shares = dict(shares or dict.fromkeys(prompts, 1))
         if not prompts or not all(prompts.values()):
             raise ValueError("a schedule needs at least one prompt for every task")
         if set(shares) != set(prompts) or not all(isinstance(n, int) and n > 0 for n in shares.values()):
-            raise ValueError(f"shares must give a positive whole number for each of {', '.join(prompts)}, not {shares}")
+            raise ValueError(
+                f"shares must give a positive whole number for each of {', '.join(prompts)}, not {shares}"
+            )
         if prompts_per_batch < 1 or images_per_prompt < 1:
             raise ValueError("a batch needs at least one prompt and one image a prompt")
         if seed < 0:
@@ -40,7 +53,7 @@ class Schedule:
         self.prompts, self.seed, self.alternate = {t: list(p) for t, p in prompts.items()}, seed, alternate
         self.size, self.repeats = prompts_per_batch, images_per_prompt
         turns = [(i / n, task) for task, n in shares.items() for i in range(n)]
-        self.turns = [task for _, task in sorted(turns, key=lambda turn: turn[0])]      # 3:1:1 -> g o p g g
+        self.turns = [task for _, task in sorted(turns, key=lambda turn: turn[0])]  # 3:1:1 -> g o p g g
 
     @property
     def every(self) -> list[Prompt]:

@@ -1,4 +1,6 @@
-"""Samples kept as small pictures: one uncompressed zip of WebP a model, so that a run of thousands stays a handful of files."""
+"""Samples kept as small pictures: one uncompressed zip of WebP a model, so that a run of thousands stays a
+handful of files."""
+
 from __future__ import annotations
 
 import io
@@ -13,8 +15,8 @@ from PIL import Image
 
 from .files import write_whole
 
-LARGEST = 256       # pixels; larger samples are scaled down to this
-QUALITY = 85        # a 64x64 scene takes some 600 bytes, a fifth of what lossless takes
+LARGEST = 256  # pixels; larger samples are scaled down to this
+QUALITY = 85  # a 64x64 scene takes some 600 bytes, a fifth of what lossless takes
 
 
 def webp(image: torch.Tensor) -> bytes:
@@ -27,10 +29,11 @@ def webp(image: torch.Tensor) -> bytes:
 
 
 def write_thumbnails(folder: str | Path, number: int, model: str, pictures: Sequence[bytes]) -> list[str]:
-    """Write `folder/NUMBER_MODEL.zip` of `0.webp`, `1.webp`, ..., whole; where each lies, as seen from the folder's own parent."""
+    """Write `folder/NUMBER_MODEL.zip` of `0.webp`, `1.webp`, ..., whole; where each lies, as seen from the
+    folder's own parent."""
     path, file = Path(folder) / f"{number:02d}_{re.sub(r'[^A-Za-z0-9.+-]', '_', model)}.zip", io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        for n, picture in enumerate(pictures):      # a fixed date: the same samples make the same file
+        for n, picture in enumerate(pictures):  # a fixed date: the same samples make the same file
             archive.writestr(zipfile.ZipInfo(f"{n}.webp", (1980, 1, 1, 0, 0, 0)), picture)
     write_whole(path, file.getvalue())
     return [f"{path.parent.name}/{path.name}/{n}.webp" for n in range(len(pictures))]
@@ -42,7 +45,8 @@ def _opened(path: str, changed: int) -> zipfile.ZipFile:
 
 
 def read_thumbnail(folder: str | Path, place: str) -> bytes:
-    """The WebP of one `picture` of a table in `folder`. Raises FileNotFoundError, naming the file, where there is none."""
+    """The WebP of one `picture` of a table in `folder`. Raises FileNotFoundError, naming the file, where
+    there is none."""
     path, name = Path(folder) / place.rpartition("/")[0], place.rpartition("/")[2]
     try:
         return _opened(str(path), path.stat().st_mtime_ns).read(name)

@@ -1,4 +1,5 @@
 """Recipes that are wrong in one place each, and what a user is told: for test_inputs.py and drill.py."""
+
 import contextlib
 import copy
 import io
@@ -9,12 +10,19 @@ import yaml
 
 from flowopd_lib.jobs import recipes
 
-GOOD = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4}, "adapters": {"ocr": "experts/ocr"},
-        "sampler": {"steps": 4}, "opd": {"teachers": {"geneval": None, "ocr": "ocr"}}, "train": {"iterations": 6, "lr": 1e-3}}
+GOOD = {
+    "student": {"rank": 4, "alpha": 8},
+    "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
+    "adapters": {"ocr": "experts/ocr"},
+    "sampler": {"steps": 4},
+    "opd": {"teachers": {"geneval": None, "ocr": "ocr"}},
+    "train": {"iterations": 6, "lr": 1e-3},
+}
 
 
 def put(**values):
     """Set keys, written `section__key`."""
+
     def change(recipe):
         for where, value in values.items():
             *sections, key = where.split("__")
@@ -22,6 +30,7 @@ def put(**values):
             for section in sections:
                 node = node.setdefault(section, {})
             node[key] = value
+
     return change
 
 
@@ -32,6 +41,7 @@ def without(where):
         for section in sections:
             node = node[section]
         del node[key]
+
     return change
 
 
@@ -39,7 +49,8 @@ def grpo(**options):
     def change(recipe):
         del recipe["opd"]
         recipe["schedule"] = {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4}
-        recipe["grpo"] = {"rewards": {"OCR": 1.}, **options}
+        recipe["grpo"] = {"rewards": {"OCR": 1.0}, **options}
+
     return change
 
 
@@ -53,15 +64,27 @@ RECIPES = {
     "a negative rate": (put(train__lr=-1e-3), "must be positive"),
     "a negative warmup": (put(train__warmup=-1), "must be at least 0"),
     "more than all of it cooled down": (put(train__cooldown=1.5), "cooldown is a share of the iterations"),
-    "a cooldown to no known end": (put(train__cooldown=.5, train__max_seconds=60.), "needs to know how many there are"),
-    "ema of 1": (put(train__ema=1.), "in [0, 1)"),
-    "one beta": (put(train__betas=[.9]), "train.betas"),
-    "teachers as a list": (put(opd__teachers=["ocr"]), "opd.teachers must be a mapping of names to values, not ['ocr']"),
+    "a cooldown to no known end": (
+        put(train__cooldown=0.5, train__max_seconds=60.0),
+        "needs to know how many there are",
+    ),
+    "ema of 1": (put(train__ema=1.0), "in [0, 1)"),
+    "one beta": (put(train__betas=[0.9]), "train.betas"),
+    "teachers as a list": (
+        put(opd__teachers=["ocr"]),
+        "opd.teachers must be a mapping of names to values, not ['ocr']",
+    ),
     "a task without teacher": (put(opd__teachers={"ocr": "ocr"}), "no teacher for the task geneval"),
-    "a teacher that is not loaded": (put(opd__teachers={"ocr": "ocrr", "geneval": None}), "names the adapter 'ocrr' (did you mean 'ocr'?)"),
+    "a teacher that is not loaded": (
+        put(opd__teachers={"ocr": "ocrr", "geneval": None}),
+        "names the adapter 'ocrr' (did you mean 'ocr'?)",
+    ),
     "an anchor that is not loaded": (put(opd__anchor="deqa"), "names the adapter 'deqa'"),
-    "guidance of no teacher": (put(opd__guidance={"ocrr": 4.5}), "guidance names 'ocrr', which is no teacher"),
-    "negative guidance of a teacher": (put(opd__guidance={"ocr": -1.}), "must be at least 0"),
+    "guidance of no teacher": (
+        put(opd__guidance={"ocrr": 4.5}),
+        "guidance names 'ocrr', which is no teacher",
+    ),
+    "negative guidance of a teacher": (put(opd__guidance={"ocr": -1.0}), "must be at least 0"),
     "a negative anchor": (put(opd__mar=-1), "mar must be at least 0"),
     "an unknown reading": (put(opd__estimator="pathwize"), "unknown estimator pathwize"),
     "a misspelt option": (put(opd__estimater="paper"), "did you mean 'estimator'"),
@@ -71,7 +94,10 @@ RECIPES = {
     "steps as a text": (put(sampler__steps="4"), "sampler.steps must be a whole number"),
     "an unknown sampler": (put(sampler__kind="ddim"), "unknown sampler 'ddim'"),
     "negative guidance": (put(sampler__guidance=-1), "guidance must be at least 0"),
-    "too much noise for cps": (put(sampler__kind="cps", sampler__noise_level=2.), "noise level of CPS lies in [0, 1]"),
+    "too much noise for cps": (
+        put(sampler__kind="cps", sampler__noise_level=2.0),
+        "noise level of CPS lies in [0, 1]",
+    ),
     "a step that is not there": (put(opd__steps=[7]), "trained steps are numbers from 0 to 2"),
     "a negative seed": (put(seed=-5), "seed must be at least 0, not -5"),
     "an unknown task": (put(schedule__tasks=["gneval"]), "did you mean 'geneval'"),
@@ -79,17 +105,23 @@ RECIPES = {
     "prompts missing": (without("schedule__prompts_per_batch"), "schedule lacks prompts_per_batch"),
     "tags as a list": (put(schedule__tags=["colors"]), "schedule.tags must be a mapping"),
     "a prompt folder that is not there": (put(prompts="nowhere"), "no prompts at nowhere"),
-    "an adapter that is not there": (put(adapters__ocr="experts/none"), "is neither a folder here nor an adapter that the hub gives"),
+    "an adapter that is not there": (
+        put(adapters__ocr="experts/none"),
+        "is neither a folder here nor an adapter that the hub gives",
+    ),
     "a model that is not there": (put(model="./nowhere"), "is not a diffusers pipeline folder"),
     "rank of 0": (put(student__rank=0), "a rank of at least 1"),
     "a merge of one": (put(student={"merge": "svd", "adapters": ["ocr"]}), "at least two"),
-    "an unknown merge": (put(student={"merge": "mean", "adapters": ["ocr", "ocr"]}), "student.merge must be one of"),
+    "an unknown merge": (
+        put(student={"merge": "mean", "adapters": ["ocr", "ocr"]}),
+        "student.merge must be one of",
+    ),
     "two objectives": (put(grpo={"rewards": {}}), "one objective: grpo or opd"),
     "a section as a list": (put(train=[1]), "train must be a mapping"),
     "a misspelt section": (put(scedule={}), "did you mean 'schedule'"),
-    "a reward of no judge": (grpo(rewards={"OCRR": 1.}), "name OCRR; the judges are"),
+    "a reward of no judge": (grpo(rewards={"OCRR": 1.0}), "name OCRR; the judges are"),
     "a weight as a text": (grpo(rewards={"OCR": "1"}), "grpo.rewards['OCR'] must be a number"),
-    "a clip of 0": (grpo(clip=0.), "clip must be positive"),
+    "a clip of 0": (grpo(clip=0.0), "clip must be positive"),
     "an unknown normalisation": (grpo(normalise="z"), "unknown normalisation 'z'"),
 }
 
@@ -112,11 +144,15 @@ def broken(change):
 
 def cases():
     """By name: (the file's bytes, part of what is said)."""
-    return {name: (yaml.safe_dump(broken(change)).encode(), message) for name, (change, message) in RECIPES.items()} | FILES
+    return {
+        name: (yaml.safe_dump(broken(change)).encode(), message)
+        for name, (change, message) in RECIPES.items()
+    } | FILES
 
 
 def said_of(content, folder):
-    """(exit code, what was printed as an error) of the command line on a file of this content, run in this process."""
+    """(exit code, what was printed as an error) of the command line on a file of this content, run in this
+    process."""
     path = folder / "recipe.yaml"
     if content is not None:
         path.write_bytes(content)

@@ -2,10 +2,15 @@ import os
 
 import pytest
 
-os.environ.setdefault("FLOWOPD_PRECISION", "float32")      # the same on every machine, and what bounds on rounding are made for
+# the same on every machine, and what bounds on rounding are made for
+os.environ.setdefault("FLOWOPD_PRECISION", "float32")
 # The cores are shared out among the processes that run tests.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # threads that wait by spinning starve those of the processes that tests start
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))),
+)
+# threads that wait by spinning starve those of the processes that tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from flowopd_lib import FlowPolicy, load_prompts, tinyworld  # noqa: E402
 

@@ -1,4 +1,5 @@
 """A policy small enough to average over thousands of rollouts: v = a x + b + c sigma, by adapter."""
+
 from types import SimpleNamespace
 
 import torch
@@ -8,9 +9,11 @@ from flowopd_lib.texts import TextEmbedding
 
 
 class SmallPolicy:
-    """The part of FlowPolicy that samplers and objectives use; weights are one (2, D) tensor an adapter: slope, bias."""
+    """The part of FlowPolicy that samplers and objectives use; weights are one (2, D) tensor an adapter:
+    slope, bias."""
+
     device = torch.device("cpu")
-    pipeline = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.))
+    pipeline = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
     def __init__(self, size: int = 2, **adapters: torch.Tensor):
         self.latent_shape, self.asked = (size, 1, 1), []
@@ -19,7 +22,7 @@ class SmallPolicy:
     def encode(self, texts):
         return TextEmbedding(torch.zeros(len(texts), 1, 1), torch.zeros(len(texts), 1))
 
-    def velocity(self, x, sigma, text, guidance=1., adapter=None):
+    def velocity(self, x, sigma, text, guidance=1.0, adapter=None):
         self.asked.append((adapter, len(x), torch.is_grad_enabled()))
         slope, bias = self.weights[adapter]
         level = 1 + sigma[:, None, None, None] if torch.is_tensor(sigma) else 1 + sigma

@@ -1,4 +1,5 @@
 """The benchmark compares like with like."""
+
 import torch
 
 from flowopd_lib.bench.speed import MAR, SAMPLER, TASKS, TEACHERS, public_update, setting, whole_copy
@@ -7,6 +8,7 @@ from flowopd_lib.objectives import OPD, Share
 
 class Kept:
     """In an optimizer's place: keeps the gradients."""
+
     def __init__(self, parameters):
         self.parameters = parameters
 

@@ -1,4 +1,5 @@
 """Checkpoints keep everything, and the build goes on where it was cut off."""
+
 import pytest
 import torch
 
@@ -9,7 +10,11 @@ from flowopd_lib.worlds.tiny.train_vae import new_vae
 
 def test_a_state_comes_back_as_it_was(tmp_path):
     shared = torch.arange(3)
-    state = {"a": [1, None, "x", 2.5], "opt": {"state": {0: {"m": torch.randn(2, 2)}}, 1: shared, "again": shared}, "b": True}
+    state = {
+        "a": [1, None, "x", 2.5],
+        "opt": {"state": {0: {"m": torch.randn(2, 2)}}, 1: shared, "again": shared},
+        "b": True,
+    }
     save_state(tmp_path / "s", state)
     again = load_state(tmp_path / "s")
     assert again["a"] == state["a"] and again["b"] is True and 0 in again["opt"]["state"]
@@ -24,16 +29,27 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
         load_state(tmp_path / "s")
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "AVX2", reason="without AVX-512 it takes minutes and the two are not the same; not understood yet")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "AVX2",
+    reason="without AVX-512 it takes minutes and the two are not the same; not understood yet",
+)
 def test_a_base_cut_off_and_restarted_is_the_base_trained_in_one_go(tmp_path, monkeypatch):
     torch.manual_seed(0)
     vae = new_vae().eval()
-    vae.register_to_config(scaling_factor=1., shift_factor=0.)
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     monkeypatch.setattr(base, "SAVE_EVERY", 2)
 
     def train(name):
-        pipeline = base.train_base(vae, tmp_path / name / "out", tmp_path / name, steps=4, batch=8, pool_size=20, compiled=False,
-                                   log=lambda message: None)
+        pipeline = base.train_base(
+            vae,
+            tmp_path / name / "out",
+            tmp_path / name,
+            steps=4,
+            batch=8,
+            pool_size=20,
+            compiled=False,
+            log=lambda message: None,
+        )
         return pipeline.transformer.state_dict()
 
     whole = train("whole")
@@ -42,6 +58,7 @@ def test_a_base_cut_off_and_restarted_is_the_base_trained_in_one_go(tmp_path, mo
     def power_cut(*args):
         calls.append(args)
         raise KeyboardInterrupt
+
     monkeypatch.setattr(base, "finish", power_cut)
     with pytest.raises(KeyboardInterrupt):
         train("cut")

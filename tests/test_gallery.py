@@ -1,4 +1,5 @@
 """The gallery's selection, its pictures on disk, and what it shows where there are no widgets."""
+
 import io
 
 import numpy as np
@@ -8,36 +9,77 @@ import torch
 from PIL import Image
 
 from flowopd_lib import Sampler, evaluate
-from flowopd_lib.looking.gallery import (TEACHER, Query, Samples, code_of, contact_sheet, disagreements, draw_samples, load_samples, page_of, redraw, rows_of,
-                                 select)
+from flowopd_lib.looking.gallery import (
+    TEACHER,
+    Query,
+    Samples,
+    code_of,
+    contact_sheet,
+    disagreements,
+    draw_samples,
+    load_samples,
+    page_of,
+    redraw,
+    rows_of,
+    select,
+)
 from flowopd_lib.thumbnails import read_thumbnail, webp, write_thumbnails
 
 MODELS = ("base", "ocr expert", "student")
 
 
 def made_up(folder, n=4):
-    """`n` GenEval prompts and `n` signs under three models, with scores that say which is which and plain pictures."""
+    """`n` GenEval prompts and `n` signs under three models, with scores that say which is which and plain
+    pictures."""
     rows = []
     for m, model in enumerate(MODELS):
-        places = write_thumbnails(folder / "pictures", m, model, [webp(torch.full((3, 8, 8), .1 * m + .2))] * (2 * n))
+        places = write_thumbnails(
+            folder / "pictures", m, model, [webp(torch.full((3, 8, 8), 0.1 * m + 0.2))] * (2 * n)
+        )
         for i in range(2 * n):
             sign = i >= n
-            rows.append({"model": model, "task": "ocr" if sign else "geneval", "tag": "ocr" if sign else "counting", "seed": 50 + i,
-                         "prompt": f'a sign that says "{chr(65 + i)}"' if sign else f"a photo of {i} red stars", "picture": places[i],
-                         "GenEval": np.nan if sign else float((i + m) % 2), "OCR": i / 10 + m * (-1) ** i / 100 if sign else np.nan, "DeQA": 1. + m + i / 10})
+            rows.append(
+                {
+                    "model": model,
+                    "task": "ocr" if sign else "geneval",
+                    "tag": "ocr" if sign else "counting",
+                    "seed": 50 + i,
+                    "prompt": f'a sign that says "{chr(65 + i)}"' if sign else f"a photo of {i} red stars",
+                    "picture": places[i],
+                    "GenEval": np.nan if sign else float((i + m) % 2),
+                    "OCR": i / 10 + m * (-1) ** i / 100 if sign else np.nan,
+                    "DeQA": 1.0 + m + i / 10,
+                }
+            )
     return Samples(pd.DataFrame(rows), folder)
 
 
 def test_select_filters_sorts_and_keeps_the_noise_together(tmp_path):
     s = made_up(tmp_path)
-    seeds = lambda grid, c=0: s.table["seed"].iloc[grid[:, c]].tolist()     # noqa: E731
-    assert select(s, Query()).shape == (8, 3) and seeds(select(s, Query())) == [50, 54, 51, 55, 52, 56, 53, 57], "tasks in turn"
-    assert seeds(select(s, Query(search="RED 2"))) == [52] and seeds(select(s, Query(task="ocr"))) == [54, 55, 56, 57]
+    seeds = lambda grid, c=0: s.table["seed"].iloc[grid[:, c]].tolist()  # noqa: E731
+    assert select(s, Query()).shape == (8, 3) and seeds(select(s, Query())) == [
+        50,
+        54,
+        51,
+        55,
+        52,
+        56,
+        53,
+        57,
+    ], "tasks in turn"
+    assert seeds(select(s, Query(search="RED 2"))) == [52] and seeds(select(s, Query(task="ocr"))) == [
+        54,
+        55,
+        56,
+        57,
+    ]
     assert seeds(select(s, Query(tag="counting", prompt="a photo of 1 red stars"))) == [51]
     assert len(select(s, Query(search="nothing like it"))) == 0
     by_score = select(s, Query(sort="OCR", of="student"), ["student", "base"])
-    assert seeds(by_score)[:4] == [57, 56, 55, 54] and seeds(by_score, 1) == seeds(by_score)     # .68 to .42 by the student, the same noise beside it
-    assert set(seeds(by_score)[4:]) == {50, 51, 52, 53}                                          # no score: last
+    # .68 to .42 by the student, the same noise beside it
+    assert seeds(by_score)[:4] == [57, 56, 55, 54] and seeds(by_score, 1) == seeds(by_score)
+    # no score: last
+    assert set(seeds(by_score)[4:]) == {50, 51, 52, 53}
     assert seeds(select(s, Query(sort="OCR", of="student", descending=False)))[4:] == [50, 51, 52, 53]
     low = select(s, Query(ranges={"DeQA": (3.25, 3.45)}, of="student"))
     assert seeds(low) == [54, 53]
@@ -48,10 +90,10 @@ def test_sorting_by_disagreement_asks_the_prompts_own_teacher(tmp_path):
     s = made_up(tmp_path)
     assert s.teacher("ocr") == "ocr expert" and s.teacher("geneval") is None
     grid = select(s, Query(sort="OCR", of="student", against=TEACHER, descending=False))
-    assert s.table["seed"].iloc[grid[:2, 0]].tolist() == [55, 57]           # there the student is .01 below
+    assert s.table["seed"].iloc[grid[:2, 0]].tolist() == [55, 57]  # there the student is .01 below
     worst = disagreements(s, "student", "OCR", "ocr expert")
     assert disagreements(s, "student", "DeQA", "base", "ocr").empty
-    assert sorted(worst["seed"]) == [55, 57] and worst["difference"].tolist() == pytest.approx([-.01, -.01])
+    assert sorted(worst["seed"]) == [55, 57] and worst["difference"].tolist() == pytest.approx([-0.01, -0.01])
     with pytest.raises(ValueError, match="no model 'studnt' here; there are base, ocr expert, student"):
         select(s, Query(of="studnt"))
     with pytest.raises(ValueError, match="no judge 'Taste'"):
@@ -70,13 +112,19 @@ def test_unlocked_every_model_has_its_own_order(tmp_path):
 def test_pages_pins_and_rows(tmp_path):
     s = made_up(tmp_path)
     grid = select(s, Query())
-    assert page_of(grid, 1, 3).tolist() == grid[3:6].tolist() and page_of(grid, 99, 3).tolist() == grid[6:].tolist()
+    assert (
+        page_of(grid, 1, 3).tolist() == grid[3:6].tolist()
+        and page_of(grid, 99, 3).tolist() == grid[6:].tolist()
+    )
     assert len(page_of(grid[:0], 0, 3)) == 0
     assert select(s, Query(pinned=(int(grid[1, 2]),))).tolist() == [grid[1].tolist()]
     rows = rows_of(s, grid[[1, 3]])
     assert rows["row"].tolist() == [0, 0, 0, 1, 1, 1] and rows["model"].tolist() == list(MODELS) * 2
-    assert rows["OCR - base"].tolist() == pytest.approx([0, .01, .02, 0, -.01, -.02])
-    assert s.scores(int(grid[1, 2])) == [("OCR", pytest.approx(.42), pytest.approx(.02)), ("DeQA", pytest.approx(3.4), pytest.approx(2.))]
+    assert rows["OCR - base"].tolist() == pytest.approx([0, 0.01, 0.02, 0, -0.01, -0.02])
+    assert s.scores(int(grid[1, 2])) == [
+        ("OCR", pytest.approx(0.42), pytest.approx(0.02)),
+        ("DeQA", pytest.approx(3.4), pytest.approx(2.0)),
+    ]
     assert s.under(int(grid[1, 2]), "base") == grid[1, 0]
     assert s.alt(int(grid[1, 2])) == 'student, seed 54: a sign that says "E"; OCR 0.42, DeQA 3.40'
 
@@ -86,20 +134,43 @@ def test_a_sheet_shows_every_sample(tmp_path):
     grid = select(s, Query(), ["base", "student"])[:2]
     sheet = contact_sheet(s, grid, ["base", "student"], 64)
     colors = {c for _, c in sheet.getcolors(1 << 20)}
-    assert sum(sheet.getpixel((x, y)) != (255, 255, 255) for x in range(0, sheet.width, 8) for y in range(0, sheet.height, 8)) > 200
-    assert {(51, 51, 51), (102, 102, 102)} <= colors        # .2 and .4
+    assert (
+        sum(
+            sheet.getpixel((x, y)) != (255, 255, 255)
+            for x in range(0, sheet.width, 8)
+            for y in range(0, sheet.height, 8)
+        )
+        > 200
+    )
+    assert {(51, 51, 51), (102, 102, 102)} <= colors  # .2 and .4
 
 
 def test_evaluate_keeps_thumbnails_and_a_sample_is_drawn_again(policy, judges, test_prompts, tmp_path):
     prompts = test_prompts["ocr"][:3] + test_prompts["geneval"][:3]
-    s = draw_samples(policy, {"test": prompts[:4], "ood": prompts[4:]}, {"DeQA": judges["DeQA"]}, tmp_path, {"base": None, "same": None}, Sampler(2), seed=9)
-    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["00_base.zip", "01_same.zip", "about.json"]
-    assert list(s.prompts) == [("ocr", "test"), ("geneval", "test"), ("geneval", "ood")] and len(select(s, Query(split="ood"))) == 2
+    s = draw_samples(
+        policy,
+        {"test": prompts[:4], "ood": prompts[4:]},
+        {"DeQA": judges["DeQA"]},
+        tmp_path,
+        {"base": None, "same": None},
+        Sampler(2),
+        seed=9,
+    )
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == [
+        "00_base.zip",
+        "01_same.zip",
+        "about.json",
+    ]
+    assert (
+        list(s.prompts) == [("ocr", "test"), ("geneval", "test"), ("geneval", "ood")]
+        and len(select(s, Query(split="ood"))) == 2
+    )
     assert s.picture(4) == s.picture(10) and s.picture(4) != s.picture(5)
     assert Image.open(io.BytesIO(s.picture(0))).size == (64, 64)
     image = redraw(policy, s, 4)
     thumbnail = np.asarray(Image.open(io.BytesIO(s.picture(4)))) / 255
-    assert np.abs(image.permute(1, 2, 0).numpy() - thumbnail).mean() < .04      # lossy (two steps leave noise), but the same picture
+    # lossy (two steps leave noise), but the same picture
+    assert np.abs(image.permute(1, 2, 0).numpy() - thumbnail).mean() < 0.04
     assert float(judges["DeQA"](image[None], prompts[4:5])[0]) == pytest.approx(s.table["DeQA"][4], abs=1e-5)
     code = code_of(s, 4, "policy = ...")
     assert "redraw(policy, samples, 4)" in code and compile(code, "cell", "exec")

@@ -1,16 +1,17 @@
 """GenEval's rule on hand-made detections: each tag, right and wrong."""
+
 import pytest
 
 from flowopd_lib.rewards import Detection
 from flowopd_lib.rewards.geneval import credit, judge, relations
 
 
-def at(label, x, y, color="red", score=.95, size=10):
+def at(label, x, y, color="red", score=0.95, size=10):
     return Detection(label, color, score, (x - size / 2, y - size / 2, x + size / 2, y + size / 2))
 
 
 def right(record, *detections):
-    return judge(record, detections, threshold=.3, counting_threshold=.9)[0]
+    return judge(record, detections, threshold=0.3, counting_threshold=0.9)[0]
 
 
 def record(tag, *include, exclude=()):
@@ -22,9 +23,10 @@ CIRCLE, STAR = {"class": "circle", "count": 1}, {"class": "star", "count": 1}
 
 def test_single_object():
     assert right(record("single_object", CIRCLE), at("circle", 20, 20))
-    assert right(record("single_object", CIRCLE), at("circle", 20, 20), at("star", 40, 40))   # others do not matter
+    # others do not matter
+    assert right(record("single_object", CIRCLE), at("circle", 20, 20), at("star", 40, 40))
     assert not right(record("single_object", CIRCLE), at("star", 20, 20))
-    assert not right(record("single_object", CIRCLE), at("circle", 20, 20, score=.2))
+    assert not right(record("single_object", CIRCLE), at("circle", 20, 20, score=0.2))
     assert not right(record("single_object", CIRCLE))
 
 
@@ -39,8 +41,8 @@ def test_counting_needs_the_exact_number_and_the_higher_confidence():
     assert right(three, *circles[:3])
     assert not right(three, *circles[:2])
     assert not right(three, *circles)
-    assert right(three, *circles[:3], at("circle", 10, 50, score=.85))      # not sure enough to be counted
-    assert not right(three, *circles[:2], at("circle", 10, 50, score=.85))
+    assert right(three, *circles[:3], at("circle", 10, 50, score=0.85))  # not sure enough to be counted
+    assert not right(three, *circles[:2], at("circle", 10, 50, score=0.85))
 
 
 def test_colors():
@@ -52,11 +54,13 @@ def test_colors():
 
 def test_color_is_asked_of_the_most_certain_object():
     red = record("colors", {**CIRCLE, "color": "red"})
-    assert right(red, at("circle", 40, 40, "blue", .5), at("circle", 20, 20, "red", .9))
-    assert not right(red, at("circle", 40, 40, "blue", .9), at("circle", 20, 20, "red", .5))
+    assert right(red, at("circle", 40, 40, "blue", 0.5), at("circle", 20, 20, "red", 0.9))
+    assert not right(red, at("circle", 40, 40, "blue", 0.9), at("circle", 20, 20, "red", 0.5))
 
 
-@pytest.mark.parametrize("relation, x, y", [("left of", 10, 32), ("right of", 54, 32), ("above", 32, 10), ("below", 32, 54)])
+@pytest.mark.parametrize(
+    "relation, x, y", [("left of", 10, 32), ("right of", 54, 32), ("above", 32, 10), ("below", 32, 54)]
+)
 def test_position(relation, x, y):
     wanted = record("position", CIRCLE, {**STAR, "position": [relation, 0]})
     assert right(wanted, at("circle", 32, 32), at("star", x, y))
@@ -65,9 +69,11 @@ def test_position(relation, x, y):
 
 
 def test_position_has_genevals_margin():
-    assert relations(at("star", 30.5, 32), at("circle", 32, 32)) == set()              # offset 1.5 < 0.1 * (10 + 10)
-    assert relations(at("star", 29, 32), at("circle", 32, 32)) == set()                # (3 - 2) / 3 is not more than a half
-    assert relations(at("star", 27, 32), at("circle", 32, 32)) == {"left of"}          # (5 - 2) / 5 is
+    # offset 1.5 < 0.1 * (10 + 10)
+    assert relations(at("star", 30.5, 32), at("circle", 32, 32)) == set()
+    # (3 - 2) / 3 is not more than a half
+    assert relations(at("star", 29, 32), at("circle", 32, 32)) == set()
+    assert relations(at("star", 27, 32), at("circle", 32, 32)) == {"left of"}  # (5 - 2) / 5 is
     assert relations(at("star", 12, 12), at("circle", 32, 32)) == {"left of", "above"}
 
 
@@ -84,21 +90,33 @@ def test_exclusion():
 
 
 def test_the_reason_says_what_is_missing():
-    assert judge(record("colors", {**CIRCLE, "color": "red"}), [at("circle", 9, 9, "blue")], .3, .9) == (
-        False, "expected red circle, found blue")
+    assert judge(record("colors", {**CIRCLE, "color": "red"}), [at("circle", 9, 9, "blue")], 0.3, 0.9) == (
+        False,
+        "expected red circle, found blue",
+    )
 
 
 def test_partial_credit_is_whole_for_a_right_picture_and_counts_each_aspect():
     def share(record, *detections):
-        return credit(record, detections, threshold=.3, counting_threshold=.9)
+        return credit(record, detections, threshold=0.3, counting_threshold=0.9)
+
     three = record("counting", {"class": "circle", "count": 3}, exclude=[{"class": "circle", "count": 4}])
-    for n, wanted in ((3, 1.), (2, 2 / 3), (4, 2 / 3), (0, 0.), (7, 0.)):
+    for n, wanted in ((3, 1.0), (2, 2 / 3), (4, 2 / 3), (0, 0.0), (7, 0.0)):
         assert share(three, *[at("circle", 10 * i, 0) for i in range(n)]) == pytest.approx(wanted)
-    one = record("single_object", CIRCLE)               # where the verdict allows too many, so does the credit
-    assert right(one, at("circle", 10, 0), at("circle", 30, 0)) and share(one, at("circle", 10, 0), at("circle", 30, 0)) == 1.
+    # where the verdict allows too many, so does the credit
+    one = record("single_object", CIRCLE)
+    assert (
+        right(one, at("circle", 10, 0), at("circle", 30, 0))
+        and share(one, at("circle", 10, 0), at("circle", 30, 0)) == 1.0
+    )
     left = record("position", CIRCLE, {"class": "square", "count": 1, "position": ["left of", 0]})
     circle, before, behind = at("circle", 40, 20), at("square", 10, 20), at("square", 70, 20)
-    assert [share(left, *d) for d in ([circle, before], [circle, behind], [circle], [])] == [1., .75, .5, 0.]
+    assert [share(left, *d) for d in ([circle, before], [circle, behind], [circle], [])] == [
+        1.0,
+        0.75,
+        0.5,
+        0.0,
+    ]
     both = record("color_attr", {**CIRCLE, "color": "red"}, {**STAR, "color": "blue"})
     half = at("circle", 20, 20, "red"), at("star", 40, 20, "red")
-    assert share(both, *half) == .75 and not right(both, *half)
+    assert share(both, *half) == 0.75 and not right(both, *half)

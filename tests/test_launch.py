@@ -1,4 +1,6 @@
-"""Trainings beside a notebook: followed by their folder, stopped with a checkpoint, gone on with to the bit."""
+"""Trainings beside a notebook: followed by their folder, stopped with a checkpoint, gone on with to the
+bit."""
+
 import time
 
 import pytest
@@ -6,8 +8,10 @@ import yaml
 from test_train import ENVIRONMENT, GRPO, assert_same_training, sft
 
 from flowopd_lib import FlowPolicy, InProcess, Launched, Look, Prompt, Sampler, TrainConfig, tinyworld
-from flowopd_lib.jobs.launch import looks_of, read_lines, some_prompts
+from flowopd_lib.files import read_lines
+from flowopd_lib.jobs.launch import some_prompts
 from flowopd_lib.jobs.recipes import build
+from flowopd_lib.looking.looks import looks_of
 
 RECIPE = {**GRPO, "train": {"iterations": 6, "lr": 1e-3, "save_every": 100}}
 
@@ -16,11 +20,12 @@ def until(condition, seconds=1800):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited in vain"
-        time.sleep(.05)
+        time.sleep(0.05)
 
 
 def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_the_bit(tmp_path, monkeypatch):
-    for name, value in {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE"}.items():      # threads that wait by spinning starve each other on a busy machine
+    # threads that wait by spinning starve each other on a busy machine
+    for name, value in {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE"}.items():
         monkeypatch.setenv(name, value)
     cut, whole = Launched(RECIPE, tmp_path / "cut", look=2), Launched(RECIPE, tmp_path / "whole")
     assert cut.state == "waiting" and cut.iterations == 6
@@ -36,7 +41,10 @@ def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_th
     cut.wait()
     whole.start()
     whole.wait()
-    assert cut.state == whole.state == "over" and (tmp_path / "cut" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (
+        cut.state == whole.state == "over"
+        and (tmp_path / "cut" / "adapter" / "adapter_model.safetensors").is_file()
+    )
     assert_same_training(tmp_path / "whole", tmp_path / "cut", 6)
     looks = looks_of(tmp_path / "cut")
     assert looks.models == [f"iteration {i}" for i in (0, 2, 4, 6)] and len(looks.table) == 4 * 6
@@ -58,7 +66,7 @@ def test_in_a_thread_it_stops_goes_on_and_fails_aloud(tmp_path):
     policy = FlowPolicy(tinyworld.BASE)
     policy.add_adapter("student", rank=4, alpha=8)
     look = Look([Prompt("a photo of one red star", "pickscore")], every=1, sampler=Sampler(2))
-    training = InProcess(policy, sft(policy), tmp_path / "a", TrainConfig(10 ** 6, lr=1e-3, ema=0.), look=look)
+    training = InProcess(policy, sft(policy), tmp_path / "a", TrainConfig(10**6, lr=1e-3, ema=0.0), look=look)
     training.start()
     with pytest.raises(RuntimeError, match="running already"):
         training.start()
@@ -68,7 +76,7 @@ def test_in_a_thread_it_stops_goes_on_and_fails_aloud(tmp_path):
     done = len(read_lines(tmp_path / "a" / "metrics.jsonl"))
     assert training.state == "stopped" and (tmp_path / "a" / "state.safetensors").is_file()
     assert looks_of(tmp_path / "a").models == [f"iteration {i}" for i in range(done + 1)]
-    again = InProcess(policy, sft(policy), tmp_path / "a", TrainConfig(done + 1, lr=1e-3, ema=0.))
+    again = InProcess(policy, sft(policy), tmp_path / "a", TrainConfig(done + 1, lr=1e-3, ema=0.0))
     again.start()
     again.wait()
     assert again.state == "over" and len(read_lines(tmp_path / "a" / "metrics.jsonl")) == done + 1
@@ -88,8 +96,20 @@ def test_a_file_another_is_writing_is_read_up_to_its_last_whole_line(tmp_path):
 
 
 def test_some_prompts_are_different_ones_of_every_task():
-    recipe = yaml.safe_load(yaml.safe_dump({**GRPO, "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 2, "images_per_prompt": 4,
-                                                                "tags": {"counting": 3}}, "grpo": {"rewards": {"PickScore": 1.}}}))
+    recipe = yaml.safe_load(
+        yaml.safe_dump(
+            {
+                **GRPO,
+                "schedule": {
+                    "tasks": ["geneval", "ocr"],
+                    "prompts_per_batch": 2,
+                    "images_per_prompt": 4,
+                    "tags": {"counting": 3},
+                },
+                "grpo": {"rewards": {"PickScore": 1.0}},
+            }
+        )
+    )
     prompts = some_prompts(build(recipe)[1].schedule, 6)
     assert [p.task for p in prompts] == ["geneval"] * 3 + ["ocr"] * 3 and len(set(prompts)) == 6
     with pytest.raises(ValueError, match="at least one prompt"):

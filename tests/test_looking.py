@@ -1,4 +1,5 @@
 """The pure parts of the trajectory explorer and the playground."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,30 +9,43 @@ import torch
 from small_policy import SmallPolicy
 
 from flowopd_lib import OPD, FlowPolicy, Prompt, Sampler, Schedule, tinyworld, trajectory, walk_figure
-from flowopd_lib.looking.playground import Trial, draw_findings, known_prompts, prompt_of, table_of, try_prompt
+from flowopd_lib.looking.playground import (
+    Trial,
+    draw_findings,
+    known_prompts,
+    prompt_of,
+    table_of,
+    try_prompt,
+)
+from flowopd_lib.looking.trajectories import heat, step_weight, walk_through
 from flowopd_lib.rewards import Detection
 from flowopd_lib.worlds.tiny import PROMPTS
-from flowopd_lib.looking.trajectories import heat, step_weight, walk_through
 
 PROMPT = Prompt("a photo of one red star", "geneval")
 
 
 @pytest.mark.parametrize("kind", ["ode", "sde", "cps"])
 def test_a_walks_kl_is_what_opd_minimises_at_the_same_states(kind):
-    teacher = torch.tensor([[.3, -.2], [.1, .4]])
-    policy, sampler = SmallPolicy(2, teacher=teacher), Sampler(5, kind, .6)
+    teacher = torch.tensor([[0.3, -0.2], [0.1, 0.4]])
+    policy, sampler = SmallPolicy(2, teacher=teacher), Sampler(5, kind, 0.6)
     walk = walk_through(policy, PROMPT, 3, sampler, {"base": None, "expert": "teacher"}, "base", ["expert"])
-    assert walk.noisy.shape == walk.clean.shape == (5, 3, 1, 1) and walk.difference["expert"].shape == (5, 1, 1) and walk.sigmas[0] == 1
-    objective = OPD(Schedule({"geneval": [PROMPT]}, 1), {"geneval": "teacher"}, sampler, mar=0.)
+    assert (
+        walk.noisy.shape == walk.clean.shape == (5, 3, 1, 1)
+        and walk.difference["expert"].shape == (5, 1, 1)
+        and walk.sigmas[0] == 1
+    )
+    objective = OPD(Schedule({"geneval": [PROMPT]}, 1), {"geneval": "teacher"}, sampler, mar=0.0)
     for step, kl in zip(trajectory(policy, [PROMPT], [3], sampler), walk.kl["expert"]):
         if step.sigma_next == 0:
             assert np.isnan(kl), "the last step has no noise"
             continue
         target = policy.velocity(step.x, step.sigma, None, adapter="teacher")
         assert kl == pytest.approx(objective._distance(step, step.v, target).item(), rel=1e-5)
-        assert walk.difference["expert"][step.index] == pytest.approx((step.v - target)[0].square().mean(0).sqrt().numpy())
+        assert walk.difference["expert"][step.index] == pytest.approx(
+            (step.v - target)[0].square().mean(0).sqrt().numpy()
+        )
     assert "step 2 of 5" in walk.alt(1) and "expert" in walk.alt(1) and "none at this step" in walk.alt(4)
-    assert np.isnan(step_weight(Sampler(5, "sde", 0.), .8, .6))
+    assert np.isnan(step_weight(Sampler(5, "sde", 0.0), 0.8, 0.6))
     with pytest.raises(ValueError, match="no model 'expert 2'.*base, expert"):
         walk_through(policy, PROMPT, 3, sampler, {"base": None, "expert": "teacher"}, "expert 2", [])
 
@@ -42,6 +56,7 @@ def test_two_threads_that_ask_one_policy_do_not_mix_its_adapters():
 
     def kl(_):
         return walk_through(policy, PROMPT, 0, Sampler(6, "sde"), models, "ocr", ["geneval", "deqa"]).kl
+
     alone = kl(0)
     with ThreadPoolExecutor(3) as threads:
         for table in threads.map(kl, range(3)):
@@ -51,11 +66,18 @@ def test_two_threads_that_ask_one_policy_do_not_mix_its_adapters():
 def test_a_walks_figure_has_every_picture_and_a_curve_per_teacher():
     policy = SmallPolicy(2, teacher=torch.ones(2, 2))
     models = {"base": None, "expert": "teacher"}
-    figure = walk_figure(walk_through(policy, PROMPT, 0, Sampler(4, "sde"), models, "base", ["expert"]), "title", 4)
+    figure = walk_figure(
+        walk_through(policy, PROMPT, 0, Sampler(4, "sde"), models, "base", ["expert"]), "title", 4
+    )
     assert len(figure.axes) == 4 * 3 + 1 and len(figure.axes[-1].lines) == 1
-    assert len(walk_figure(walk_through(policy, PROMPT, 0, Sampler(4), models, "base", []), "title", 4).axes) == 8
-    field = np.array([[0., 1.], [2., 4.]])
-    assert np.asarray(heat(field, 4., 2))[0, 0].sum() < 20 < 600 < np.asarray(heat(field, 4., 2))[1, 1].sum()
+    assert (
+        len(walk_figure(walk_through(policy, PROMPT, 0, Sampler(4), models, "base", []), "title", 4).axes)
+        == 8
+    )
+    field = np.array([[0.0, 1.0], [2.0, 4.0]])
+    assert (
+        np.asarray(heat(field, 4.0, 2))[0, 0].sum() < 20 < 600 < np.asarray(heat(field, 4.0, 2))[1, 1].sum()
+    )
 
 
 def test_a_typed_prompt_is_judged_by_those_who_can():
@@ -77,10 +99,18 @@ def test_every_judge_says_what_it_saw(policy, judges):
     red = next(p for p in known if p.tag == "single_object")
     trials = try_prompt(policy, red, judges, models, Sampler(8), 1)
     assert [t.model for t in trials] == ["base", "again"] and torch.equal(trials[0].image, trials[1].image)
-    assert set(trials[0].scores) == {"GenEval", "PickScore", "DeQA"} and bool(trials[0].scores["GenEval"]) == (trials[0].verdict == "")
+    assert set(trials[0].scores) == {"GenEval", "PickScore", "DeQA"} and bool(
+        trials[0].scores["GenEval"]
+    ) == (trials[0].verdict == "")
     assert all(d.score > judges["GenEval"].detector.threshold for d in trials[0].seen)
-    sign = try_prompt(policy, prompt_of('a sign that says "GWEN"')[0], judges, {"base": None}, Sampler(8), 1)[0]
-    assert set(sign.scores) == {"OCR", "PickScore", "DeQA"} and sign.region and f"read: {sign.read or 'nothing'}" in sign.alt
+    sign = try_prompt(policy, prompt_of('a sign that says "GWEN"')[0], judges, {"base": None}, Sampler(8), 1)[
+        0
+    ]
+    assert (
+        set(sign.scores) == {"OCR", "PickScore", "DeQA"}
+        and sign.region
+        and f"read: {sign.read or 'nothing'}" in sign.alt
+    )
     assert list(table_of([sign]).columns) == ["model", "OCR", "PickScore", "DeQA", "read", "seen", "wrong"]
     only = try_prompt(policy, red, {"DeQA": judges["DeQA"]}, {"base": None}, Sampler(2))[0]
     assert set(only.scores) == {"DeQA"} and only.seen == () and only.read == ""
@@ -89,10 +119,21 @@ def test_every_judge_says_what_it_saw(policy, judges):
 
 
 def test_findings_are_drawn_where_they_are():
-    trial = Trial("base", PROMPT, 0, torch.full((3, 64, 64), .5), {"DeQA": 3.}, "GWEN", (8, 40, 56, 60), (Detection("star", "red", .91, (10., 12., 30., 32.)),))
+    trial = Trial(
+        "base",
+        PROMPT,
+        0,
+        torch.full((3, 64, 64), 0.5),
+        {"DeQA": 3.0},
+        "GWEN",
+        (8, 40, 56, 60),
+        (Detection("star", "red", 0.91, (10.0, 12.0, 30.0, 32.0)),),
+    )
     plain, drawn = (np.asarray(draw_findings(trial, 256, findings)).astype(int) for findings in (False, True))
     changed = np.abs(drawn - plain).sum(2) > 0
     assert not np.ptp(plain) and plain.shape == (256, 256, 3)
     assert changed[50:126, 39:41].all() and changed[162:238, 31:33].all(), "the boxes' left edges"
-    assert changed[36:46, 40:100].any() and not changed[60:110, 60:110].any(), "a label above, and what is inside left as it is"
+    assert changed[36:46, 40:100].any() and not changed[60:110, 60:110].any(), (
+        "a label above, and what is inside left as it is"
+    )
     assert trial.alt == "base, seed 0: a photo of one red star; DeQA 3.00; read: GWEN; seen: red star"

@@ -1,4 +1,5 @@
 """Notebooks run headlessly, are stripped and tagged, and do not take a parameter they do not have."""
+
 import json
 
 import nbformat
@@ -14,17 +15,25 @@ def test_smoke_profile_runs_every_notebook(tmp_path):
     status = json.loads((tmp_path / "status.json").read_text())
     assert list(status) == [p.stem for p in ALL] and all(s["state"] == "done" for s in status.values())
     results = json.loads((tmp_path / "00_quickstart" / "results.json").read_text())
-    assert {(r["prompts"], r["judge"]) for r in results["scores"]} >= {("geneval", "GenEval"), ("ocr", "OCR"),
-                                                                     ("pickscore", "PickScore"), ("geneval", "DeQA")}
+    assert {(r["prompts"], r["judge"]) for r in results["scores"]} >= {
+        ("geneval", "GenEval"),
+        ("ocr", "OCR"),
+        ("pickscore", "PickScore"),
+        ("geneval", "DeQA"),
+    }
     assert all(r["low"] <= r["mean"] <= r["high"] and r["n"] == 12 for r in results["scores"])
     executed = nbformat.read(tmp_path / "00_quickstart.ipynb", 4)
     assert "widgets" not in executed.metadata
-    pictures = sum("image/png" in o.get("data", {}) for c in executed.cells if c.cell_type == "code" for o in c.outputs)
+    pictures = sum(
+        "image/png" in o.get("data", {}) for c in executed.cells if c.cell_type == "code" for o in c.outputs
+    )
     assert pictures == 6
 
 
 def test_a_failing_cell_is_shown(tmp_path):
-    with pytest.raises(RuntimeError, match=r"00_quickstart failed in cell(.|\n)*policy.*\n*(.|\n)*not a diffusers pipeline"):
+    with pytest.raises(
+        RuntimeError, match=r"00_quickstart failed in cell(.|\n)*policy.*\n*(.|\n)*not a diffusers pipeline"
+    ):
         run_profile("smoke", "00", {"model_id": "./nowhere"}, folder=tmp_path, log=lambda message: None)
     assert json.loads((tmp_path / "status.json").read_text())["00_quickstart"]["state"] == "failed"
 
@@ -39,7 +48,10 @@ def test_a_misspelt_parameter_is_an_error_before_anything_runs(tmp_path):
         check_parameters(NOTEBOOKS / "00_quikstart.ipynb", {})
     with pytest.raises(ValueError, match="05_opd.ipynb: n_test must be at least 12, not 3"):
         run_profile("smoke", "05", {"n_test": 3}, folder=tmp_path / "run")
-    with pytest.raises(ValueError, match=r"05_opd.ipynb: others\[0\] must be one of sft, base, GRPO-Mix, not 'stf' \(did you mean 'sft'"):
+    with pytest.raises(
+        ValueError,
+        match=r"05_opd.ipynb: others\[0\] must be one of sft, base, GRPO-Mix, not 'stf' \(did you mean 'sft'",
+    ):
         run_profile("smoke", "05", {"others": ["stf"]}, folder=tmp_path / "run")
     with pytest.raises(ValueError, match="no profile 'smok' .did you mean 'smoke'"):
         load_profile("smok")
@@ -52,11 +64,17 @@ def test_a_notebook_is_stripped_tagged_and_short(path):
     notebook = nbformat.read(path, 4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert all(not c.outputs and c.execution_count is None for c in code)
-    assert [c.id for c in notebook.cells] == [str(i) for i in range(len(notebook.cells))], "run nbstripout, as git's filter does"
-    assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1 and code[0].metadata.tags == ["parameters"]
+    assert [c.id for c in notebook.cells] == [str(i) for i in range(len(notebook.cells))], (
+        "run nbstripout, as git's filter does"
+    )
+    assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1 and code[0].metadata.tags == [
+        "parameters"
+    ]
     assert all("#" in line for line in code[0].source.splitlines()), "every parameter has its comment"
     assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata
-    assert sum(bool(line.strip()) for c in code[1:] for line in c.source.splitlines()) <= 80, "beside the parameters"
+    assert sum(bool(line.strip()) for c in code[1:] for line in c.source.splitlines()) <= 80, (
+        "beside the parameters"
+    )
 
 
 def test_every_profile_names_parameters_the_notebooks_have():

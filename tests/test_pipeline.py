@@ -1,4 +1,5 @@
 """The base is a plain diffusers pipeline, and our sampler is diffusers' sampler."""
+
 import subprocess
 import sys
 import warnings
@@ -11,31 +12,37 @@ import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flowopd_lib import FlowPolicy, Prompt, Sampler, initial_noise, sample, tinyworld, trajectory
+from flowopd_lib.sde import predict_x0, transition
 from flowopd_lib.worlds.tiny.text import encode
 from flowopd_lib.worlds.tiny.train_base import tokenize
-from flowopd_lib.sde import predict_x0, transition
 
 ALONE = """
 import sys
 import numpy as np, torch
 from diffusers import StableDiffusion3Pipeline
 pipeline = StableDiffusion3Pipeline.from_pretrained(sys.argv[1])
-images = pipeline(sys.argv[3:], max_sequence_length=8, num_inference_steps=40, guidance_scale=float(sys.argv[2]), output_type="np",
-                  generator=[torch.Generator().manual_seed(s) for s in range(5, 5 + len(sys.argv[3:]))]).images
+images = pipeline(sys.argv[3:], max_sequence_length=8, num_inference_steps=40,
+                  guidance_scale=float(sys.argv[2]), output_type="np",
+                  generator=[torch.Generator().manual_seed(s) for s in range(5, 2 + len(sys.argv))]).images
 assert not any(name.startswith("flowopd") for name in sys.modules)
 np.save(sys.stdout.buffer, images)
 """
-PROMPTS = [Prompt('a sign that says "CAT"', "ocr"), Prompt("a photo of a red circle left of a blue star", "geneval"),
-           Prompt("a photo of three green squares", "geneval")]
+PROMPTS = [
+    Prompt('a sign that says "CAT"', "ocr"),
+    Prompt("a photo of a red circle left of a blue star", "geneval"),
+    Prompt("a photo of three green squares", "geneval"),
+]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_folder_works_with_nothing_of_ours_and_gives_our_images(policy, guidance, tmp_path):
     command = [sys.executable, "-c", ALONE, str(tinyworld.BASE), str(guidance), *(p.text for p in PROMPTS)]
-    (tmp_path / "images.npy").write_bytes(subprocess.run(command, capture_output=True, check=True, cwd=tmp_path).stdout)
+    (tmp_path / "images.npy").write_bytes(
+        subprocess.run(command, capture_output=True, check=True, cwd=tmp_path).stdout
+    )
     theirs = np.load(tmp_path / "images.npy")
     ours = sample(policy, PROMPTS, range(5, 8), Sampler(40, guidance=guidance)).permute(0, 2, 3, 1).numpy()
-    assert ours.shape == theirs.shape == (3, 64, 64, 3) and ours.std() > .05
+    assert ours.shape == theirs.shape == (3, 64, 64, 3) and ours.std() > 0.05
     assert np.abs(ours - theirs).max() < 1e-3
 
 
@@ -52,17 +59,17 @@ def test_an_ode_step_is_diffusers_euler_step(policy):
 
 
 def test_the_conventions_hold():
-    x0, eps, sigma = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), .3
+    x0, eps, sigma = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), 0.3
     x, v = (1 - sigma) * x0 + sigma * eps, eps - x0
     assert torch.allclose(predict_x0(x, v, sigma), x0, atol=1e-6)
-    assert torch.allclose(transition(x, v, sigma, 0., "ode")[0], x0, atol=1e-6)
+    assert torch.allclose(transition(x, v, sigma, 0.0, "ode")[0], x0, atol=1e-6)
 
 
 def test_a_sample_depends_on_its_own_seed_and_prompt_only(policy):
     together = sample(policy, PROMPTS, [11, 12, 13], Sampler(6))
     alone = sample(policy, PROMPTS[1:2], [12], Sampler(6))
     assert (together[1] - alone[0]).abs().max() < 1e-4
-    assert (sample(policy, PROMPTS[1:2], [13], Sampler(6))[0] - alone[0]).abs().max() > .05
+    assert (sample(policy, PROMPTS[1:2], [13], Sampler(6))[0] - alone[0]).abs().max() > 0.05
     assert torch.equal(initial_noise(policy, [4, 9])[1], initial_noise(policy, [9])[0])
 
 
@@ -87,13 +94,21 @@ def test_the_text_encoders_are_called_in_training_as_in_the_pipeline(policy):
     ids = tokenize(modules, texts)
     tokens, pooled = encode(modules, ids["clip"], ids["t5"])
     theirs = policy.encode(texts)
-    assert torch.allclose(tokens, theirs.tokens, atol=1e-5) and torch.allclose(pooled, theirs.pooled, atol=1e-5)
+    assert torch.allclose(tokens, theirs.tokens, atol=1e-5) and torch.allclose(
+        pooled, theirs.pooled, atol=1e-5
+    )
 
 
 def test_a_prompt_that_cannot_be_read_is_an_error(policy):
-    with pytest.raises(ValueError, match="1 of the prompts have characters that the model's tokenizer does not know, such as 'a photo of a café'"):
+    with pytest.raises(
+        ValueError,
+        match="1 of the prompts have characters that the model's tokenizer does not know, such as 'a photo "
+        "of a café'",
+    ):
         policy.encode(["a photo of a café"])
-    with pytest.raises(ValueError, match="longer than the 8 tokens of the model's tokenizer_3, such as .*; shorten them"):
+    with pytest.raises(
+        ValueError, match="longer than the 8 tokens of the model's tokenizer_3, such as .*; shorten them"
+    ):
         policy.encode(['a sign that says "ELEPHANTS"'])
     with pytest.warns(UserWarning, match="longer than the 20 tokens"):
         policy.encode(["a photo of " + "a red circle and " * 6])
@@ -102,16 +117,21 @@ def test_a_prompt_that_cannot_be_read_is_an_error(policy):
 def test_a_model_that_can_read_anything_cuts_prompts_off_and_says_so_once_a_task():
     open_ = FlowPolicy(tinyworld.BASE)
     assert open_.strict
-    open_.strict = False            # as a full-size model is
-    prompts = [Prompt("a photo of a café", "pickscore"), Prompt("a red star", "pickscore"), Prompt('a sign that says "ELEPHANTS"', "ocr"),
-               Prompt("a photo of " + "a red circle and " * 6, "pickscore")]
+    open_.strict = False  # as a full-size model is
+    prompts = [
+        Prompt("a photo of a café", "pickscore"),
+        Prompt("a red star", "pickscore"),
+        Prompt('a sign that says "ELEPHANTS"', "ocr"),
+        Prompt("a photo of " + "a red circle and " * 6, "pickscore"),
+    ]
     with pytest.warns(UserWarning) as told:
         open_.check_prompts(prompts)
     said = sorted(str(w.message) for w in told)
     assert [s.split(",")[0] for s in said] == [
         "1 of the ocr prompts are longer than the 8 tokens of the model's tokenizer_3",
         "1 of the pickscore prompts are longer than the 20 tokens of the model's tokenizer",
-        "1 of the pickscore prompts have characters that the model's tokenizer does not know"]
+        "1 of the pickscore prompts have characters that the model's tokenizer does not know",
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_.check_prompts(prompts)
@@ -144,12 +164,23 @@ def test_other_libraries_logs_are_left_as_they_were():
         for log, (verbosity, bars) in zip(logs, before):
             log.set_verbosity(verbosity)
             log.enable_progress_bar() if bars else log.disable_progress_bar()
-    alone = "import diffusers, transformers; a = [m.utils.logging.get_verbosity() for m in (diffusers, transformers)]; import flowopd_lib; " \
-            "assert a == [m.utils.logging.get_verbosity() for m in (diffusers, transformers)]"
+    alone = (
+        "import diffusers, transformers; a = [m.utils.logging.get_verbosity() for m in (diffusers, "
+        "transformers)]; import flowopd_lib; "
+        "assert a == [m.utils.logging.get_verbosity() for m in (diffusers, transformers)]"
+    )
     assert subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True).stderr == ""
 
 
 def test_importing_the_library_loads_nothing_that_only_models_or_runs_need():
-    heavy = "diffusers transformers peft accelerate rapidocr onnxruntime papermill jsonschema scipy.stats seaborn torch._dynamo huggingface_hub".split()
-    told = subprocess.run([sys.executable, "-c", "import sys, flowopd_lib; print(*sys.modules)"], capture_output=True, text=True, check=True).stdout.split()
+    heavy = (
+        "diffusers transformers peft accelerate rapidocr onnxruntime papermill jsonschema scipy.stats "
+        "seaborn torch._dynamo huggingface_hub"
+    ).split()
+    told = subprocess.run(
+        [sys.executable, "-c", "import sys, flowopd_lib; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     assert "torch" in told and [name for name in heavy if name in told] == []

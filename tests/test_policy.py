@@ -1,11 +1,15 @@
 """One backbone, many adapters; rollouts under each; merging."""
+
 import pytest
 import torch
 
 from flowopd_lib import FlowPolicy, Prompt, Sampler, load_prompts, sample, tinyworld, trajectory
 from flowopd_lib.merge import METHODS, merge
 
-PROMPTS = [Prompt('a sign that says "CAT"', "ocr"), Prompt("a photo of a red circle left of a blue star", "geneval")]
+PROMPTS = [
+    Prompt('a sign that says "CAT"', "ocr"),
+    Prompt("a photo of a red circle left of a blue star", "geneval"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +21,13 @@ def crowd():
         g = torch.Generator().manual_seed(i)
         with torch.no_grad():
             for p in policy.adapter_parameters(name).values():
-                p.add_(torch.randn(p.shape, generator=g) * .05)
+                p.add_(torch.randn(p.shape, generator=g) * 0.05)
     return policy
 
 
 def look(policy, adapter, **options):
     x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
-    return policy.velocity(x, .7, policy.encode([p.text for p in PROMPTS]), adapter=adapter, **options)
+    return policy.velocity(x, 0.7, policy.encode([p.text for p in PROMPTS]), adapter=adapter, **options)
 
 
 def test_a_new_adapter_changes_nothing_and_costs_itself_only(policy):
@@ -42,7 +46,7 @@ def test_velocities_do_not_depend_on_what_was_asked_before(crowd):
     assert all((first[name] - first[None]).abs().max() > 1e-3 for name in ("one", "two", "three"))
     for name in ("three", None, "one", "one", None, "two"):
         assert torch.equal(look(crowd, name), first[name])
-    stronger = look(crowd, "one", guidance=3.)
+    stronger = look(crowd, "one", guidance=3.0)
     assert (stronger - first["one"]).abs().max() > 1e-3
 
 
@@ -56,7 +60,9 @@ def test_asking_a_teacher_does_not_cut_the_students_gradient(crowd):
     for p in weights:
         p.grad = None
     (look(crowd, "one") - target).square().sum().backward()
-    assert all(torch.equal(p.grad, g) for p, g in zip(weights, apart)) and sum(g.abs().sum() for g in apart) > 0
+    assert (
+        all(torch.equal(p.grad, g) for p, g in zip(weights, apart)) and sum(g.abs().sum() for g in apart) > 0
+    )
     assert all(p.grad is None for name in ("two", "three") for p in crowd.adapter_parameters(name).values())
     for p in weights:
         p.grad = None
@@ -71,14 +77,17 @@ def test_a_frozen_adapter_is_what_peft_makes_of_it(crowd):
         crowd.train_adapter("one")
         factored = look(crowd, "one")
     crowd.train_adapter(None)
-    assert not torch.equal(merged, factored)            # it does take another way
+    assert not torch.equal(merged, factored)  # it does take another way
     torch.testing.assert_close(merged, factored, atol=2e-5, rtol=1e-4)
     assert (merged - base).abs().max() > 1e-2
 
 
 def test_an_adapter_is_saved_and_loaded(crowd, tmp_path):
     crowd.save_adapter("two", tmp_path / "two")
-    assert {p.name for p in (tmp_path / "two").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     other = FlowPolicy(tinyworld.BASE)
     other.load_adapter("expert", tmp_path / "two")
     other.copy_adapter("expert", "student")
@@ -89,8 +98,15 @@ def test_an_adapter_is_saved_and_loaded(crowd, tmp_path):
 def changes(policy, name):
     """{layer: s B A}"""
     parameters = policy.adapter_parameters(name)
-    scaling = {k: m.scaling[name] for k, m in policy.transformer.named_modules() if hasattr(m, "scaling") and name in m.scaling}
-    return {layer: s * parameters[f"{layer}.lora_B.weight"] @ parameters[f"{layer}.lora_A.weight"] for layer, s in scaling.items()}
+    scaling = {
+        k: m.scaling[name]
+        for k, m in policy.transformer.named_modules()
+        if hasattr(m, "scaling") and name in m.scaling
+    }
+    return {
+        layer: s * parameters[f"{layer}.lora_B.weight"] @ parameters[f"{layer}.lora_A.weight"]
+        for layer, s in scaling.items()
+    }
 
 
 def test_cat_and_svd_are_the_mean_of_the_changes_and_the_public_codes_average_is_not(crowd):
@@ -104,8 +120,9 @@ def test_cat_and_svd_are_the_mean_of_the_changes_and_the_public_codes_average_is
         torch.testing.assert_close(changes(crowd, "svd")[k], mean, atol=1e-5, rtol=1e-3)
     layer = next(iter(exact))
     a, b = (sum(crowd.adapter_parameters(n)[f"{layer}.lora_{f}.weight"] for n in names) / 3 for f in "AB")
-    torch.testing.assert_close(changes(crowd, "factors")[layer], 2. * b @ a, atol=1e-6, rtol=1e-4)     # scaling 8 / 4
-    assert ((changes(crowd, "factors")[layer] - exact[layer]).norm() / exact[layer].norm()) > .5
+    # scaling 8 / 4
+    torch.testing.assert_close(changes(crowd, "factors")[layer], 2.0 * b @ a, atol=1e-6, rtol=1e-4)
+    assert ((changes(crowd, "factors")[layer] - exact[layer]).norm() / exact[layer].norm()) > 0.5
 
 
 def test_ties_and_dare_merge_and_bad_merges_are_named(crowd):
@@ -114,9 +131,18 @@ def test_ties_and_dare_merge_and_bad_merges_are_named(crowd):
         merge(crowd, ("one", "two"), method, method)
         assert (look(crowd, method) - base).abs().max() > 1e-4
     assert {"ties", "dare"} < set(METHODS)
-    for call, message in [(lambda: merge(crowd, ("one",), "x"), "at least two"), (lambda: merge(crowd, ("one", "ten"), "x"), "at least two of"),
-                          (lambda: merge(crowd, ("one", "two"), "x", "mean"), "unknown way"), (lambda: merge(crowd, ("one", "two"), "one"), "new name"),
-                          (lambda: crowd.velocity(torch.zeros(1, 16, 8, 8), .5, crowd.encode(["a photo of a star"]), adapter="ten"), "no adapter 'ten'")]:
+    for call, message in [
+        (lambda: merge(crowd, ("one",), "x"), "at least two"),
+        (lambda: merge(crowd, ("one", "ten"), "x"), "at least two of"),
+        (lambda: merge(crowd, ("one", "two"), "x", "mean"), "unknown way"),
+        (lambda: merge(crowd, ("one", "two"), "one"), "new name"),
+        (
+            lambda: crowd.velocity(
+                torch.zeros(1, 16, 8, 8), 0.5, crowd.encode(["a photo of a star"]), adapter="ten"
+            ),
+            "no adapter 'ten'",
+        ),
+    ]:
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
@@ -127,15 +153,19 @@ def test_ties_and_dare_merge_and_bad_merges_are_named(crowd):
 def test_a_noisy_sample_depends_on_its_own_seed_and_prompt_only(crowd, kind):
     sampler = Sampler(5, kind)
     together = sample(crowd, PROMPTS * 2, [1, 2, 3, 4], sampler, "one")
-    torch.testing.assert_close(sample(crowd, PROMPTS[1:], [4], sampler, "one")[0], together[3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        sample(crowd, PROMPTS[1:], [4], sampler, "one")[0], together[3], atol=1e-4, rtol=0
+    )
     steps = list(trajectory(crowd, PROMPTS, [1, 2], sampler, "one"))
-    assert [s.std > 0 for s in steps] == [True] * 4 + [False]           # the last step leaves no noise in the picture
+    # the last step leaves no noise in the picture
+    assert [s.std > 0 for s in steps] == [True] * 4 + [False]
     assert all(torch.equal(a.x_next, b.x) for a, b in zip(steps, steps[1:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_before_an_update_every_action_has_the_probability_it_was_taken_with(crowd, dtype, tmp_path):
     from flowopd_lib.sde import log_prob, transition
+
     crowd.save_adapter("one", tmp_path)
     policy = FlowPolicy(tinyworld.BASE, dtype=dtype)
     policy.load_adapter("student", tmp_path)
@@ -149,9 +179,15 @@ def test_before_an_update_every_action_has_the_probability_it_was_taken_with(cro
 
 
 def test_a_texts_embedding_does_not_depend_on_the_texts_beside_it():
-    texts = [p.text for task in ("geneval", "ocr", "pickscore") for p in load_prompts(tinyworld.PROMPTS, task, "val")[:7]]
+    texts = [
+        p.text
+        for task in ("geneval", "ocr", "pickscore")
+        for p in load_prompts(tinyworld.PROMPTS, task, "val")[:7]
+    ]
     together, alone = FlowPolicy(tinyworld.BASE), FlowPolicy(tinyworld.BASE)
     every = together.encode(texts)
     for text in reversed(texts):
         row = alone.encode([text])
-        assert torch.equal(row.tokens[0], every.tokens[texts.index(text)]) and torch.equal(row.pooled[0], every.pooled[texts.index(text)])
+        assert torch.equal(row.tokens[0], every.tokens[texts.index(text)]) and torch.equal(
+            row.pooled[0], every.pooled[texts.index(text)]
+        )

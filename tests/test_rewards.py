@@ -1,4 +1,5 @@
 """The judges: rewards on known inputs, and errors where there is nothing to judge."""
+
 import numpy as np
 import pytest
 import torch
@@ -12,16 +13,26 @@ from flowopd_lib.worlds.tiny.scenes import degrade, render
 from flowopd_lib.worlds.tiny.specs import Spec, sample_specs
 
 SIGN = Spec("ocr", "ocr", word="CAT", opener='a sign that says "{}"')
-BLANK = torch.full((1, 3, 64, 64), .5)
+BLANK = torch.full((1, 3, 64, 64), 0.5)
 
 
 def pixels(*images: Image.Image) -> torch.Tensor:
-    return to_tensor(list(images)) / 2 + .5
+    return to_tensor(list(images)) / 2 + 0.5
 
 
-@pytest.mark.parametrize("read, target, reward", [
-    ("CAT", "cat", 1), ("c a t", "CAT", 1), ("the CAT sat", "cat", 1), ("cut", "cat", 2 / 3), ("", "cat", 0),
-    ("qqqqqqqqqq", "cat", 0), ("ca", "cat", 2 / 3), ("new yrk", "New York", 6 / 7)])
+@pytest.mark.parametrize(
+    "read, target, reward",
+    [
+        ("CAT", "cat", 1),
+        ("c a t", "CAT", 1),
+        ("the CAT sat", "cat", 1),
+        ("cut", "cat", 2 / 3),
+        ("", "cat", 0),
+        ("qqqqqqqqqq", "cat", 0),
+        ("ca", "cat", 2 / 3),
+        ("new yrk", "New York", 6 / 7),
+    ],
+)
 def test_ocr_reward(read, target, reward):
     assert ocr_reward(read, target) == pytest.approx(reward)
 
@@ -30,20 +41,21 @@ def test_ocr_reads_a_sign_and_nothing_on_a_blank(judges):
     prompts = [Prompt(SIGN.text, "ocr")] * 2
     assert judges["OCR"].read(torch.cat([pixels(render(SIGN, 0)), BLANK]), prompts) == ["CAT", ""]
     wrong = Prompt('a sign that says "DOG"', "ocr")
-    assert judges["OCR"](pixels(render(SIGN, 0), render(SIGN, 1)), [prompts[0], wrong]).tolist() == [1., 0.]
+    assert judges["OCR"](pixels(render(SIGN, 0), render(SIGN, 1)), [prompts[0], wrong]).tolist() == [1.0, 0.0]
 
 
 def test_ocr_is_the_same_alone_and_in_a_batch(judges):
     specs = sample_specs("ocr", "test", 9)
     prompts, images = [Prompt(s.text, "ocr") for s in specs], pixels(*(render(s, 3) for s in specs))
-    alone = [judges["OCR"].read(images[i:i + 1], prompts[i:i + 1])[0] for i in range(9)]
+    alone = [judges["OCR"].read(images[i : i + 1], prompts[i : i + 1])[0] for i in range(9)]
     assert judges["OCR"].read(images, prompts) == alone
 
 
 def test_full_image_ocr_finds_large_text():
     from flowopd_lib.rewards import OCR
+
     picture = render(SIGN, 0).resize((512, 512), Image.Resampling.BICUBIC)
-    assert OCR()(pixels(picture), [Prompt(SIGN.text, "ocr")]) == [1.]
+    assert OCR()(pixels(picture), [Prompt(SIGN.text, "ocr")]) == [1.0]
 
 
 def test_geneval_judges_renders_and_explains(judges):
@@ -56,10 +68,14 @@ def test_geneval_judges_renders_and_explains(judges):
 
 def test_pickscore_is_scaled_cosine_of_the_clip_model(judges):
     judge, spec = judges["PickScore"], sample_specs("pickscore", "test", 1)[0]
-    inputs = judge.processor(images=[render(spec, 0)], text=[spec.text], return_tensors="pt", padding="max_length")
+    inputs = judge.processor(
+        images=[render(spec, 0)], text=[spec.text], return_tensors="pt", padding="max_length"
+    )
     logits = judge.model(**inputs).logits_per_image
-    assert judge(pixels(render(spec, 0)), [Prompt(spec.text, "pickscore")])[0] == pytest.approx(logits.item(), abs=1e-3)
-    assert judge.range[1] == pytest.approx(26, abs=.02)
+    assert judge(pixels(render(spec, 0)), [Prompt(spec.text, "pickscore")])[0] == pytest.approx(
+        logits.item(), abs=1e-3
+    )
+    assert judge.range[1] == pytest.approx(26, abs=0.02)
 
 
 def test_deqa_is_the_expectation_over_levels(judges):
@@ -69,14 +85,28 @@ def test_deqa_is_the_expectation_over_levels(judges):
     p = judges["DeQA"].distribution(images, prompts)
     assert torch.allclose(p.sum(1), torch.ones(2), atol=1e-5)
     scores = judges["DeQA"](images, prompts)
-    assert np.allclose(scores, (p * torch.tensor([1., 2., 3., 4., 5.])).sum(1)) and scores[0] > scores[1] + 2
+    assert (
+        np.allclose(scores, (p * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).sum(1))
+        and scores[0] > scores[1] + 2
+    )
 
 
 @pytest.mark.parametrize("name", ["GenEval", "OCR", "PickScore", "DeQA"])
-@pytest.mark.parametrize("images, prompts, message", [
-    (BLANK, [Prompt(" ", "ocr", {"tag": "colors", "include": []})], "empty prompt|no text in double quotes"),
-    (BLANK, [], "0 prompts"), (BLANK[:0], [], "no images|0 prompts"), (BLANK[0], [Prompt('"A"', "ocr")], r"\(B, 3, H, W\)"),
-    (BLANK * float("nan"), [Prompt('"A"', "ocr")], "NaN"), (BLANK * 5, [Prompt('"A"', "ocr")], r"\[0, 1\]")])
+@pytest.mark.parametrize(
+    "images, prompts, message",
+    [
+        (
+            BLANK,
+            [Prompt(" ", "ocr", {"tag": "colors", "include": []})],
+            "empty prompt|no text in double quotes",
+        ),
+        (BLANK, [], "0 prompts"),
+        (BLANK[:0], [], "no images|0 prompts"),
+        (BLANK[0], [Prompt('"A"', "ocr")], r"\(B, 3, H, W\)"),
+        (BLANK * float("nan"), [Prompt('"A"', "ocr")], "NaN"),
+        (BLANK * 5, [Prompt('"A"', "ocr")], r"\[0, 1\]"),
+    ],
+)
 def test_bad_input_is_an_error_and_never_a_score(judges, name, images, prompts, message):
     with pytest.raises(ValueError, match=message):
         judges[name](images, prompts)
@@ -88,14 +118,18 @@ def test_judges_say_what_they_lack(judges):
     with pytest.raises(ValueError, match="metadata"):
         judges["GenEval"](BLANK, [Prompt("a circle", "pickscore")])
     with pytest.raises(ValueError, match="does not know 'dog'"):
-        judges["GenEval"](BLANK, [Prompt("a dog", "geneval", {"tag": "colors", "include": [{"class": "dog", "count": 1}]})])
+        judges["GenEval"](
+            BLANK, [Prompt("a dog", "geneval", {"tag": "colors", "include": [{"class": "dog", "count": 1}]})]
+        )
     orange = {"tag": "colors", "include": [{"class": "star", "count": 1, "color": "orange"}]}
     with pytest.raises(ValueError, match="does not know the colour 'orange'"):
         judges["GenEval"](BLANK, [Prompt("an orange star", "geneval", orange)])
     with pytest.raises(ValueError, match="no images"):
         judges["DeQA"](BLANK[:0], [])
     with pytest.raises(ValueError, match="64x64"):
-        judges["GenEval"](torch.zeros(1, 3, 32, 32), [Prompt("a", "geneval", {"tag": "colors", "include": []})])
+        judges["GenEval"](
+            torch.zeros(1, 3, 32, 32), [Prompt("a", "geneval", {"tag": "colors", "include": []})]
+        )
     with pytest.raises(ValueError, match="OCR judges 64x64 images, not 32x32"):
         judges["OCR"](torch.zeros(1, 3, 32, 32), [Prompt('"A"', "ocr")])
 
@@ -115,7 +149,7 @@ def test_every_judge_has_a_name_and_a_range(judges):
 def test_a_region_means_nothing_in_pictures_of_another_size(judges):
     prompts = [Prompt(SIGN.text, "ocr")]
     twice = torch.nn.functional.interpolate(pixels(render(SIGN, 0)), scale_factor=2)
-    assert judges["OCR"](pixels(render(SIGN, 0)), prompts).tolist() == [1.]
+    assert judges["OCR"](pixels(render(SIGN, 0)), prompts).tolist() == [1.0]
     with pytest.raises(ValueError, match="OCR judges 64x64 images, not 128x128"):
         judges["OCR"](twice, prompts)
     with pytest.raises(ValueError, match="means nothing without the size"):
@@ -124,7 +158,14 @@ def test_a_region_means_nothing_in_pictures_of_another_size(judges):
         OCR(region=(0, 0, 40, 8), size=(64, 32))
 
 
-@pytest.mark.parametrize("bad, message", [(torch.full((1, 3, 64, 64), float("nan")), "NaN"), (BLANK * 9, r"pixels in \[0, 1\]"), (BLANK[0], "tensor")])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (torch.full((1, 3, 64, 64), float("nan")), "NaN"),
+        (BLANK * 9, r"pixels in \[0, 1\]"),
+        (BLANK[0], "tensor"),
+    ],
+)
 def test_what_is_no_picture_is_not_embedded(judges, bad, message):
     with pytest.raises(ValueError, match=f"PickScore.*{message}"):
         judges["PickScore"].embed(bad)

@@ -3,10 +3,10 @@
 import torch
 
 from flowopd_lib.bench.speed import run_case, setting
+from flowopd_lib.bench.stand_in import TINY, write_sd35
 from flowopd_lib.objectives import OPD, Share
 from flowopd_lib.prompts import TASKS
 from flowopd_lib.rollout import Sampler, sample
-from flowopd_lib.bench.stand_in import TINY, write_sd35
 
 
 def test_it_has_what_tells_sd35_from_sd3_and_distils(tmp_path):

@@ -1,4 +1,6 @@
-"""The training loop: resumed to the bit after kill -9, the same in two processes, stopped when it diverges."""
+"""The training loop: resumed to the bit after kill -9, the same in two processes, stopped when it
+diverges."""
+
 import json
 import os
 import shutil
@@ -15,17 +17,27 @@ import yaml
 
 from flowopd_lib import FlowPolicy, Look, Sampler, files, load_prompts, sft_start, some_prompts, tinyworld
 from flowopd_lib.checkpoint import load_state
-from flowopd_lib.objectives import SFT
+from flowopd_lib.files import RUNS
 from flowopd_lib.jobs.recipes import build
-from flowopd_lib.runs.runner import RUNS
+from flowopd_lib.objectives import SFT
 from flowopd_lib.train import TrainConfig, TrainingDiverged, fit, train
 
-OPD = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
-       "sampler": {"steps": 4}, "opd": {"teachers": {"geneval": "expert", "ocr": None}, "micro": 2, "anchor": "expert"},
-       "train": {"iterations": 6, "lr": 1e-3, "save_every": 2, "cooldown": .5}}
-GRPO = {"student": {"rank": 4, "alpha": 8}, "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4},
-        "sampler": {"steps": 4}, "grpo": {"rewards": {"OCR": .6, "DeQA": .4}, "micro": 2, "updates": 2}, "train": {"iterations": 2, "lr": 1e-3}}
-BRANCH = {**GRPO, "sampler": {"steps": 4, "noisy": 1, "last": 2, "branch": True}}       # the window moves, and the images of a prompt part there
+OPD = {
+    "student": {"rank": 4, "alpha": 8},
+    "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
+    "sampler": {"steps": 4},
+    "opd": {"teachers": {"geneval": "expert", "ocr": None}, "micro": 2, "anchor": "expert"},
+    "train": {"iterations": 6, "lr": 1e-3, "save_every": 2, "cooldown": 0.5},
+}
+GRPO = {
+    "student": {"rank": 4, "alpha": 8},
+    "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4},
+    "sampler": {"steps": 4},
+    "grpo": {"rewards": {"OCR": 0.6, "DeQA": 0.4}, "micro": 2, "updates": 2},
+    "train": {"iterations": 2, "lr": 1e-3},
+}
+# the window moves, and the images of a prompt part there
+BRANCH = {**GRPO, "sampler": {"steps": 4, "noisy": 1, "last": 2, "branch": True}}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -36,7 +48,7 @@ def expert(tmp_path_factory):
     policy.add_adapter("expert", rank=4, alpha=8)
     with torch.no_grad():
         for p in policy.adapter_parameters("expert").values():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * .03)
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.03)
     policy.save_adapter("expert", folder)
     return folder
 
@@ -56,16 +68,19 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(expert, tmp_path):
     folder = tmp_path / "killed"
     process = subprocess.Popen(command(recipe, folder), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("3/6"):          # one iteration after the checkpoint of the second
+        if line.startswith("3/6"):  # one iteration after the checkpoint of the second
             os.kill(process.pid, signal.SIGKILL)
             break
     process.wait()
     assert process.returncode == -signal.SIGKILL and load_state(folder / "state.safetensors")["iteration"] < 6
-    other = written({**OPD, "sampler": {"steps": 5}}, tmp_path / "other.yaml", expert)      # refused, and nothing of it stays
+    # refused, and nothing of it stays
+    other = written({**OPD, "sampler": {"steps": 5}}, tmp_path / "other.yaml", expert)
     refused = subprocess.run(command(other, folder), env=ENVIRONMENT, capture_output=True, text=True)
     assert refused.returncode == 1 and "holds a training of something else" in refused.stderr
     assert yaml.safe_load((folder / "recipe.yaml").read_text()) == yaml.safe_load(recipe.read_text())
-    resumed = subprocess.run(command(recipe, folder), check=True, env=ENVIRONMENT, capture_output=True, text=True).stdout
+    resumed = subprocess.run(
+        command(recipe, folder), check=True, env=ENVIRONMENT, capture_output=True, text=True
+    ).stdout
     assert resumed.startswith(("3/6", "5/6"))
     assert_same_training(tmp_path / "whole", folder, 6)
 
@@ -77,17 +92,30 @@ def assert_same_training(whole, other, iterations):
         assert all(torch.equal(x, y) for x, y in zip(a[key], b[key], strict=True))
     for i, moments in a["optimizer"]["state"].items():
         assert all(torch.equal(moments[k], b["optimizer"]["state"][i][k]) for k in moments)
-    rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            for folder in (whole, other)]
+    rows = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (whole, other)
+    ]
     assert rows[0] == rows[1] and [r["iteration"] for r in rows[0]] == list(range(iterations))
 
 
 DRAWN = {**OPD, "opd": {**OPD["opd"], "steps": 1}}
 
 
-@pytest.mark.parametrize("recipe", [OPD, DRAWN, GRPO, BRANCH], ids=["opd", "opd drawn", "grpo", "grpo branch"])
-def test_a_generator_closed_after_an_iteration_leaves_a_checkpoint_to_go_on_from_to_the_bit(recipe, expert, tmp_path):
-    recipe = {**recipe, "adapters": {"expert": str(expert)}, "train": {"iterations": 4, "lr": 1e-3, "save_every": 100}}
+@pytest.mark.parametrize(
+    "recipe", [OPD, DRAWN, GRPO, BRANCH], ids=["opd", "opd drawn", "grpo", "grpo branch"]
+)
+def test_a_generator_closed_after_an_iteration_leaves_a_checkpoint_to_go_on_from_to_the_bit(
+    recipe, expert, tmp_path
+):
+    recipe = {
+        **recipe,
+        "adapters": {"expert": str(expert)},
+        "train": {"iterations": 4, "lr": 1e-3, "save_every": 100},
+    }
     for folder, stops in (("whole", ()), ("cut", (1, 3))):
         for stop in (*stops, None):
             policy, objective, config = build(recipe)
@@ -95,7 +123,10 @@ def test_a_generator_closed_after_an_iteration_leaves_a_checkpoint_to_go_on_from
             for info in updates:
                 if info.metrics and info.iteration + 1 == stop:
                     updates.close()
-                    assert load_state(tmp_path / folder / "state.safetensors")["iteration"] == stop and not (tmp_path / folder / "adapter").exists()
+                    assert (
+                        load_state(tmp_path / folder / "state.safetensors")["iteration"] == stop
+                        and not (tmp_path / folder / "adapter").exists()
+                    )
                     assert not any(p.requires_grad for p in policy.adapter_parameters("student").values())
     assert_same_training(tmp_path / "whole", tmp_path / "cut", 4)
 
@@ -108,22 +139,37 @@ def test_a_generator_closed_between_the_updates_of_an_iteration_writes_nothing(e
     assert not (tmp_path / "state.safetensors").exists()
 
 
-# GRPO's rewards are not the same to the last bit when a judge sees half of the pictures, and centred in their group they lose digits.
-@pytest.mark.parametrize("recipe, tolerance", [(OPD, 1e-5), (DRAWN, 1e-5), (GRPO, 1e-3), (BRANCH, 1e-3)],
-                         ids=["opd", "opd drawn", "grpo", "grpo branch"])
+# GRPO's rewards are not the same to the last bit when a judge sees half of the pictures, and centred in their
+# group they lose digits.
+@pytest.mark.parametrize(
+    "recipe, tolerance",
+    [(OPD, 1e-5), (DRAWN, 1e-5), (GRPO, 1e-3), (BRANCH, 1e-3)],
+    ids=["opd", "opd drawn", "grpo", "grpo branch"],
+)
 def test_two_processes_make_the_update_of_one(recipe, tolerance, expert, tmp_path):
     recipe = written({**recipe, "train": {"iterations": 1, "lr": 1e-3}}, tmp_path / "recipe.yaml", expert)
     subprocess.run(command(recipe, tmp_path / "one"), check=True, env=ENVIRONMENT, capture_output=True)
     # `accelerate launch --cpu` would start one process, whatever it is asked for.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(launch + command(recipe, tmp_path / "two")[1:], check=True, env=ENVIRONMENT, capture_output=True)
-    # AdamW's first moments are the (last updates') gradients; the weights themselves moved by its sign, which rounding decides where it is almost 0.
-    one, two = (torch.cat([m["exp_avg"].flatten() for m in load_state(tmp_path / f / "state.safetensors")["optimizer"]["state"].values()]) for f in ("one", "two"))
+    subprocess.run(
+        launch + command(recipe, tmp_path / "two")[1:], check=True, env=ENVIRONMENT, capture_output=True
+    )
+    # AdamW's first moments are the (last updates') gradients; the weights themselves moved by its sign, which
+    # rounding decides where it is almost 0.
+    one, two = (
+        torch.cat(
+            [
+                m["exp_avg"].flatten()
+                for m in load_state(tmp_path / f / "state.safetensors")["optimizer"]["state"].values()
+            ]
+        )
+        for f in ("one", "two")
+    )
     apart = ((two - one).norm() / one.norm()).item()
     assert 0 < apart < tolerance, "sums in another order, so there were two, and the same update"
 
 
-def sft(policy, scale=1.):
+def sft(policy, scale=1.0):
     prompts = load_prompts(tinyworld.PROMPTS, "ocr", "train")[:8]
     latents = scale * torch.randn(8, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     return SFT(latents, prompts, batch=4)
@@ -143,35 +189,52 @@ def test_a_training_that_diverges_stops_and_keeps_the_last_good_state(tmp_path):
         objective.latents.fill_(float("nan"))
         next(updates)
     kept = load_state(tmp_path / "state.safetensors")
-    assert kept["iteration"] == 3 and all(torch.equal(a, b) for a, b in zip(good["parameters"], kept["parameters"]))
-    with pytest.raises(ValueError, match=r"holds a training of something else: train\.lr was 0\.001 and is 0\.002\. Give a new folder"):
+    assert kept["iteration"] == 3 and all(
+        torch.equal(a, b) for a, b in zip(good["parameters"], kept["parameters"])
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"holds a training of something else: train\.lr was 0\.001 and is 0\.002\. Give a new folder",
+    ):
         next(train(policy, sft(policy), tmp_path, TrainConfig(9, lr=2e-3)))
     # what the first training left behind: the averaged weights on disk
     other = FlowPolicy(tinyworld.BASE)
     other.load_adapter("student", tmp_path / "adapter")
-    assert all(torch.equal(p, a) for p, a in zip(other.adapter_parameters("student").values(), average, strict=True))
+    assert all(
+        torch.equal(p, a) for p, a in zip(other.adapter_parameters("student").values(), average, strict=True)
+    )
 
 
 # What a resume must not accept, and the words that say what differs.
 OTHERWISE = {
-    "teachers swapped": ({"opd": {"teachers": {"geneval": None, "ocr": "expert"}}}, "objective.teachers.geneval was \"expert\" and is null"),
+    "teachers swapped": (
+        {"opd": {"teachers": {"geneval": None, "ocr": "expert"}}},
+        'objective.teachers.geneval was "expert" and is null',
+    ),
     "another weighting": ({"opd": {"weighting": "x0"}}, "objective.weighting was"),
-    "another anchor": ({"opd": {"mar": .5}}, "objective.mar was 0.04 and is 0.5"),
+    "another anchor": ({"opd": {"mar": 0.5}}, "objective.mar was 0.04 and is 0.5"),
     "sampler steps": ({"sampler": {"steps": 5}}, "objective.sampler.steps was 4 and is 5"),
-    "noise": ({"sampler": {"noise_level": .3}}, "objective.sampler.noise_level was 0.7 and is 0.3"),
+    "noise": ({"sampler": {"noise_level": 0.3}}, "objective.sampler.noise_level was 0.7 and is 0.3"),
     "prompts a batch": ({"schedule": {"prompts_per_batch": 8}}, "objective.schedule.size was 4 and is 8"),
     "shares": ({"schedule": {"shares": {"geneval": 2, "ocr": 1}}}, "objective.schedule.turns was"),
     "other prompts": ({"schedule": {"tags": {"counting": 2}}}, "objective.schedule.prompts.geneval"),
     "another seed": ({"seed": 1}, "objective.schedule.seed was 0 and is 1"),
-    "optimizer": ({"train": {"betas": [.9, .95]}}, "train.betas was"),
+    "optimizer": ({"train": {"betas": [0.9, 0.95]}}, "train.betas was"),
     "the adapter's scale": ({"student": {"rank": 4, "alpha": 4}}, "scales."),
     "the adapter's shape": ({"student": {"rank": 2, "alpha": 4}}, "ranks."),
 }
-MAY = {"micro": {"opd": {"micro": 1}}, "save times": {"train": {"save_every": 1, "save_seconds": 1.}}, "more iterations": {"train": {"iterations": 4}}}
+MAY = {
+    "micro": {"opd": {"micro": 1}},
+    "save times": {"train": {"save_every": 1, "save_seconds": 1.0}},
+    "more iterations": {"train": {"iterations": 4}},
+}
 
 
 def merged(recipe, change):
-    return {**recipe, **{k: {**recipe[k], **v} if isinstance(v, dict) and k in recipe else v for k, v in change.items()}}
+    return {
+        **recipe,
+        **{k: {**recipe[k], **v} if isinstance(v, dict) and k in recipe else v for k, v in change.items()},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +259,17 @@ def test_a_resume_refuses_another_training_and_says_what_differs(name, begun):
     before = (folder / "state.safetensors").read_bytes()
     with pytest.raises(ValueError) as error:
         resumed(merged(recipe, change), folder)
-    assert "holds a training of something else" in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "holds a training of something else" in str(error.value)
+        and message in str(error.value)
+        and "\n" not in str(error.value)
+    )
     assert (folder / "state.safetensors").read_bytes() == before and not (folder / ".owner.json").exists()
 
 
-def test_a_resume_refuses_other_weights_under_the_same_name_another_precision_and_another_start(begun, tmp_path):
+def test_a_resume_refuses_other_weights_under_the_same_name_another_precision_and_another_start(
+    begun, tmp_path
+):
     recipe, folder = begun
     policy = FlowPolicy(tinyworld.BASE)
     policy.load_adapter("expert", recipe["adapters"]["expert"])
@@ -222,19 +291,21 @@ def test_a_resume_refuses_other_weights_under_the_same_name_another_precision_an
 def test_a_resume_accepts_what_may_change(name, begun, tmp_path):
     recipe, folder = begun
     change, copy = MAY[name], shutil.copytree(folder, tmp_path / "copy")
-    assert resumed(merged(recipe, change), copy) == list(range(2, merged(recipe, change)["train"]["iterations"]))
+    assert resumed(merged(recipe, change), copy) == list(
+        range(2, merged(recipe, change)["train"]["iterations"])
+    )
 
 
 def test_a_resume_of_grpo_knows_its_rewards(tmp_path):
-    recipe = {**GRPO, "grpo": {"rewards": {"DeQA": 1.}, "micro": 4}, "train": {"iterations": 1, "lr": 1e-3}}
+    recipe = {**GRPO, "grpo": {"rewards": {"DeQA": 1.0}, "micro": 4}, "train": {"iterations": 1, "lr": 1e-3}}
     assert resumed(recipe, tmp_path) == [0] * 2
     with pytest.raises(ValueError, match=r"objective\.rewards\.DeQA was 1\.0 and is null"):
-        resumed({**recipe, "grpo": {"rewards": {"OCR": 1.}, "micro": 4}}, tmp_path)
+        resumed({**recipe, "grpo": {"rewards": {"OCR": 1.0}, "micro": 4}}, tmp_path)
     assert resumed({**recipe, "train": {"iterations": 2, "lr": 1e-3}}, tmp_path) == [1] * 2
 
 
 def test_a_second_training_into_a_folder_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "WAIT", .2)
+    monkeypatch.setattr(files, "WAIT", 0.2)
     policy = FlowPolicy(tinyworld.BASE)
     policy.add_adapter("student", rank=2, alpha=4)
     first = train(policy, sft(policy), tmp_path, TrainConfig(3, lr=1e-3))
@@ -246,8 +317,16 @@ def test_a_second_training_into_a_folder_is_refused_by_name(tmp_path, monkeypatc
 
 
 def test_ctrl_c_on_a_recipe_leaves_a_checkpoint_to_go_on_from(expert, tmp_path):
-    recipe = written({**OPD, "train": {"iterations": 500, "lr": 1e-3, "save_every": 400}}, tmp_path / "recipe.yaml", expert)
-    process = subprocess.Popen(command(recipe, tmp_path / "x"), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    recipe = written(
+        {**OPD, "train": {"iterations": 500, "lr": 1e-3, "save_every": 400}}, tmp_path / "recipe.yaml", expert
+    )
+    process = subprocess.Popen(
+        command(recipe, tmp_path / "x"),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("2/500"):
             process.send_signal(signal.SIGINT)
@@ -264,9 +343,13 @@ def test_the_students_recipe_can_be_looked_at(tmp_path):
     look = Look(some_prompts(objective.schedule, 4), tinyworld.judges(), 1, Sampler(2))
     look(policy, "student", tmp_path, 0)
     rows = files.read_lines(tmp_path / "looks.jsonl")
-    assert set(rows["task"]) == {"geneval", "ocr", "pickscore", "deqa"} and rows[rows["task"] == "deqa"]["DeQA"].notna().all()
+    assert (
+        set(rows["task"]) == {"geneval", "ocr", "pickscore", "deqa"}
+        and rows[rows["task"] == "deqa"]["DeQA"].notna().all()
+    )
     once = (tmp_path / "looks.jsonl").read_bytes()
-    look(policy, "student", tmp_path, 0)            # as a training does that goes on from a checkpoint before this look
+    # as a training does that goes on from a checkpoint before this look
+    look(policy, "student", tmp_path, 0)
     assert (tmp_path / "looks.jsonl").read_bytes() == once
 
 
@@ -274,33 +357,71 @@ def test_a_probed_training_that_was_cut_off_tells_what_an_uninterrupted_one_tell
     def run(folder, iterations, **options):
         policy = FlowPolicy(tinyworld.BASE)
         policy.add_adapter("student", rank=4, alpha=8)
+
         def probe(adapter):
             size = sum(p.detach().abs().sum().item() for p in policy.adapter_parameters(adapter).values())
             return pd.DataFrame([{"judge": "size", "mean": size}])
-        return fit(policy, sft(policy), tmp_path / folder, TrainConfig(iterations, lr=1e-3, save_every=1, ema=0., **options), probe=probe, every=2)
+
+        return fit(
+            policy,
+            sft(policy),
+            tmp_path / folder,
+            TrainConfig(iterations, lr=1e-3, save_every=1, ema=0.0, **options),
+            probe=probe,
+            every=2,
+        )
+
     curve, probes = run("whole", 5)
-    assert list(probes["iteration"]) == [0, 2, 4, 5] and len(curve) == 5 and probes["seconds"].is_monotonic_increasing
+    assert (
+        list(probes["iteration"]) == [0, 2, 4, 5]
+        and len(curve) == 5
+        and probes["seconds"].is_monotonic_increasing
+    )
     assert probes["seconds"].iloc[-1] == pytest.approx(curve["seconds"].iloc[-1])
     run("cut", 3)
-    assert len(run("cut", 3)[0]) == 3                   # over: nothing is trained or asked again
+    assert len(run("cut", 3)[0]) == 3  # over: nothing is trained or asked again
     curve, cut = run("cut", 5)
-    assert dict(zip(cut["iteration"], cut["mean"])).items() >= dict(zip(probes["iteration"], probes["mean"])).items()
-    assert curve["seconds"].is_monotonic_increasing     # the clock of a resumed training goes on
+    assert (
+        dict(zip(cut["iteration"], cut["mean"])).items()
+        >= dict(zip(probes["iteration"], probes["mean"])).items()
+    )
+    assert curve["seconds"].is_monotonic_increasing  # the clock of a resumed training goes on
     assert len(run("short", 100, max_seconds=1e-9)[0]) == 1
 
 
 def test_a_start_by_fine_tuning_learns_each_tasks_own_teacher(tmp_path):
     policy = FlowPolicy(tinyworld.BASE)
     prompts = tinyworld.first_prompts("train", 2)
-    curve = sft_start(policy, prompts, dict.fromkeys(("geneval", "ocr", "pickscore")), "start", tmp_path, 2, rank=4, sampler=Sampler(2))
-    assert len(curve) == 2 and "start" in policy.adapters and [p.task for p in prompts] == ["geneval"] * 2 + ["ocr"] * 2 + ["pickscore"] * 2
+    curve = sft_start(
+        policy,
+        prompts,
+        dict.fromkeys(("geneval", "ocr", "pickscore")),
+        "start",
+        tmp_path,
+        2,
+        rank=4,
+        sampler=Sampler(2),
+    )
+    assert (
+        len(curve) == 2
+        and "start" in policy.adapters
+        and [p.task for p in prompts] == ["geneval"] * 2 + ["ocr"] * 2 + ["pickscore"] * 2
+    )
     with pytest.raises(ValueError, match="no teacher for the task"):
         sft_start(policy, prompts, {"ocr": None}, "other", tmp_path / "x", 2)
 
 
 def test_tags_say_how_often_prompts_are_drawn():
-    recipe = {**GRPO, "schedule": {"tasks": ["geneval"], "prompts_per_batch": 2, "images_per_prompt": 4, "tags": {"counting": 3, "colors": 0}},
-              "grpo": {"rewards": {"GenEval": 1.}, "micro": 2, "updates": 2}}
+    recipe = {
+        **GRPO,
+        "schedule": {
+            "tasks": ["geneval"],
+            "prompts_per_batch": 2,
+            "images_per_prompt": 4,
+            "tags": {"counting": 3, "colors": 0},
+        },
+        "grpo": {"rewards": {"GenEval": 1.0}, "micro": 2, "updates": 2},
+    }
     drawn = Counter(p.tag for p in build(recipe)[1].schedule.prompts["geneval"])
     assert drawn["counting"] == 3 * drawn["two_object"] > 0 == drawn["colors"]
     for tags, message in (({"colour": 2}, "did you mean 'colors'"), ({"colors": -1}, "in whole numbers")):
@@ -311,8 +432,12 @@ def test_tags_say_how_often_prompts_are_drawn():
 @pytest.mark.parametrize("path", sorted((RUNS / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_can_be_built(path):
     recipe = yaml.safe_load(path.read_text())
-    if recipe.get("model"):         # at full size: the same on the small world
-        recipe |= {"model": "", "prompts": "", "adapters": {name: f"experts/{name}" for name in recipe["adapters"]}}
+    if recipe.get("model"):  # at full size: the same on the small world
+        recipe |= {
+            "model": "",
+            "prompts": "",
+            "adapters": {name: f"experts/{name}" for name in recipe["adapters"]},
+        }
     if "load" in recipe.get("student", {}):
         recipe["student"] = {"load": str(tinyworld.EXPERTS / Path(recipe["student"]["load"]).name)}
     policy, objective, config = build(recipe)
@@ -321,12 +446,16 @@ def test_every_recipe_can_be_built(path):
 
 def test_the_rate_warms_up_and_cools_down_to_the_end_it_was_begun_with(tmp_path, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1])
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1],
+    )
     policy = FlowPolicy(tinyworld.BASE)
     policy.add_adapter("student", rank=2, alpha=4)
-    config = {"lr": 1., "warmup": 2, "cooldown": .5, "save_every": 4}
+    config = {"lr": 1.0, "warmup": 2, "cooldown": 0.5, "save_every": 4}
     list(train(policy, sft(policy), tmp_path, TrainConfig(8, **config)))
-    assert rates == pytest.approx([.5, 1., 1., 1., .8, .6, .4, .2])
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
     with pytest.raises(ValueError, match="train.iterations was 8 and is 9"):
         next(train(policy, sft(policy), tmp_path, TrainConfig(9, **config)))
 
@@ -350,14 +479,28 @@ def test_a_tracker_is_told_of_every_iteration_and_one_that_is_not_there_is_named
 
         def finish(self):
             self.finished += 1
+
     policy, told = FlowPolicy(tinyworld.BASE), Told()
     policy.add_adapter("student", rank=4, alpha=8)
-    list(train(policy, sft(policy), tmp_path, TrainConfig(3, lr=1e-3), accelerator=Accelerator(cpu=True, log_with=told)))
+    list(
+        train(
+            policy,
+            sft(policy),
+            tmp_path,
+            TrainConfig(3, lr=1e-3),
+            accelerator=Accelerator(cpu=True, log_with=told),
+        )
+    )
     log = files.read_lines(tmp_path / "metrics.jsonl")
-    assert [step for step, _ in told.rows] == [0, 1, 2] and [values["loss"] for _, values in told.rows] == list(log["loss"]) and told.finished == 1
+    assert (
+        [step for step, _ in told.rows] == [0, 1, 2]
+        and [values["loss"] for _, values in told.rows] == list(log["loss"])
+        and told.finished == 1
+    )
     with pytest.raises(ValueError, match="names no tracker of accelerate's: 'tensorbord'"):
         TrainConfig(3, log_with="tensorbord")
     with pytest.raises(ValueError, match="the tracker dvclive is not installed"):
         TrainConfig(3, log_with="dvclive")
-    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.DVCLIVE])        # its names are members of an enum, not strings
+    # its names are members of an enum, not strings
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.DVCLIVE])
     assert TrainConfig(3, log_with="dvclive").log_with == "dvclive"

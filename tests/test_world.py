@@ -1,4 +1,5 @@
 """The small world: scenes from seeds, splits that do not share a prompt, levels that get worse."""
+
 import hashlib
 import random
 import subprocess
@@ -10,8 +11,16 @@ import pytest
 from flowopd_lib import Prompt, load_prompts, save_prompts, tinyworld
 from flowopd_lib.worlds.tiny.data import mistake, mutate, noisy_example, preference_pair, split_spec
 from flowopd_lib.worlds.tiny.scenes import DEGRADATIONS, LEVELS, degrade, lay_out, render
-from flowopd_lib.worlds.tiny.specs import (GENEVAL_TAGS, PROMPT_TASKS, Spec, heldout_pair, heldout_relation, random_spec,
-                                         sample_specs, split_of)
+from flowopd_lib.worlds.tiny.specs import (
+    GENEVAL_TAGS,
+    PROMPT_TASKS,
+    Spec,
+    heldout_pair,
+    heldout_relation,
+    random_spec,
+    sample_specs,
+    split_of,
+)
 from flowopd_lib.worlds.tiny.text import clip_tokenizer, letter_tokenizer, vocabulary
 
 FINGERPRINT = """
@@ -32,8 +41,10 @@ def test_a_scene_is_decided_by_its_prompt_and_seed():
         for spec in sample_specs(task, "test", 12):
             here.update(render(spec, 7).tobytes())
             assert render(spec, 8).tobytes() != render(spec, 7).tobytes()
-    there = subprocess.run([sys.executable, "-c", FINGERPRINT], capture_output=True, text=True, check=True).stdout.strip()
-    assert there == here.hexdigest()    # another process, another hash seed
+    there = subprocess.run(
+        [sys.executable, "-c", FINGERPRINT], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert there == here.hexdigest()  # another process, another hash seed
 
 
 def test_splits_share_no_prompt_and_ood_holds_what_was_held_out():
@@ -44,13 +55,22 @@ def test_splits_share_no_prompt_and_ood_holds_what_was_held_out():
             assert split == "val" or len(prompts) >= 240
             for p in prompts:
                 assert seen.setdefault(p.text, split) == split, f"{p.text!r} is in {seen[p.text]} and {split}"
-    words = {split: {p.text.split('"')[1] for p in load_prompts(tinyworld.PROMPTS, "ocr", split)} for split in
-             ("train", "val", "test", "ood")}
-    assert not words["train"] & words["test"] and not words["train"] & words["val"] and not words["val"] & words["test"]
+    words = {
+        split: {p.text.split('"')[1] for p in load_prompts(tinyworld.PROMPTS, "ocr", split)}
+        for split in ("train", "val", "test", "ood")
+    }
+    assert (
+        not words["train"] & words["test"]
+        and not words["train"] & words["val"]
+        and not words["val"] & words["test"]
+    )
     assert {len(w) for w in words["ood"]} == {5} and max(len(w) for w in words["train"]) == 4
     for spec in sample_specs("geneval", "ood", 60):
-        assert (spec.count == 5 or any(heldout_pair(*o) for o in spec.objects)
-                or heldout_relation(spec.objects[0][0], spec.relation, spec.objects[1][0]))
+        assert (
+            spec.count == 5
+            or any(heldout_pair(*o) for o in spec.objects)
+            or heldout_relation(spec.objects[0][0], spec.relation, spec.objects[1][0])
+        )
 
 
 def test_training_data_never_shows_what_is_held_out():
@@ -78,11 +98,21 @@ def test_the_prompt_files_are_what_the_grammar_gives():
 
 def test_geneval_metadata_has_genevals_form():
     position = Spec("geneval", "position", (("star", None), ("circle", None)), relation="left of")
-    assert position.metadata == {"tag": "position", "prompt": "a photo of a star left of a circle", "include": [
-        {"class": "circle", "count": 1}, {"class": "star", "count": 1, "position": ["left of", 0]}]}
+    assert position.metadata == {
+        "tag": "position",
+        "prompt": "a photo of a star left of a circle",
+        "include": [
+            {"class": "circle", "count": 1},
+            {"class": "star", "count": 1, "position": ["left of", 0]},
+        ],
+    }
     counting = Spec("geneval", "counting", (("cross", None),), count=3, background="gray")
-    assert counting.metadata == {"tag": "counting", "prompt": "a photo of three crosses on a gray background",
-                                 "include": [{"class": "cross", "count": 3}], "exclude": [{"class": "cross", "count": 4}]}
+    assert counting.metadata == {
+        "tag": "counting",
+        "prompt": "a photo of three crosses on a gray background",
+        "include": [{"class": "cross", "count": 3}],
+        "exclude": [{"class": "cross", "count": 4}],
+    }
     assert {p.tag for p in load_prompts(tinyworld.PROMPTS, "geneval", "test")} == set(GENEVAL_TAGS)
 
 
@@ -95,25 +125,38 @@ def test_prompts_survive_flow_grpos_formats(tmp_path):
 
 
 def test_flow_grpos_own_lines_load(tmp_path):
-    """Lines as they stand in its dataset folder: GenEval's COCO classes, and a prompt with a Unicode line separator."""
+    """Lines as they stand in its dataset folder: GenEval's COCO classes, and a prompt with a Unicode line
+    separator."""
     (tmp_path / "geneval").mkdir()
     (tmp_path / "geneval/test_metadata.jsonl").write_text(
-        '{"tag": "position", "include": [{"class": "teddy bear", "count": 1}, {"class": "dog", "count": 1, "position": '
+        '{"tag": "position", "include": [{"class": "teddy bear", "count": 1}, {"class": "dog", "count": 1, '
+        '"position": '
         '["right of", 0]}], "prompt": "a photo of a dog right of a teddy bear"}\n'
-        '{"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}], '
-        '"prompt": "a photo of two clocks"}\n')
+        '{"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", '
+        '"count": 3}], '
+        '"prompt": "a photo of two clocks"}\n'
+    )
     (tmp_path / "pickscore_sfw").mkdir()
-    (tmp_path / "pickscore_sfw/test.txt").write_text("a cat, a dog\u2028and a bird\nanother\n", encoding="utf-8")
+    (tmp_path / "pickscore_sfw/test.txt").write_text(
+        "a cat, a dog\u2028and a bird\nanother\n", encoding="utf-8"
+    )
     assert [p.tag for p in load_prompts(tmp_path, "geneval", "test")] == ["position", "counting"]
     assert len(load_prompts(tmp_path, "pickscore", "test")) == 2
-    borrowed = load_prompts(tmp_path, "deqa", "test")           # DeQA has no prompts of its own
-    assert [p.text for p in borrowed] == ["a cat, a dog\u2028and a bird", "another"] and {p.task for p in borrowed} == {"deqa"}
+    borrowed = load_prompts(tmp_path, "deqa", "test")  # DeQA has no prompts of its own
+    assert [p.text for p in borrowed] == ["a cat, a dog\u2028and a bird", "another"] and {
+        p.task for p in borrowed
+    } == {"deqa"}
 
 
-@pytest.mark.parametrize("task, name, line, message", [
-    ("geneval", "test_metadata.jsonl", '{"tag": "colors", "prompt": "a"}', "line 1 lacks include"),
-    ("geneval", "test_metadata.jsonl", "a photo", "line 1 is not JSON"),
-    ("ocr", "test.txt", "a sign", "no text in double quotes"), ("pickscore", "test.txt", " ", "holds no prompt")])
+@pytest.mark.parametrize(
+    "task, name, line, message",
+    [
+        ("geneval", "test_metadata.jsonl", '{"tag": "colors", "prompt": "a"}', "line 1 lacks include"),
+        ("geneval", "test_metadata.jsonl", "a photo", "line 1 is not JSON"),
+        ("ocr", "test.txt", "a sign", "no text in double quotes"),
+        ("pickscore", "test.txt", " ", "holds no prompt"),
+    ],
+)
 def test_a_bad_prompt_file_is_named_with_its_line(tmp_path, task, name, line, message):
     (tmp_path / task).mkdir()
     (tmp_path / task / name).write_text(line + "\n")
@@ -131,9 +174,17 @@ def test_a_missing_split_says_what_there_is():
 @pytest.mark.parametrize("kind", DEGRADATIONS)
 def test_each_level_is_further_from_the_clean_picture(kind):
     specs = sample_specs("pickscore", "test", 10) + sample_specs("ocr", "test", 10)
+
     def distance(level):
-        return np.mean([np.square(np.asarray(degrade(render(s, 1), kind, level), float) - np.asarray(render(s, 1))).mean()
-                        for s in specs])
+        return np.mean(
+            [
+                np.square(
+                    np.asarray(degrade(render(s, 1), kind, level), float) - np.asarray(render(s, 1))
+                ).mean()
+                for s in specs
+            ]
+        )
+
     distances = [distance(level) for level in LEVELS]
     assert distances[0] == 0 and all(a < b for a, b in zip(distances, distances[1:]))
 
@@ -143,24 +194,29 @@ def test_mutate_always_changes_what_is_right():
     for _ in range(500):
         spec = random_spec(rng, rng.choice(PROMPT_TASKS))
         if spec.word:
-            continue        # two letters drawn anew may, rarely, be the same two
+            continue  # two letters drawn anew may, rarely, be the same two
         assert mutate(spec, rng) != spec
 
 
 def test_noise_rates_are_the_rates_asked_for():
     rng = random.Random(0)
-    clean = dict.fromkeys(PROMPT_TASKS, 0.)
-    text, image = noisy_example(rng, clean, 0.)
+    clean = dict.fromkeys(PROMPT_TASKS, 0.0)
+    text, image = noisy_example(rng, clean, 0.0)
     assert image.size == (64, 64) and text
     text, better, worse, likely = preference_pair(rng)
-    assert .5 <= likely <= 1 and better.tobytes() != worse.tobytes()
+    assert 0.5 <= likely <= 1 and better.tobytes() != worse.tobytes()
 
 
 def test_every_word_of_the_world_is_one_clip_token_and_t5_spells():
     tokenizer = clip_tokenizer()
     assert all(len(tokenizer(word).input_ids) == 3 for word in vocabulary())
     letters = letter_tokenizer(8)
-    assert letters.convert_ids_to_tokens(letters('a sign that says "Cat"').input_ids) == ["C", "A", "T", "</s>"]
+    assert letters.convert_ids_to_tokens(letters('a sign that says "Cat"').input_ids) == [
+        "C",
+        "A",
+        "T",
+        "</s>",
+    ]
     assert letters("a photo of a circle").input_ids == [1]
 
 

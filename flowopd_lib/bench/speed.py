@@ -1,13 +1,17 @@
 """How fast and how large: `python -m flowopd_lib.bench [--out bench.json]`.
 
-Ours against the pattern of the public Flow-OPD code, written out: a rollout that is decoded and scored, then a second forward of the
-student with gradient at every state, and a whole copy of the backbone for every teacher and for the anchor. Same model, same batch,
-same adapters. `ours` learns from all steps too, `recipe` from the one that student_opd.yaml draws for an update (a median over draws: a late step is walked to
-for longer). Each case runs in a process of its own, so that peaks of memory do not mix; the cases take turns, and ratios are of medians.
+Ours against the pattern of the public Flow-OPD code, written out: a rollout that is decoded and scored, then
+a second forward of the student with gradient at every state, and a whole copy of the backbone for every
+teacher and for the anchor. Same model, same batch, same adapters. `ours` learns from all steps too, `recipe`
+from the one that student_opd.yaml draws for an update (a median over draws: a late step is walked to for
+longer). Each case runs in a process of its own, so that peaks of memory do not mix; the cases take turns, and
+ratios are of medians.
 
-`opd_operations_ours_over_public` counts floating-point operations. We leave out the rollout's own forwards, decoding and judges; the student's forward and
-backward, the teachers' forward and the anchor's are in both. At the same speed per operation time cannot fall below that ratio.
+`opd_operations_ours_over_public` counts floating-point operations. We leave out the rollout's own forwards,
+decoding and judges; the student's forward and backward, the teachers' forward and the anchor's are in both.
+At the same speed per operation time cannot fall below that ratio.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,25 +28,31 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..worlds import tiny as tinyworld
 from ..files import write_json
-from ..objectives import GRPO, OPD, Share
+from ..objectives import GRPO, OPD
 from ..policy import FlowPolicy
 from ..precision import NAMES, resolve
 from ..prompts import TASKS, load_prompts
 from ..rollout import Sampler, sample, trajectory
 from ..schedule import Schedule
 from ..sde import velocity_weight
+from ..studies.compare import our_update
+from ..worlds import tiny
 from .stand_in import write_sd35
 
-TEACHERS = {task: task for task in TASKS}       # and a fourth adapter, the anchor's, which no prompt is routed to
+# and a fourth adapter, the anchor's, which no prompt is routed to
+TEACHERS = {task: task for task in TASKS}
 SAMPLER = Sampler(10, "sde")
-MAR = .04
+MAR = 0.04
 CASES = ("student", "ours", "recipe", "public", "grpo", "rollout")
-RATIOS = (("opd_time_ours_over_public", "seconds", "ours", "public"), ("opd_time_recipe_over_public", "seconds", "recipe", "public"),
-          ("opd_operations_ours_over_public", "flop", "ours", "public"), ("opd_memory_ours_over_public", "memory_mib", "ours", "public"),
-          ("opd_memory_teachers_over_student_alone", "memory_mib", "ours", "student"))
-RANDOM = "sd35-random"      # Stable Diffusion 3.5 Medium's architecture with random weights (`stand_in`)
+RATIOS = (
+    ("opd_time_ours_over_public", "seconds", "ours", "public"),
+    ("opd_time_recipe_over_public", "seconds", "recipe", "public"),
+    ("opd_operations_ours_over_public", "flop", "ours", "public"),
+    ("opd_memory_ours_over_public", "memory_mib", "ours", "public"),
+    ("opd_memory_teachers_over_student_alone", "memory_mib", "ours", "student"),
+)
+RANDOM = "sd35-random"  # Stable Diffusion 3.5 Medium's architecture with random weights (`stand_in`)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -53,7 +63,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def brightness(images: torch.Tensor, prompts: Sequence) -> np.ndarray:
-    """In a judge's place where there is none: the pictures of random weights show nothing, and it costs nothing."""
+    """In a judge's place where there is none: the pictures of random weights show nothing, and it costs
+    nothing."""
     return images.flatten(1).mean(1).numpy()
 
 
@@ -62,39 +73,62 @@ def add_random_adapter(policy: FlowPolicy, name: str) -> None:
     policy.add_adapter(name)
     with torch.no_grad():
         for p in policy.adapter_parameters(name).values():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).to(p) * .01)
+            p.add_(
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).to(p)
+                * 0.01
+            )
 
 
-def setting(model: str, device: str, dtype: torch.dtype, images: int, adapters: Sequence[str]) -> tuple[FlowPolicy, Schedule]:
+def setting(
+    model: str, device: str, dtype: torch.dtype, images: int, adapters: Sequence[str]
+) -> tuple[FlowPolicy, Schedule]:
     """A policy with a student and `adapters` beside it, and a schedule of mixed prompts."""
-    policy = FlowPolicy(model or tinyworld.BASE, device, dtype)
+    policy = FlowPolicy(model or tiny.BASE, device, dtype)
     for name in ("student", *adapters):
         add_random_adapter(policy, name)
-    return policy, Schedule({t: load_prompts(tinyworld.PROMPTS, t, "train") for t in TASKS}, images)
+    return policy, Schedule({t: load_prompts(tiny.PROMPTS, t, "train") for t in TASKS}, images)
 
 
 def whole_copy(model: str, device: str, dtype: torch.dtype, name: str) -> torch.nn.Module:
     """A backbone of its own with one adapter merged into the weights."""
-    policy = FlowPolicy(model or tinyworld.BASE, device, dtype)
+    policy = FlowPolicy(model or tiny.BASE, device, dtype)
     add_random_adapter(policy, name)
     return policy.peft.merge_and_unload(adapter_names=[name]).requires_grad_(False)
 
 
-def public_update(policy: FlowPolicy, copies: dict[str, torch.nn.Module], schedule: Schedule, judges: dict,
-                  optimizer: torch.optim.Optimizer) -> Callable[[int], None]:
+def public_update(
+    policy: FlowPolicy,
+    copies: dict[str, torch.nn.Module],
+    schedule: Schedule,
+    judges: dict,
+    optimizer: torch.optim.Optimizer,
+) -> Callable[[int], None]:
     """One update of the public pattern."""
+
     def of_copy(name, x, sigma, text):
-        t = torch.full((len(x),), sigma * 1000., device=x.device)
-        with torch.no_grad(), torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
-            return copies[name](hidden_states=x.to(policy.dtype), timestep=t, encoder_hidden_states=text.tokens,
-                                pooled_projections=text.pooled, return_dict=False)[0].float()
+        t = torch.full((len(x),), sigma * 1000.0, device=x.device)
+        with (
+            torch.no_grad(),
+            torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32),
+        ):
+            return copies[name](
+                hidden_states=x.to(policy.dtype),
+                timestep=t,
+                encoder_hidden_states=text.tokens,
+                pooled_projections=text.pooled,
+                return_dict=False,
+            )[0].float()
 
     def update(iteration: int) -> None:
         batch = schedule.draw(iteration)
         steps = list(trajectory(policy, batch.prompts, batch.seeds, SAMPLER, "student"))
         images = policy.decode(steps[-1].x_next).cpu()
-        for name, judge in judges.items():      # computed, and not used by the distillation
-            rows = [i for i, p in enumerate(batch.prompts) if name not in ("GenEval", "OCR") or p.task == name.lower()]
+        for name, judge in judges.items():  # computed, and not used by the distillation
+            rows = [
+                i
+                for i, p in enumerate(batch.prompts)
+                if name not in ("GenEval", "OCR") or p.task == name.lower()
+            ]
             judge(images[rows], [batch.prompts[i] for i in rows])
         text = policy.encode([p.text for p in batch.prompts])
         for step in steps[:-1]:
@@ -108,45 +142,58 @@ def public_update(policy: FlowPolicy, copies: dict[str, torch.nn.Module], schedu
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return update
 
-
-def our_update(policy: FlowPolicy, objective, optimizer: torch.optim.Optimizer) -> Callable[[int], None]:
-    def update(iteration: int) -> None:
-        data = objective.collect(policy, "student", iteration, Share())
-        for part in range(objective.updates):
-            for loss in objective.losses(policy, "student", data, part):
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
     return update
 
 
 def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int, pipe) -> None:
-    """In a process of its own: get ready, then one repetition for every message; at the end, memory and operations."""
+    """In a process of its own: get ready, then one repetition for every message; at the end, memory and
+    operations."""
     torch.set_num_threads(os.cpu_count())
     where = torch.device(device)
     before = peak_memory(where)
-    policy, schedule = setting(model, device, dtype, images, (*TASKS, "deqa") if case in ("ours", "recipe") else ())
+    policy, schedule = setting(
+        model, device, dtype, images, (*TASKS, "deqa") if case in ("ours", "recipe") else ()
+    )
     optimizer = torch.optim.AdamW(policy.train_adapter("student"), 1e-5)
     if case == "ours":
-        step = our_update(policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images), optimizer)
-    elif case == "recipe":          # student_opd.yaml's: one step, drawn for the update
+        step = our_update(
+            policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images), optimizer
+        )
+    elif case == "recipe":  # student_opd.yaml's: one step, drawn for the update
         one = {"steps": 1, "draw": "iteration", "weighting": "ode"}
-        step = our_update(policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images, **one), optimizer)
-    elif case == "student":         # the student alone: pulled to the base, which it carries anyway, and no anchor
-        step = our_update(policy, OPD(schedule, dict.fromkeys(TASKS), SAMPLER, mar=0., micro=images), optimizer)
+        step = our_update(
+            policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images, **one), optimizer
+        )
+    # the student alone: pulled to the base, which it carries anyway, and no anchor
+    elif case == "student":
+        step = our_update(
+            policy, OPD(schedule, dict.fromkeys(TASKS), SAMPLER, mar=0.0, micro=images), optimizer
+        )
     elif case == "public":
         copies = {name: whole_copy(model, device, dtype, name) for name in (*TASKS, "deqa")}
-        step = public_update(policy, copies, schedule, {} if model else tinyworld.judges(), optimizer)
+        step = public_update(policy, copies, schedule, {} if model else tiny.judges(), optimizer)
     elif case == "grpo":
         grouped = Schedule({"ocr": schedule.prompts["ocr"]}, images // 8, 8)
-        step = our_update(policy, GRPO(grouped, {"OCR": brightness} if model else tinyworld.judges(), {"OCR": 1.}, SAMPLER, updates=1, micro=images), optimizer)
+        step = our_update(
+            policy,
+            GRPO(
+                grouped,
+                {"OCR": brightness} if model else tiny.judges(),
+                {"OCR": 1.0},
+                SAMPLER,
+                updates=1,
+                micro=images,
+            ),
+            optimizer,
+        )
     else:
+
         def step(iteration: int) -> None:
             batch = schedule.draw(iteration)
             sample(policy, batch.prompts, batch.seeds, SAMPLER, "student", images)
-    step(0)                                     # warm-up: caches, first allocations
+
+    step(0)  # warm-up: caches, first allocations
     with FlopCounterMode(display=False) as counter:
         step(1)
     pipe.send("ready")
@@ -158,14 +205,18 @@ def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int
         if where.type == "cuda":
             torch.cuda.synchronize()
         pipe.send(time.perf_counter() - began)
-    pipe.send({"memory_mib": (peak_memory(where) - before) / 2 ** 20, "flop": counter.get_total_flops()})
+    pipe.send({"memory_mib": (peak_memory(where) - before) / 2**20, "flop": counter.get_total_flops()})
 
 
 def matmul_peak(device: str, dtype: torch.dtype, repeats: int = 12) -> float:
     """FLOP/s of the best of a few large square matrix products."""
     size = 2048 if device == "cpu" else 8192
     torch.set_num_threads(os.cpu_count())
-    a, b, best = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype), 0.
+    a, b, best = (
+        torch.randn(size, size, device=device, dtype=dtype),
+        torch.randn(size, size, device=device, dtype=dtype),
+        0.0,
+    )
     for _ in range(repeats):
         if device.startswith("cuda"):
             torch.cuda.synchronize()
@@ -173,19 +224,24 @@ def matmul_peak(device: str, dtype: torch.dtype, repeats: int = 12) -> float:
         a @ b
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-        best = max(best, 2 * size ** 3 / (time.perf_counter() - began))
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return best
 
 
-def bench(model: str, device: str, dtype: torch.dtype, images: int, repeats: int, cases: Sequence[str] = CASES) -> dict:
-    """Seconds (median over `repeats`), MiB above the idle process, and operations of every case; the ratios; the matrix products' peak. On a CPU, whose speed
-    varies, the cases take turns; on a GPU, whose memory they would have to share, they come one after another."""
+def bench(
+    model: str, device: str, dtype: torch.dtype, images: int, repeats: int, cases: Sequence[str] = CASES
+) -> dict:
+    """Seconds (median over `repeats`), MiB above the idle process, and operations of every case; the ratios;
+    the matrix products' peak. On a CPU, whose speed varies, the cases take turns; on a GPU, whose memory they
+    would have to share, they come one after another."""
     context, peak, found = multiprocessing.get_context("spawn"), matmul_peak(device, dtype), {}
-    for together in ([cases] if device == "cpu" else [[case] for case in cases]):
+    for together in [cases] if device == "cpu" else [[case] for case in cases]:
         running = {}
         for case in together:
             ours, theirs = context.Pipe()
-            process = context.Process(target=run_case, args=(case, model, device, dtype, images, theirs), daemon=True)
+            process = context.Process(
+                target=run_case, args=(case, model, device, dtype, images, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             ours.recv()
@@ -198,11 +254,23 @@ def bench(model: str, device: str, dtype: torch.dtype, images: int, repeats: int
         for case, (process, pipe) in running.items():
             pipe.send(None)
             end, median = pipe.recv(), float(np.median(seconds[case]))
-            found[case] = {"seconds": median, "fastest": min(seconds[case]), "slowest": max(seconds[case]), **end,
-                           "share_of_matmul_peak": end["flop"] / median / peak}
+            found[case] = {
+                "seconds": median,
+                "fastest": min(seconds[case]),
+                "slowest": max(seconds[case]),
+                **end,
+                "share_of_matmul_peak": end["flop"] / median / peak,
+            }
             process.join()
-    told = {"model": model or "tiny-sd3", "device": device if device == "cpu" else torch.cuda.get_device_name(), "dtype": str(dtype).removeprefix("torch."),
-            "images": images, "repeats": repeats, "steps": SAMPLER.steps, "matmul_peak_gflops": peak / 1e9}
+    told = {
+        "model": model or "tiny-sd3",
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "images": images,
+        "repeats": repeats,
+        "steps": SAMPLER.steps,
+        "matmul_peak_gflops": peak / 1e9,
+    }
     if "rollout" in found:
         told["rollout_images_per_second"] = images / found["rollout"]["seconds"]
     for name, what, case, other in RATIOS:
@@ -212,9 +280,18 @@ def bench(model: str, device: str, dtype: torch.dtype, images: int, repeats: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flowopd_lib.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="a Stable Diffusion 3 folder or hub id (default: the small world's), or sd35-random: Stable Diffusion "
-                        "3.5 Medium's architecture with random weights at 512 px")
+    parser = argparse.ArgumentParser(
+        prog="python -m flowopd_lib.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        default="",
+        help="a Stable Diffusion 3 folder or hub id (default: the small world's), or sd35-random: Stable "
+        "Diffusion "
+        "3.5 Medium's architecture with random weights at 512 px",
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("auto", *NAMES), default="auto", help="auto: what is faster here")
@@ -223,15 +300,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
     if args.images < 8 or args.images % 8 or args.repeats < 1:
-        parser.error(f"--images must be a positive multiple of 8 and --repeats positive, not {args.images} and {args.repeats}")
+        parser.error(
+            f"--images must be a positive multiple of 8 and --repeats positive, not {args.images} and "
+            f"{args.repeats}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         dtype, model = resolve(args.dtype, args.device), args.model
         if model == RANDOM:
             model = str(write_sd35(folder, dtype=dtype, device=args.device))
-        result = {**bench(model, args.device, dtype, args.images, args.repeats, args.cases), "model": args.model or "tiny-sd3"}
+        result = {
+            **bench(model, args.device, dtype, args.images, args.repeats, args.cases),
+            "model": args.model or "tiny-sd3",
+        }
     print(f"{'case':10} {'seconds':>8} {'MiB':>8} {'GFLOP':>8} {'of matmul peak':>15}")
     for case, row in result["cases"].items():
-        print(f"{case:10} {row['seconds']:8.3f} {row['memory_mib']:8.0f} {row['flop'] / 1e9:8.0f} {row['share_of_matmul_peak']:15.2f}")
+        print(
+            f"{case:10} {row['seconds']:8.3f} {row['memory_mib']:8.0f} {row['flop'] / 1e9:8.0f} "
+            f"{row['share_of_matmul_peak']:15.2f}"
+        )
     for key, value in result.items():
         if key != "cases":
             print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")

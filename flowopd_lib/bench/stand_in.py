@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ..worlds import tiny as tinyworld
 from ..quiet import quiet
+from ..worlds import tiny
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,11 @@ TINY = Size(3, 2, 1, (32, 32), 64, 128, 8, (8, 8, 8, 8))
 
 
 def write_sd35(
-    folder: str | Path, size: Size = TRUE, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0
+    folder: str | Path,
+    size: Size = TRUE,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Path:
     """A pipeline folder that `FlowPolicy` loads. Of the true size it takes 5 GB in bfloat16."""
     with quiet():
@@ -55,7 +59,7 @@ def write_sd35(
             T5Config,
             T5EncoderModel,
         )
-    tokenizers = [AutoTokenizer.from_pretrained(tinyworld.BASE / f"tokenizer{n}") for n in ("", "_2", "_3")]
+    tokenizers = [AutoTokenizer.from_pretrained(tiny.BASE / f"tokenizer{n}") for n in ("", "_2", "_3")]
     for tokenizer, tokens in zip(tokenizers, (77, 77, size.tokens)):
         tokenizer.model_max_length = tokens
 
@@ -65,7 +69,7 @@ def write_sd35(
             hidden_size=width,
             intermediate_size=4 * width,
             projection_dim=width,
-            num_hidden_layers=2,    # the last but one is what is taken
+            num_hidden_layers=2,  # the last but one is what is taken
             num_attention_heads=max(1, width // 64),
             max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,

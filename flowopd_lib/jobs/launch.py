@@ -1,9 +1,11 @@
-"""A training beside the notebook, in a thread of its kernel or in processes of their own; both tell of themselves by their folder alone.
+"""A training beside the notebook, in a thread of its kernel or in processes of their own; both tell of
+themselves by their folder alone.
 
-    metrics.jsonl   a line an iteration (`train` writes it)
-    looks.jsonl     a line a sample drawn on the way, as `evaluate` makes it; its picture is in looks/
-    log.txt         what a training in processes of its own printed
+metrics.jsonl   a line an iteration (`train` writes it)
+looks.jsonl     a line a sample drawn on the way, as `evaluate` makes it; its picture is in looks/
+log.txt         what a training in processes of its own printed
 """
+
 from __future__ import annotations
 
 import atexit
@@ -19,9 +21,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from ..evaluate import evaluate
+from ..evaluate import JUDGES, evaluate
 from ..files import locked, read_lines, write_whole
-from ..looking.gallery import JUDGES, Samples
 from ..objectives import Objective
 from ..policy import FlowPolicy
 from ..prompts import Prompt
@@ -33,18 +34,11 @@ from ..train import StepInfo, TrainConfig, train
 STOPPED = "stopped after iteration"
 
 
-def looks_of(folder: str | Path) -> Samples | None:
-    """The samples drawn on the way, a model per look called `iteration N`; None: there are none yet."""
-    rows = read_lines(Path(folder) / "looks.jsonl")
-    if not len(rows):
-        return None
-    rows["number"] = rows["model"].str.removeprefix("iteration ").astype(int)
-    return Samples(rows.sort_values("number", kind="stable").drop(columns="number"), folder)
-
-
 @dataclass(frozen=True)
 class Look:
-    """The same prompts and noise drawn and judged before a training, after every `every` iterations and, by its averaged weights, at its end."""
+    """The same prompts and noise drawn and judged before a training, after every `every` iterations and, by
+    its averaged weights, at its end."""
+
     prompts: Sequence[Prompt]
     judges: Mapping[str, Reward] = field(default_factory=dict)
     every: int = 10
@@ -53,22 +47,43 @@ class Look:
 
     def __post_init__(self):
         if self.every < 1 or not self.prompts:
-            raise ValueError(f"a look needs at least one prompt and one iteration between two, not {len(self.prompts)} and {self.every}")
+            raise ValueError(
+                f"a look needs at least one prompt and one iteration between two, not {len(self.prompts)} "
+                f"and {self.every}"
+            )
 
     def __call__(self, policy: FlowPolicy, adapter: str, folder: Path, iteration: int) -> None:
-        judges = {name: judge for name, judge in self.judges.items() if name in JUDGES}     # some are for training only
-        rows = evaluate(policy, self.prompts, judges, self.seed, self.sampler, {f"iteration {iteration}": adapter}, progress=False,
-                        pictures=folder / "looks")
-        # A resumed training looks again at iterations since its checkpoint, and one that ends replaces its last look: the last word counts.
+        # some are for training only
+        judges = {name: judge for name, judge in self.judges.items() if name in JUDGES}
+        rows = evaluate(
+            policy,
+            self.prompts,
+            judges,
+            self.seed,
+            self.sampler,
+            {f"iteration {iteration}": adapter},
+            progress=False,
+            pictures=folder / "looks",
+        )
+        # A resumed training looks again at iterations since its checkpoint, and one that ends replaces its
+        # last look: the last word counts.
         before = read_lines(folder / "looks.jsonl")
-        kept = pd.concat([before[before["model"] != f"iteration {iteration}"], rows], ignore_index=True) if len(before) else rows
-        write_whole(folder / "looks.jsonl", kept.to_json(orient="records", lines=True))       # a reader sees all of a look's rows or none
+        kept = (
+            pd.concat([before[before["model"] != f"iteration {iteration}"], rows], ignore_index=True)
+            if len(before)
+            else rows
+        )
+        # a reader sees all of a look's rows or none
+        write_whole(folder / "looks.jsonl", kept.to_json(orient="records", lines=True))
 
-    def during(self, updates: Iterator[StepInfo], policy: FlowPolicy, adapter: str, folder: str | Path) -> Iterator[StepInfo]:
+    def during(
+        self, updates: Iterator[StepInfo], policy: FlowPolicy, adapter: str, folder: str | Path
+    ) -> Iterator[StepInfo]:
         """The same updates, with looks between them; closing this closes `updates`."""
         folder, done = Path(folder), 0
         if not (folder / "state.safetensors").exists():
-            with locked(folder, f"a look at {adapter}"):        # `updates` has not begun, so it has no lock yet
+            # `updates` has not begun, so it has no lock yet
+            with locked(folder, f"a look at {adapter}"):
                 self(policy, adapter, folder, 0)
         with contextlib.closing(updates):
             for info in updates:
@@ -83,16 +98,34 @@ class Look:
 
 def some_prompts(schedule: Schedule, n: int = 6) -> list[Prompt]:
     """About `n` different training prompts, as many of each task."""
-    return [p for prompts in schedule.prompts.values() for p in list(dict.fromkeys(prompts))[:max(1, n // len(schedule.prompts))]]
+    return [
+        p
+        for prompts in schedule.prompts.values()
+        for p in list(dict.fromkeys(prompts))[: max(1, n // len(schedule.prompts))]
+    ]
 
 
 class InProcess:
-    """`train` in a thread of this process; its policy is the thread's until it ends. A kernel that goes loses what came after the last checkpoint."""
+    """`train` in a thread of this process; its policy is the thread's until it ends. A kernel that goes loses
+    what came after the last checkpoint."""
 
-    def __init__(self, policy: FlowPolicy, objective: Objective, folder: str | Path, config: TrainConfig, adapter: str = "student", look: Look | None = None):
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        objective: Objective,
+        folder: str | Path,
+        config: TrainConfig,
+        adapter: str = "student",
+        look: Look | None = None,
+    ):
         self.folder, self.iterations = Path(folder), config.iterations
-        self._arguments, self._look, self._stop, self._thread = (policy, objective, self.folder, config, adapter), look, threading.Event(), None
-        self.state, self.error = "waiting", ""      # waiting, running, stopped, over, failed
+        self._arguments, self._look, self._stop, self._thread = (
+            (policy, objective, self.folder, config, adapter),
+            look,
+            threading.Event(),
+            None,
+        )
+        self.state, self.error = "waiting", ""  # waiting, running, stopped, over, failed
 
     def start(self) -> None:
         """Begin, or go on from the checkpoint in the folder."""
@@ -107,12 +140,14 @@ class InProcess:
         policy, adapter, state = self._arguments[0], self._arguments[-1], "over"
         try:
             updates = train(*self._arguments)
-            with contextlib.closing(self._look.during(updates, policy, adapter, self.folder) if self._look else updates) as updates:
+            with contextlib.closing(
+                self._look.during(updates, policy, adapter, self.folder) if self._look else updates
+            ) as updates:
                 for info in updates:
                     if info.metrics and self._stop.is_set():
                         state = "stopped"
                         break
-        except Exception as error:      # noqa: BLE001: a thread's errors are seen by nobody else
+        except Exception as error:  # a thread's errors are seen by nobody else
             state, self.error = "failed", f"{type(error).__name__}: {error}"
         self.state = state
 
@@ -129,20 +164,39 @@ class InProcess:
 
 
 class Launched:
-    """A recipe (see `recipes`) trained in `processes` of their own, with a look every `look` iterations (0: none), in `precision` (see
-    `recipes`). It is asked to stop when this process ends. Several processes have the 30 s that torchrun gives them for the iteration they are at."""
+    """A recipe (see `recipes`) trained in `processes` of their own, with a look every `look` iterations (0:
+    none), in `precision` (see
+    `recipes`). It is asked to stop when this process ends. Several processes have the 30 s that torchrun
+    gives them for the iteration they are at."""
 
-    def __init__(self, recipe: Mapping, folder: str | Path, processes: int = 1, look: int = 0, precision: str = "auto"):
+    def __init__(
+        self, recipe: Mapping, folder: str | Path, processes: int = 1, look: int = 0, precision: str = "auto"
+    ):
         if processes < 1:
             raise ValueError(f"a training needs at least one process, not {processes}")
         self.recipe, self.folder, self.iterations = dict(recipe), Path(folder), recipe["train"]["iterations"]
         # Not `accelerate launch`, which without a GPU or MPI starts one process, whatever it is asked for.
-        several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-        self.command = [sys.executable, *several, "-m", "flowopd_lib.jobs", str(self.folder / "asked.yaml"), "--folder", str(self.folder),
-                        "--look", str(look), "--precision", precision]
+        several = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            if processes > 1
+            else []
+        )
+        self.command = [
+            sys.executable,
+            *several,
+            "-m",
+            "flowopd_lib.jobs",
+            str(self.folder / "asked.yaml"),
+            "--folder",
+            str(self.folder),
+            "--look",
+            str(look),
+            "--precision",
+            precision,
+        ]
         self._environment = {**os.environ, "FLOWOPD_HEADLESS": "1"}
         self._process: subprocess.Popen | None = None
-        self._since = 0         # where in the log the present start begins
+        self._since = 0  # where in the log the present start begins
 
     def start(self) -> None:
         """Begin, or go on from the checkpoint in the folder."""
@@ -150,9 +204,16 @@ class Launched:
             raise RuntimeError(f"the training in {self.folder} is running already")
         with locked(self.folder, "a start of a training"):
             write_whole(self.folder / "asked.yaml", yaml.safe_dump(self.recipe, sort_keys=False))
-        with (self.folder / "log.txt").open("a") as log:        # a session of its own: interrupting the kernel does not interrupt it
+        # a session of its own: interrupting the kernel does not interrupt it
+        with (self.folder / "log.txt").open("a") as log:
             self._since = log.tell()
-            self._process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True)
+            self._process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+            )
         atexit.register(self.stop)
 
     @property
@@ -186,4 +247,6 @@ class Launched:
         if self._process is not None:
             self._process.wait()
         if self.state == "failed":
-            raise RuntimeError(f"the training in {self.folder} failed: {self.error} (all of it: {self.folder / 'log.txt'})")
+            raise RuntimeError(
+                f"the training in {self.folder} failed: {self.error} (all of it: {self.folder / 'log.txt'})"
+            )

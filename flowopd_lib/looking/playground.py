@@ -1,4 +1,6 @@
-"""A prompt tried on several models at once: every judge that can judge it, what the OCR engine read and what the detector saw."""
+"""A prompt tried on several models at once: every judge that can judge it, what the OCR engine read and what
+the detector saw."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +23,10 @@ from ..rollout import Sampler, sample
 
 @dataclass(frozen=True)
 class Trial:
-    """One model's picture (3, H, W) of a prompt. `scores` by judge, of those that can judge it; `read`, `seen` and `verdict` (GenEval's reasons) are
-    there where OCR and GenEval are among the judges. `region`: the part of the picture that was read, None for all of it."""
+    """One model's picture (3, H, W) of a prompt. `scores` by judge, of those that can judge it; `read`,
+    `seen` and `verdict` (GenEval's reasons) are there where OCR and GenEval are among the judges. `region`:
+    the part of the picture that was read, None for all of it."""
+
     model: str
     prompt: Prompt
     seed: int
@@ -37,11 +41,16 @@ class Trial:
     def alt(self) -> str:
         """What a reader who does not see the picture is told."""
         seen = ", ".join(f"{d.color or ''} {d.label}".strip() for d in self.seen) or "nothing"
-        return (f"{self.model}, seed {self.seed}: {self.prompt.text}; " + ", ".join(f"{name} {value:.2f}" for name, value in self.scores.items())
-                + f"; read: {self.read or 'nothing'}; seen: {seen}")
+        return (
+            f"{self.model}, seed {self.seed}: {self.prompt.text}; "
+            + ", ".join(f"{name} {value:.2f}" for name, value in self.scores.items())
+            + f"; read: {self.read or 'nothing'}; seen: {seen}"
+        )
 
 
-def known_prompts(folder: str | Path, splits: Sequence[str] = ("test", "ood", "val", "train")) -> list[Prompt]:
+def known_prompts(
+    folder: str | Path, splits: Sequence[str] = ("test", "ood", "val", "train")
+) -> list[Prompt]:
     """The prompts of all files there are of these splits: what a typed prompt is looked up in."""
     found = []
     for task in TASKS:
@@ -49,29 +58,47 @@ def known_prompts(folder: str | Path, splits: Sequence[str] = ("test", "ood", "v
             try:
                 found += load_prompts(folder, task, split)
             except FileNotFoundError:
-                continue        # not every world has every split
+                continue  # not every world has every split
     return found
 
 
 def prompt_of(text: str, known: Sequence[Prompt] = ()) -> tuple[Prompt, str]:
-    """What a typed text is judged as, and a sentence that says so: a known prompt with its metadata; a sign, if there is a text in double quotes; else only
-    a picture to be liked. Raises ValueError for an empty text."""
+    """What a typed text is judged as, and a sentence that says so: a known prompt with its metadata; a sign,
+    if there is a text in double quotes; else only a picture to be liked. Raises ValueError for an empty
+    text."""
     text = " ".join(text.split())
     if not text:
         raise ValueError("there is no prompt; type one, such as: a photo of two red stars")
     for prompt in known:
         if prompt.text.lower() == text.lower():
-            return prompt, f"A known {prompt.task} prompt: judged by {', '.join(JUDGES_OF_TASK[prompt.task])}."
+            return (
+                prompt,
+                f"A known {prompt.task} prompt: judged by {', '.join(JUDGES_OF_TASK[prompt.task])}.",
+            )
     quoted = text.split('"')
     if len(quoted) > 2 and quoted[1].strip():
-        return Prompt(text, "ocr"), f"A prompt with a text in double quotes: judged by {', '.join(JUDGES_OF_TASK['ocr'])}; “{quoted[1]}” has to be read."
-    return Prompt(text, "pickscore"), (f"Judged by {', '.join(JUDGES_OF_TASK['pickscore'])} only: OCR needs a text in double quotes, GenEval a prompt of its "
-                                       "file, which says what must be seen.")
+        return (
+            Prompt(text, "ocr"),
+            f"A prompt with a text in double quotes: judged by {', '.join(JUDGES_OF_TASK['ocr'])}; "
+            f"“{quoted[1]}” has to be read.",
+        )
+    return Prompt(text, "pickscore"), (
+        f"Judged by {', '.join(JUDGES_OF_TASK['pickscore'])} only: OCR needs a text in double quotes, "
+        "GenEval a prompt of its "
+        "file, which says what must be seen."
+    )
 
 
-def try_prompt(policy: FlowPolicy, prompt: Prompt, judges: Mapping[str, Reward], models: Mapping[str, str | None], sampler: Sampler = Sampler(20),
-               seed: int = 0) -> list[Trial]:
-    """Draw the prompt with the same noise under every model and let every judge look. Raises ValueError for no models."""
+def try_prompt(
+    policy: FlowPolicy,
+    prompt: Prompt,
+    judges: Mapping[str, Reward],
+    models: Mapping[str, str | None],
+    sampler: Sampler = Sampler(20),
+    seed: int = 0,
+) -> list[Trial]:
+    """Draw the prompt with the same noise under every model and let every judge look. Raises ValueError for
+    no models."""
     if not models:
         raise ValueError("no models are chosen; choose one or more")
     images = torch.cat([sample(policy, [prompt], [seed], sampler, adapter) for adapter in models.values()])
@@ -79,40 +106,85 @@ def try_prompt(policy: FlowPolicy, prompt: Prompt, judges: Mapping[str, Reward],
     table = score(images, prompts, judges)
     ocr, geneval = judges.get("OCR"), judges.get("GenEval")
     read = ocr.read(images, prompts) if ocr else [""] * len(images)
-    seen = geneval.detector(as_uint8(images, prompts, "the detector", geneval.detector.size)) if geneval else [()] * len(images)
-    verdicts = [why for _, why in geneval.explain(images, prompts)] if geneval and "GenEval" in JUDGES_OF_TASK[prompt.task] else [""] * len(images)
-    least = geneval.detector.threshold if geneval else 0.
-    return [Trial(model, prompt, seed, images[i], {name: float(table[name].iat[i]) for name in judges if not np.isnan(table[name].iat[i])}, read[i],
-                  getattr(ocr, "region", None), tuple(d for d in seen[i] if d.score > least), verdicts[i]) for i, model in enumerate(models)]
+    seen = (
+        geneval.detector(as_uint8(images, prompts, "the detector", geneval.detector.size))
+        if geneval
+        else [()] * len(images)
+    )
+    verdicts = (
+        [why for _, why in geneval.explain(images, prompts)]
+        if geneval and "GenEval" in JUDGES_OF_TASK[prompt.task]
+        else [""] * len(images)
+    )
+    least = geneval.detector.threshold if geneval else 0.0
+    return [
+        Trial(
+            model,
+            prompt,
+            seed,
+            images[i],
+            {name: float(table[name].iat[i]) for name in judges if not np.isnan(table[name].iat[i])},
+            read[i],
+            getattr(ocr, "region", None),
+            tuple(d for d in seen[i] if d.score > least),
+            verdicts[i],
+        )
+        for i, model in enumerate(models)
+    ]
 
 
 def table_of(trials: Sequence[Trial]) -> pd.DataFrame:
     """A row a model: its scores, what was read, what was seen, what GenEval found wrong."""
-    return pd.DataFrame([{"model": t.model, **t.scores, "read": t.read, "seen": ", ".join(f"{d.color or ''} {d.label} {d.score:.2f}".strip() for d in t.seen),
-                          "wrong": t.verdict} for t in trials])
+    return pd.DataFrame(
+        [
+            {
+                "model": t.model,
+                **t.scores,
+                "read": t.read,
+                "seen": ", ".join(f"{d.color or ''} {d.label} {d.score:.2f}".strip() for d in t.seen),
+                "wrong": t.verdict,
+            }
+            for t in trials
+        ]
+    )
 
 
 def draw_findings(trial: Trial, size: int = 320, findings: bool = True) -> Image.Image:
-    """The picture, `size` pixels wide, with a box around everything the detector saw and what was read where it was read."""
+    """The picture, `size` pixels wide, with a box around everything the detector saw and what was read where
+    it was read."""
     picture = Image.fromarray((trial.image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
     scale = size / picture.width
-    picture = picture.resize((size, round(picture.height * scale)), Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+    picture = picture.resize(
+        (size, round(picture.height * scale)),
+        Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS,
+    )
     if not findings:
         return picture
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"), max(9, size // 26))
+    font = ImageFont.truetype(
+        str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"), max(9, size // 26)
+    )
     draw = ImageDraw.Draw(picture)
 
     def mark(box, text: str, color: str) -> None:
         left, top, right, bottom = (v * scale for v in box)
-        draw.rectangle((left - 2, top - 2, right + 2, bottom + 2), outline="black", width=4)     # black around, to be seen on any ground
+        # black around, to be seen on any ground
+        draw.rectangle((left - 2, top - 2, right + 2, bottom + 2), outline="black", width=4)
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=color, width=2)
         _, _, width, height = draw.textbbox((0, 0), text, font)
-        x, y = min(max(left - 2, 0), picture.width - width - 4), top - height - 5 if top > height + 5 else bottom + 3
+        x, y = (
+            min(max(left - 2, 0), picture.width - width - 4),
+            top - height - 5 if top > height + 5 else bottom + 3,
+        )
         y = min(y, picture.height - height - 3)
         draw.rectangle((x, y, x + width + 4, y + height + 3), fill="black")
         draw.text((x + 2, y), text, color, font)
+
     for d in trial.seen:
         mark(d.box, f"{d.color or ''} {d.label} {d.score:.2f}".strip(), "white")
     if trial.read:
-        mark(trial.region or (2 / scale, 2 / scale, (picture.width - 3) / scale, (picture.height - 3) / scale), f"read: {trial.read}", "#FFD54A")
+        mark(
+            trial.region or (2 / scale, 2 / scale, (picture.width - 3) / scale, (picture.height - 3) / scale),
+            f"read: {trial.read}",
+            "#FFD54A",
+        )
     return picture

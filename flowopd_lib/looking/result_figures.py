@@ -1,4 +1,6 @@
-"""Tables and figures of the results notebook: the paper's numbers beside ours, the student against its teachers, the cost, the ledger."""
+"""Tables and figures of the results notebook: the paper's numbers beside ours, the student against its
+teachers, the cost, the ledger."""
+
 from __future__ import annotations
 
 import json
@@ -10,11 +12,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..worlds import tiny as tinyworld
+from ..stats import mean_interval, model_scores
 from ..studies.claims import HOME, Missing, Run
-from ..evaluate import mean_interval, model_scores
+from ..worlds import tiny
 
-TEACHERS = {"GenEval": "geneval expert", "OCR": "ocr expert", "PickScore": "pickscore expert", "DeQA": "deqa expert"}
+TEACHERS = {
+    "GenEval": "geneval expert",
+    "OCR": "ocr expert",
+    "PickScore": "pickscore expert",
+    "DeQA": "deqa expert",
+}
 VERDICTS = {"reproduced": "#009E73", "on the other side": "#D55E00", "undecided": ".55"}
 
 
@@ -27,25 +34,41 @@ def said(make: Callable[[], pd.DataFrame]) -> pd.DataFrame | str:
 
 
 def mar_scores(run: Run) -> pd.DataFrame:
-    """Notebook 06's scores, distance to clean renders and diversity in one long table: model, judge, mean, low, high, n."""
-    more = [pd.DataFrame(run.results("06_mar", key), columns=["model", "mean", "low", "high", "n"]).assign(judge=key) for key in ("distance", "diversity")]
+    """Notebook 06's scores, distance to clean renders and diversity in one long table: model, judge, mean,
+    low, high, n."""
+    more = [
+        pd.DataFrame(run.results("06_mar", key), columns=["model", "mean", "low", "high", "n"]).assign(
+            judge=key
+        )
+        for key in ("distance", "diversity")
+    ]
     return pd.concat([model_scores(run.samples("06_mar")), *(m for m in more if len(m))], ignore_index=True)
 
 
 def beside(long: pd.DataFrame, paper: Mapping[str, Mapping] | None = None) -> pd.DataFrame:
-    """A row a model, a column a judge, "mean [95 % interval] n=..." in each cell; the paper's numbers for that model at the right."""
+    """A row a model, a column a judge, "mean [95 % interval] n=..." in each cell; the paper's numbers for
+    that model at the right."""
+
     def cell(mean, low, high, n):
-        digits = 3 if max(-low, high) >= .1 else 4        # distances are small
+        digits = 3 if max(-low, high) >= 0.1 else 4  # distances are small
         return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] n={n}"
+
     cells = [cell(*row) for row in zip(long["mean"], long["low"], long["high"], long["n"])]
-    here = long.assign(cell=cells).pivot(index="model", columns="judge", values="cell").reindex(index=long["model"].unique(), columns=long["judge"].unique())
+    here = (
+        long.assign(cell=cells)
+        .pivot(index="model", columns="judge", values="cell")
+        .reindex(index=long["model"].unique(), columns=long["judge"].unique())
+    )
     if paper is not None:
-        here = here.join(pd.DataFrame.from_dict(paper, orient="index").drop(columns="paper's name").add_prefix("paper: "))
+        here = here.join(
+            pd.DataFrame.from_dict(paper, orient="index").drop(columns="paper's name").add_prefix("paper: ")
+        )
     return here.astype(object).fillna("–")
 
 
 def surpassing(table: pd.DataFrame, student: str = "student") -> pd.DataFrame:
-    """On what share of prompts the student is above, equal to and below its teacher: judge, teacher, student is, mean, low, high (95 %), n prompts."""
+    """On what share of prompts the student is above, equal to and below its teacher: judge, teacher, student
+    is, mean, low, high (95 %), n prompts."""
     rows = []
     for judge, teacher in TEACHERS.items():
         part = table[(table["task"] == HOME[judge]) & table["model"].isin((student, teacher))]
@@ -54,21 +77,43 @@ def surpassing(table: pd.DataFrame, student: str = "student") -> pd.DataFrame:
         means = part.groupby(["prompt", "model"], sort=False)[judge].mean().unstack("model").dropna()
         ours, theirs = means[student].to_numpy(), means[teacher].to_numpy()
         same = np.isclose(ours, theirs, rtol=0, atol=1e-9)
-        for word, hit in (("above", ~same & (ours > theirs)), ("equal", same), ("below", ~same & (ours < theirs))):
-            rows.append({"judge": judge, "teacher": teacher, "student is": word, **dict(zip(("mean", "low", "high"), mean_interval(hit))), "n": len(hit)})
+        for word, hit in (
+            ("above", ~same & (ours > theirs)),
+            ("equal", same),
+            ("below", ~same & (ours < theirs)),
+        ):
+            rows.append(
+                {
+                    "judge": judge,
+                    "teacher": teacher,
+                    "student is": word,
+                    **dict(zip(("mean", "low", "high"), mean_interval(hit))),
+                    "n": len(hit),
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def cost(run: Run) -> pd.DataFrame:
-    """Training time of every stage, one run each: stage, minutes, measured where. What has not been run has no minutes."""
+    """Training time of every stage, one run each: stage, minutes, measured where. What has not been run has
+    no minutes."""
     rows = []
-    for path in sorted(tinyworld.EXPERTS.glob("*/manifest.json")):
+    for path in sorted(tiny.EXPERTS.glob("*/manifest.json")):
         manifest = json.loads(path.read_text())
-        rows.append({"stage": f"{path.parent.name} expert", "minutes": manifest["seconds"] / 60, "measured": f"its manifest: {manifest['machine']}"})
+        rows.append(
+            {
+                "stage": f"{path.parent.name} expert",
+                "minutes": manifest["seconds"] / 60,
+                "measured": f"its manifest: {manifest['machine']}",
+            }
+        )
     rows.append({"stage": "all experts", "minutes": sum(r["minutes"] for r in rows), "measured": "sum"})
     for notebook in ("05_opd", "02_mixed_reward_seesaw"):
         try:
-            rows += [{"stage": arm, "minutes": seconds / 60, "measured": notebook} for arm, seconds in run.results(notebook, "seconds").items()]
+            rows += [
+                {"stage": arm, "minutes": seconds / 60, "measured": notebook}
+                for arm, seconds in run.results(notebook, "seconds").items()
+            ]
         except Missing as error:
             rows.append({"stage": str(error), "minutes": np.nan, "measured": notebook})
     return pd.DataFrame(rows)
@@ -76,67 +121,143 @@ def cost(run: Run) -> pd.DataFrame:
 
 def ledger_table(ledger: pd.DataFrame) -> pd.DataFrame:
     """The ledger for a reader: "effect [95 % interval]" in one column, nothing where nothing was measured."""
-    effect = [f"{r['effect']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]" if pd.notna(r["effect"]) else "" for _, r in ledger.iterrows()]
-    table = ledger.assign(**{"effect [95 % interval]": effect}).astype({"n": object, "seeds": object}).fillna({"n": "", "seeds": ""})
-    return table[["claim", "statement", "where", "verdict", "measured", "claimed", "effect [95 % interval]", "n", "seeds", "note"]]
+    effect = [
+        f"{r['effect']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]" if pd.notna(r["effect"]) else ""
+        for _, r in ledger.iterrows()
+    ]
+    table = (
+        ledger.assign(**{"effect [95 % interval]": effect})
+        .astype({"n": object, "seeds": object})
+        .fillna({"n": "", "seeds": ""})
+    )
+    return table[
+        [
+            "claim",
+            "statement",
+            "where",
+            "verdict",
+            "measured",
+            "claimed",
+            "effect [95 % interval]",
+            "n",
+            "seeds",
+            "note",
+        ]
+    ]
 
 
 def conclusion(ledger: pd.DataFrame) -> str:
     """Markdown: how many claims got which verdict, and which."""
     kinds, tested = _colour(ledger), int((ledger["verdict"] != "not testable here").sum())
-    lines = [f"Of {len(ledger)} claims, {(kinds == 'reproduced').sum()} are reproduced on the small world, {(ledger['verdict'] == 'not reproduced').sum()} are not "
-             f"({(kinds == 'on the other side').sum()} turn out the other way, {(kinds == 'undecided').sum()} are undecided at this n), "
-             f"and {len(ledger) - tested} are not testable here."]
-    for title, kind in (("Reproduced", "reproduced"), ("Not reproduced, the other way", "on the other side"), ("Not reproduced, undecided", "undecided")):
-        rows = [f"- {r.statement} (`{r.claim}`): " + (f"{r.effect:+.3f} [{r.low:+.3f}, {r.high:+.3f}], n={r.n}" if pd.notna(r.effect) else r.note)
-                for r in ledger[kinds == kind].itertuples()]
+    lines = [
+        f"Of {len(ledger)} claims, {(kinds == 'reproduced').sum()} are reproduced on the small world, "
+        f"{(ledger['verdict'] == 'not reproduced').sum()} are not "
+        f"({(kinds == 'on the other side').sum()} turn out the other way, {(kinds == 'undecided').sum()} "
+        "are undecided at this n), "
+        f"and {len(ledger) - tested} are not testable here."
+    ]
+    for title, kind in (
+        ("Reproduced", "reproduced"),
+        ("Not reproduced, the other way", "on the other side"),
+        ("Not reproduced, undecided", "undecided"),
+    ):
+        rows = [
+            f"- {r.statement} (`{r.claim}`): "
+            + (f"{r.effect:+.3f} [{r.low:+.3f}, {r.high:+.3f}], n={r.n}" if pd.notna(r.effect) else r.note)
+            for r in ledger[kinds == kind].itertuples()
+        ]
         lines += ["", f"**{title}**", "", *(rows or ["- none"])]
     reasons = ledger[kinds == ""].groupby("note", sort=False)["claim"].agg(", ".join)
     lines += ["", "**Not testable here**", "", *(f"- {claims}: {note}" for note, claims in reasons.items())]
     if tested:
-        lines += ["", f"The intervals are over prompts or batches; where a model has one training (`seeds`), they speak of that training alone. If none of the {tested} effects existed, "
-                  f"about {.025 * tested:.1f} would still be expected to come out as reproduced."]
+        lines += [
+            "",
+            "The intervals are over prompts or batches; where a model has one training (`seeds`), they "
+            f"speak of that training alone. If none of the {tested} effects existed, "
+            f"about {0.025 * tested:.1f} would still be expected to come out as reproduced.",
+        ]
     return "\n".join(lines)
 
 
 def _colour(ledger: pd.DataFrame) -> np.ndarray:
     """A name of `VERDICTS` for each row that was tested."""
     decided = (ledger["low"] > 0) | (ledger["high"] < 0)
-    return np.select([ledger["verdict"] == "not testable here", ledger["verdict"] == "reproduced", decided], ["", "reproduced", "on the other side"], "undecided")
+    return np.select(
+        [ledger["verdict"] == "not testable here", ledger["verdict"] == "reproduced", decided],
+        ["", "reproduced", "on the other side"],
+        "undecided",
+    )
 
 
 def ledger_figure(ledger: pd.DataFrame, source: str) -> Figure:
-    """A row per claim that was measured, in its own words: the effect over half its interval's width, turned so that the claim is at the right of 0; `source` names the run."""
+    """A row per claim that was measured, in its own words: the effect over half its interval's width, turned
+    so that the claim is at the right of 0; `source` names the run."""
     rows = ledger.assign(colour=_colour(ledger))[ledger["high"] > ledger["low"]]
     half = (rows["high"] - rows["low"]) / 2 * np.where(rows["claimed"] == "< 0", -1, 1)
     effect, ends = rows["effect"] / half, np.sort(np.stack([rows["low"] / half, rows["high"] / half]), 0)
-    figure, axis = plt.subplots(figsize=(13, .42 * len(rows) + 1.7))
+    figure, axis = plt.subplots(figsize=(13, 0.42 * len(rows) + 1.7))
     for name, colour in VERDICTS.items():
         here = np.flatnonzero(rows["colour"] == name)
-        axis.errorbar(effect.iloc[here], here, xerr=[effect.iloc[here] - ends[0, here], ends[1, here] - effect.iloc[here]], fmt="o", ms=6,
-                      capsize=3, color=colour, label=f"{'' if name == 'reproduced' else 'not reproduced: '}{name} ({len(here)})")
+        axis.errorbar(
+            effect.iloc[here],
+            here,
+            xerr=[effect.iloc[here] - ends[0, here], ends[1, here] - effect.iloc[here]],
+            fmt="o",
+            ms=6,
+            capsize=3,
+            color=colour,
+            label=f"{'' if name == 'reproduced' else 'not reproduced: '}{name} ({len(here)})",
+        )
     axis.axvline(0, color=".3", lw=1)
-    words = [textwrap.fill(textwrap.shorten(f"{r.statement} (n={r.n:.0f})", 140, placeholder=" …"), 72) for r in rows.itertuples()]
-    axis.set_yticks(range(len(rows)), words, fontsize=8, linespacing=.95)
+    words = [
+        textwrap.fill(textwrap.shorten(f"{r.statement} (n={r.n:.0f})", 140, placeholder=" …"), 72)
+        for r in rows.itertuples()
+    ]
+    axis.set_yticks(range(len(rows)), words, fontsize=8, linespacing=0.95)
     axis.set_xscale("symlog", linthresh=2)
-    ticks = [t for t in (-30, -10, -3, -1, 0, 1, 3, 10, 30) if rows.empty or min(ends.min(), -1) - 2 <= t <= max(ends.max(), 1) + 2]
+    ticks = [
+        t
+        for t in (-30, -10, -3, -1, 0, 1, 3, 10, 30)
+        if rows.empty or min(ends.min(), -1) - 2 <= t <= max(ends.max(), 1) + 2
+    ]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axis.set(ylim=(max(len(rows), 1) - .5, -.5), xlabel="effect in the direction claimed / half the width of its 95 % interval",
-             title=f"The paper's claims on {source}")
+    axis.set(
+        ylim=(max(len(rows), 1) - 0.5, -0.5),
+        xlabel="effect in the direction claimed / half the width of its 95 % interval",
+        title=f"The paper's claims on {source}",
+    )
     axis.legend(fontsize=9, loc="best")
     return figure
 
 
 def surpassing_figure(table: pd.DataFrame) -> Figure:
-    """Share of prompts where the student is above, equal to and below its teacher, with intervals, a group per judge."""
+    """Share of prompts where the student is above, equal to and below its teacher, with intervals, a group
+    per judge."""
     figure, axis = plt.subplots(figsize=(7.5, 3.2))
     judges = list(table["judge"].unique())
-    for shift, (word, colour) in enumerate(zip(("above", "equal", "below"), (VERDICTS["reproduced"], VERDICTS["undecided"], VERDICTS["on the other side"]))):
+    for shift, (word, colour) in enumerate(
+        zip(
+            ("above", "equal", "below"),
+            (VERDICTS["reproduced"], VERDICTS["undecided"], VERDICTS["on the other side"]),
+        )
+    ):
         rows = table[table["student is"] == word].set_index("judge").loc[judges]
-        axis.errorbar(np.arange(len(judges)) + .2 * (shift - 1), rows["mean"], yerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]], fmt="o", ms=7,
-                      capsize=4, color=colour, label=f"student {word}")
+        axis.errorbar(
+            np.arange(len(judges)) + 0.2 * (shift - 1),
+            rows["mean"],
+            yerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]],
+            fmt="o",
+            ms=7,
+            capsize=4,
+            color=colour,
+            label=f"student {word}",
+        )
     n = table.groupby("judge")["n"].first()
     axis.set_xticks(range(len(judges)), [f"{j} (n={n[j]})" for j in judges])
-    axis.set(ylim=(-.03, 1.03), ylabel="share of prompts, 95 % interval", title="The student against the teacher of each task")
+    axis.set(
+        ylim=(-0.03, 1.03),
+        ylabel="share of prompts, 95 % interval",
+        title="The student against the teacher of each task",
+    )
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return figure

@@ -1,4 +1,5 @@
 """What the training loop asks of an objective."""
+
 from __future__ import annotations
 
 import random
@@ -16,7 +17,9 @@ from ..sde import REDUCTIONS
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of every iteration: items `rank::world` of it, and a way to see everybody's numbers."""
+    """One process's part of every iteration: items `rank::world` of it, and a way to see everybody's
+    numbers."""
+
     rank: int = 0
     world: int = 1
     gather: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda values: values)
@@ -25,22 +28,28 @@ class Share:
         """Whole groups of `group` neighbours (the samples of one prompt) go to one process."""
         groups, rest = divmod(len(batch), group)
         if rest or groups % self.world:
-            raise ValueError(f"{groups} prompts cannot be shared out evenly among {self.world} processes; "
-                             "make the prompts per batch a multiple of the processes")
+            raise ValueError(
+                f"{groups} prompts cannot be shared out evenly among {self.world} processes; "
+                "make the prompts per batch a multiple of the processes"
+            )
         rows = [g * group + i for g in range(self.rank, groups, self.world) for i in range(group)]
         return Batch([batch.prompts[r] for r in rows], [batch.seeds[r] for r in rows])
 
     def updates_of(self, groups: int, group: int, updates: int, micro: int) -> list[tuple[int, slice, int]]:
-        """How this process's part of `groups` groups of `group` neighbours is cut into forwards: (update, rows, images of that update over all processes).
+        """How this process's part of `groups` groups of `group` neighbours is cut into forwards: (update,
+        rows, images of that update over all processes).
 
-        The groups of an iteration, in its order, are dealt to its updates in blocks, so which images an update sees follows from the iteration alone, not
-        from the processes or from `micro`, the images in a forward.
+        The groups of an iteration, in its order, are dealt to its updates in blocks, so which images an
+        update sees follows from the iteration alone, not from the processes or from `micro`, the images in a
+        forward.
         """
         mine, pieces, row = range(self.rank, groups, self.world), [], 0
         for update in range(updates):
             block = range(update * groups // updates, (update + 1) * groups // updates)
             here = sum(g in block for g in mine) * group
-            pieces += [(update, slice(row + c.start, row + c.stop), len(block) * group) for c in chunks(here, micro)]
+            pieces += [
+                (update, slice(row + c.start, row + c.stop), len(block) * group) for c in chunks(here, micro)
+            ]
             row += here
         return pieces
 
@@ -48,9 +57,10 @@ class Share:
 class Objective(Protocol):
     """Data collected once, then `updates` optimizer updates on it.
 
-    `losses` yields terms that the loop differentiates one by one, so no more than one graph is alive; their sum over all
-    processes is the update's loss. Everything random follows from `seed` and the iteration.
+    `losses` yields terms that the loop differentiates one by one, so no more than one graph is alive; their
+    sum over all processes is the update's loss. Everything random follows from `seed` and the iteration.
     """
+
     updates: int
 
     @property
@@ -71,23 +81,33 @@ class Objective(Protocol):
         ...
 
 
-def trained_steps(sampler: Sampler, which: int | tuple[int, ...] | None, iteration: int, seed: int) -> list[int]:
-    """The steps of a trajectory, whose window stands still, that are trained: None all that have noise, a number that many of them drawn anew for every
-    iteration, a tuple exactly those.
+def trained_steps(
+    sampler: Sampler, which: int | tuple[int, ...] | None, iteration: int, seed: int
+) -> list[int]:
+    """The steps of a trajectory, whose window stands still, that are trained: None all that have noise, a
+    number that many of them drawn anew for every iteration, a tuple exactly those.
 
     Raises ValueError for steps that do not exist or have no noise.
     """
     noisy = sampler.window
     if not noisy:
-        raise ValueError(f"a walk of {sampler.steps} step has none to train, for the last is deterministic; take at least 2 steps")
+        raise ValueError(
+            f"a walk of {sampler.steps} step has none to train, for the last is deterministic; take at "
+            "least 2 steps"
+        )
     if which is None:
         return list(noisy)
     if isinstance(which, int):
         if not 1 <= which <= len(noisy):
-            raise ValueError(f"of {sampler.steps} steps, between 1 and {len(noisy)} can be trained, not {which}")
+            raise ValueError(
+                f"of {sampler.steps} steps, between 1 and {len(noisy)} can be trained, not {which}"
+            )
         return sorted(random.Random(f"steps/{seed}/{iteration}").sample(noisy, which))
     if not which or not set(which) <= set(noisy):
-        raise ValueError(f"trained steps are numbers from {noisy[0]} to {noisy[-1]} (the others are deterministic), not {tuple(which)}")
+        raise ValueError(
+            f"trained steps are numbers from {noisy[0]} to {noisy[-1]} (the others are deterministic), not "
+            f"{tuple(which)}"
+        )
     return sorted(which)
 
 
@@ -96,7 +116,10 @@ def check_settings(updates: int, micro: int, clip: float, reduction: str, schedu
     if updates < 1 or micro < 1:
         raise ValueError(f"updates must be at least 1 and micro at least 1, not {updates} and {micro}")
     if updates > schedule.size:
-        raise ValueError(f"{updates} updates need as many prompts in an iteration, not {schedule.size}; lower updates or raise prompts_per_batch")
+        raise ValueError(
+            f"{updates} updates need as many prompts in an iteration, not {schedule.size}; lower updates or "
+            "raise prompts_per_batch"
+        )
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
     if not clip > 0:
@@ -108,5 +131,9 @@ def chunks(n: int, size: int) -> list[slice]:
 
 
 def mean_of(records: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Means of detached scalars collected along an iteration; NaN, which says there was nothing to measure, is left out of them."""
-    return {key: torch.stack([r[key] for r in records if key in r]).nanmean().item() for key in {k: 0 for r in records for k in r}}
+    """Means of detached scalars collected along an iteration; NaN, which says there was nothing to measure,
+    is left out of them."""
+    return {
+        key: torch.stack([r[key] for r in records if key in r]).nanmean().item()
+        for key in {k: 0 for r in records for k in r}
+    }

@@ -1,9 +1,12 @@
 """GRPO on flow models (Flow-GRPO 2505.05470): the experts of stage 1, and the mixed-reward baselines.
 
-    A = (r - mean of the group) / std,   loss = -min(rho A, clip(rho, 1 - c, 1 + c) A) + beta KL(student || reference)
+    A = (r - mean of the group) / std,   loss = -min(rho A, clip(rho, 1 - c, 1 + c) A) + beta KL(student ||
+                                         reference)
 
-with rho the ratio of the probabilities of an action now and when it was taken, averaged over images and trained steps.
+with rho the ratio of the probabilities of an action now and when it was taken, averaged over images and
+trained steps.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -19,17 +22,25 @@ from ..schedule import Batch, Schedule
 from ..sde import log_prob, transition, velocity_weight
 from .base import Share, check_settings, mean_of, trained_steps
 
-SCALES = {"PickScore": 26., "DeQA": 5.}        # the paper divides by these before it adds; GenEval and OCR lie in [0, 1]
+# the paper divides by these before it adds; GenEval and OCR lie in [0, 1]
+SCALES = {"PickScore": 26.0, "DeQA": 5.0}
 NORMALISATIONS = ("batch", "group", "gdpo", "none")
 
 
-def advantages(rewards: torch.Tensor, weights: torch.Tensor, group: int, normalise: str = "batch", share: Share = Share(),
-               limit: float = 5.) -> torch.Tensor:
+def advantages(
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    group: int,
+    normalise: str = "batch",
+    share: Share = Share(),
+    limit: float = 5.0,
+) -> torch.Tensor:
     """(B,) from rewards (B, R), groups of `group` neighbours, and weights (B, R).
 
     batch   the weighted sum, centred in its group, over the standard deviation of the whole batch (Flow-GRPO)
     group   the same over the group's own
-    gdpo    each reward normalised in its group first, then weighed and added, then over the batch's deviation (GDPO)
+    gdpo    each reward normalised in its group first, then weighed and added, then over the batch's deviation
+            (GDPO)
     none    centred only: the gradient then is in units of the reward
 
     A reward that does not vary gives no advantage. Clipped to +-`limit`.
@@ -38,25 +49,41 @@ def advantages(rewards: torch.Tensor, weights: torch.Tensor, group: int, normali
         raise ValueError(f"unknown normalisation {normalise!r}: choose one of {', '.join(NORMALISATIONS)}")
     if normalise == "gdpo":
         grouped = rewards.unflatten(0, (-1, group))
-        rewards = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True, correction=0) + 1e-4)).flatten(0, 1)
+        rewards = (
+            (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True, correction=0) + 1e-4)
+        ).flatten(0, 1)
     total = (rewards * weights).sum(1).unflatten(0, (-1, group))
     centred = total - total.mean(1, keepdim=True)
     if normalise == "none":
         return centred.flatten()
-    spread = centred.std(1, keepdim=True, correction=0) if normalise == "group" else share.gather(total.flatten()).std(correction=0)
+    spread = (
+        centred.std(1, keepdim=True, correction=0)
+        if normalise == "group"
+        else share.gather(total.flatten()).std(correction=0)
+    )
     return (centred / (spread + 1e-4)).flatten().clamp(-limit, limit)
 
 
-def task_rewards(judges: Mapping[str, Reward], deqa: float = 0.) -> dict[str, dict[str, float]]:
-    """Each task's own reward, (1 - deqa) of it, beside DeQA. GenEval counts half as partial credit where the judges give any."""
+def task_rewards(judges: Mapping[str, Reward], deqa: float = 0.0) -> dict[str, dict[str, float]]:
+    """Each task's own reward, (1 - deqa) of it, beside DeQA. GenEval counts half as partial credit where the
+    judges give any."""
     parts = ("GenEval", "GenEvalPartial") if "GenEvalPartial" in judges else ("GenEval",)
-    own = {"geneval": {name: 1 / len(parts) for name in parts}, "ocr": {"OCR": 1.}, "pickscore": {"PickScore": 1.}}
-    return {task: {**{name: (1 - deqa) * w for name, w in weights.items()}, **({"DeQA": deqa} if deqa else {})} for task, weights in own.items()}
+    own = {
+        "geneval": {name: 1 / len(parts) for name in parts},
+        "ocr": {"OCR": 1.0},
+        "pickscore": {"PickScore": 1.0},
+    }
+    return {
+        task: {**{name: (1 - deqa) * w for name, w in weights.items()}, **({"DeQA": deqa} if deqa else {})}
+        for task, weights in own.items()
+    }
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One chunk of an iteration: its prompts, the trained steps, (B,) advantages, the update that learns from it and how many images that has."""
+    """One chunk of an iteration: its prompts, the trained steps, (B,) advantages, the update that learns from
+    it and how many images that has."""
+
     prompts: list[Prompt]
     steps: list[Step]
     advantages: torch.Tensor
@@ -73,12 +100,15 @@ class Collected:
 
 @dataclass
 class GRPO:
-    """`rewards` maps a judge's name to its weight, for every task or (nested) by task: `{"geneval": {"GenEval": .8, "DeQA": .2}}`.
+    """`rewards` maps a judge's name to its weight, for every task or (nested) by task: `{"geneval":
+    {"GenEval": .8, "DeQA": .2}}`.
 
-    `updates` optimizer updates an iteration, each on its own part of the prompts. `reduction` and `clip` belong together: the
-    mean over a latent (Flow-GRPO) brings ratios within 1e-4 of 1, the sum does not. `beta` weighs the KL to `reference` (an adapter;
-    None is the base). `micro`: images in one forward, in rollout and training alike, so that ratios are exact.
+    `updates` optimizer updates an iteration, each on its own part of the prompts. `reduction` and `clip`
+    belong together: the mean over a latent (Flow-GRPO) brings ratios within 1e-4 of 1, the sum does not.
+    `beta` weighs the KL to `reference` (an adapter; None is the base). `micro`: images in one forward, in
+    rollout and training alike, so that ratios are exact.
     """
+
     schedule: Schedule
     judges: Mapping[str, Reward]
     rewards: Mapping[str, float | Mapping[str, float]]
@@ -87,7 +117,7 @@ class GRPO:
     normalise: str = "batch"
     reduction: str = "mean"
     clip: float = 1e-4
-    beta: float = .04
+    beta: float = 0.04
     reference: str | None = None
     steps: int | tuple[int, ...] | None = None
     micro: int = 64
@@ -99,7 +129,9 @@ class GRPO:
             raise ValueError("GRPO compares the images of a prompt: images_per_prompt must be at least 2")
         trained_steps(self.sampler.at(0, 0), self.steps, 0, 0)
         if self.sampler.last is not None and isinstance(self.steps, tuple):
-            raise ValueError("the window moves, so its steps cannot be trained by their numbers; leave steps out, or last")
+            raise ValueError(
+                "the window moves, so its steps cannot be trained by their numbers; leave steps out, or last"
+            )
         check_settings(self.updates, self.micro, self.clip, self.reduction, self.schedule)
         advantages(torch.zeros(2, 1), torch.ones(2, 1), 2, self.normalise)
         if self.beta < 0:
@@ -107,7 +139,10 @@ class GRPO:
         for task in self.schedule.prompts:
             unknown = set(self.weights_of(task)) - set(self.judges)
             if unknown or not self.weights_of(task):
-                raise ValueError(f"the rewards of {task} name {', '.join(sorted(unknown)) or 'nothing'}; the judges are {', '.join(self.judges)}")
+                raise ValueError(
+                    f"the rewards of {task} name {', '.join(sorted(unknown)) or 'nothing'}; the judges are "
+                    f"{', '.join(self.judges)}"
+                )
 
     def weights_of(self, task: str) -> dict[str, float]:
         nested = any(isinstance(w, Mapping) for w in self.rewards.values())
@@ -123,7 +158,10 @@ class GRPO:
 
     def identity(self) -> dict:
         used = {name for task in self.schedule.prompts for name in self.weights_of(task)}
-        return {**{f.name: getattr(self, f.name) for f in fields(self) if f.name != "micro"}, "judges": {n: self.judges[n] for n in sorted(used)}}
+        return {
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "micro"},
+            "judges": {n: self.judges[n] for n in sorted(used)},
+        }
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Collected:
         batch = share.of(self.schedule.draw(iteration), self.schedule.repeats)
@@ -131,50 +169,90 @@ class GRPO:
         keep = trained_steps(sampler, self.steps, iteration, self.schedule.seed)
         walks, images = [], []
         # Images that share a walk stay together.
-        micro = max(self.micro // self.schedule.repeats, 1) * self.schedule.repeats if sampler.branch else self.micro
+        micro = (
+            max(self.micro // self.schedule.repeats, 1) * self.schedule.repeats
+            if sampler.branch
+            else self.micro
+        )
         pieces = share.updates_of(self.schedule.size, self.schedule.repeats, self.updates, micro)
         for _, rows, _ in pieces:
-            steps = list(trajectory(policy, batch.prompts[rows], batch.seeds[rows], sampler, adapter, self.schedule.repeats))
+            steps = list(
+                trajectory(
+                    policy, batch.prompts[rows], batch.seeds[rows], sampler, adapter, self.schedule.repeats
+                )
+            )
             images.append(policy.decode(steps[-1].x_next).cpu())
             walks.append([steps[k] for k in keep])
         rewards, weights, seen = self.score(torch.cat(images), batch)
-        advantage = advantages(rewards, weights, self.schedule.repeats, self.normalise, share).to(policy.device)
-        return Collected([Rollout(batch.prompts[rows], steps, advantage[rows], update, n) for (update, rows, n), steps in zip(pieces, walks)], seen)
+        advantage = advantages(rewards, weights, self.schedule.repeats, self.normalise, share).to(
+            policy.device
+        )
+        return Collected(
+            [
+                Rollout(batch.prompts[rows], steps, advantage[rows], update, n)
+                for (update, rows, n), steps in zip(pieces, walks)
+            ],
+            seen,
+        )
 
-    def score(self, images: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        """Rewards (B, R) divided by `SCALES`, weights (B, R), and each judge's mean in its own units. A judge that fails raises."""
+    def score(
+        self, images: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        """Rewards (B, R) divided by `SCALES`, weights (B, R), and each judge's mean in its own units. A judge
+        that fails raises."""
         names = sorted({name for p in batch.prompts for name in self.weights_of(p.task)})
         rewards, weights, seen = torch.zeros(len(batch), len(names)), torch.zeros(len(batch), len(names)), {}
         for column, name in enumerate(names):
             rows = [i for i, p in enumerate(batch.prompts) if name in self.weights_of(p.task)]
-            values = torch.as_tensor(self.judges[name](images[rows], [batch.prompts[i] for i in rows]), dtype=torch.float32)
+            values = torch.as_tensor(
+                self.judges[name](images[rows], [batch.prompts[i] for i in rows]), dtype=torch.float32
+            )
             if not values.isfinite().all():
-                raise ValueError(f"{name} gave a reward that is not a number; a failure is never turned into a reward")
-            rewards[rows, column] = values / SCALES.get(name, 1.)
-            weights[rows, column] = torch.tensor([float(self.weights_of(batch.prompts[i].task)[name]) for i in rows])
+                raise ValueError(
+                    f"{name} gave a reward that is not a number; a failure is never turned into a reward"
+                )
+            rewards[rows, column] = values / SCALES.get(name, 1.0)
+            weights[rows, column] = torch.tensor(
+                [float(self.weights_of(batch.prompts[i].task)[name]) for i in rows]
+            )
             seen[name] = values.mean().item()
         return rewards, weights, seen
 
-    def losses(self, policy: FlowPolicy, adapter: str, data: Collected, update: int) -> Iterator[torch.Tensor]:
+    def losses(
+        self, policy: FlowPolicy, adapter: str, data: Collected, update: int
+    ) -> Iterator[torch.Tensor]:
         for part in (p for p in data.parts if p.update == update):
             text = policy.encode([p.text for p in part.prompts])
             for step in part.steps:
-                yield self._loss(policy, adapter, text, step, part.advantages, data.records).sum() / (part.images * len(part.steps))
+                yield self._loss(policy, adapter, text, step, part.advantages, data.records).sum() / (
+                    part.images * len(part.steps)
+                )
 
     def _loss(self, policy, adapter, text, step: Step, advantage, records) -> torch.Tensor:
         """(B,): the clipped surrogate and the penalty of one step."""
         s, size = self.sampler, step.x[0].numel()
-        one = slice(None, None, step.shared)        # where images part they have one state
-        v = policy.velocity(step.x[one], step.sigma, text[one], s.guidance, adapter).repeat_interleave(step.shared, 0)
+        one = slice(None, None, step.shared)  # where images part they have one state
+        v = policy.velocity(step.x[one], step.sigma, text[one], s.guidance, adapter).repeat_interleave(
+            step.shared, 0
+        )
         mean, std = transition(step.x, v, step.sigma, step.sigma_next, s.kind, s.noise_level)
         ratio = (log_prob(step.x_next, mean, std, self.reduction) - step.log_prob(self.reduction)).exp()
         loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
         with torch.no_grad():
-            records.append({"ratio_error": (ratio - 1).abs().mean(), "clipped": ((ratio - 1).abs() > self.clip).float().mean()})
+            records.append(
+                {
+                    "ratio_error": (ratio - 1).abs().mean(),
+                    "clipped": ((ratio - 1).abs() > self.clip).float().mean(),
+                }
+            )
         if self.beta:
             with torch.no_grad():
-                reference = policy.velocity(step.x[one], step.sigma, text[one], s.guidance, self.reference).repeat_interleave(step.shared, 0)
-            kl = velocity_weight(step.sigma, step.sigma_next, "kl", s.kind, s.noise_level) * (v - reference).square().flatten(1).sum(1)
+                reference = policy.velocity(
+                    step.x[one], step.sigma, text[one], s.guidance, self.reference
+                ).repeat_interleave(step.shared, 0)
+            kl = velocity_weight(step.sigma, step.sigma_next, "kl", s.kind, s.noise_level) * (
+                v - reference
+            ).square().flatten(1).sum(1)
             records[-1]["kl"] = kl.detach().mean()
             loss = loss + self.beta * (kl / size if self.reduction == "mean" else kl)
         return loss
@@ -183,9 +261,25 @@ class GRPO:
         return {**data.rewards, **mean_of(data.records)}
 
 
-def grpo_mix(prompts: Mapping[str, list[Prompt]], judges: Mapping[str, Reward], prompts_per_batch: int = 12, images_per_prompt: int = 12, seed: int = 0,
-             sampler: Sampler = Sampler(8, "sde", noisy=4), **options) -> GRPO:
-    """The paper's baseline GRPO-Mix: the sets of prompts take turns, GenEval : OCR : PickScore = 3 : 1 : 1, each with 0.8 of its own reward and 0.2 DeQA."""
-    schedule = Schedule(prompts, prompts_per_batch, images_per_prompt, {"geneval": 3, "ocr": 1, "pickscore": 1}, True, seed)
+def grpo_mix(
+    prompts: Mapping[str, list[Prompt]],
+    judges: Mapping[str, Reward],
+    prompts_per_batch: int = 12,
+    images_per_prompt: int = 12,
+    seed: int = 0,
+    sampler: Sampler = Sampler(8, "sde", noisy=4),
+    **options,
+) -> GRPO:
+    """The paper's baseline GRPO-Mix: the sets of prompts take turns, GenEval : OCR : PickScore = 3 : 1 : 1,
+    each with 0.8 of its own reward and 0.2 DeQA."""
+    schedule = Schedule(
+        prompts, prompts_per_batch, images_per_prompt, {"geneval": 3, "ocr": 1, "pickscore": 1}, True, seed
+    )
     micro = -(-prompts_per_batch // 2) * images_per_prompt
-    return GRPO(schedule, judges, task_rewards(judges, .2), sampler, **{"beta": 0., "clip": 2e-4, "micro": micro, **options})
+    return GRPO(
+        schedule,
+        judges,
+        task_rewards(judges, 0.2),
+        sampler,
+        **{"beta": 0.0, "clip": 2e-4, "micro": micro, **options},
+    )

@@ -1,16 +1,24 @@
-"""On-policy distillation (Flow-OPD 5.1.1): the student walks, and at every state it visits is pulled to its prompt's teacher.
+"""On-policy distillation (Flow-OPD 5.1.1): the student walks, and at every state it visits is pulled to its
+prompt's teacher.
 
-With KL_k = w_k ||v_S(x_k) - v_T(x_k)||^2 the divergence of the two policies at one step and rho_k the ratio of the
-probabilities of the action x_{k+1} now and when it was taken, the readings of "minimise the KL along the student's walk" are
+With KL_k = w_k ||v_S(x_k) - v_T(x_k)||^2 the divergence of the two policies at one step and rho_k the ratio
+of the probabilities of the action x_{k+1} now and when it was taken, the readings of "minimise the KL along
+the student's walk" are
 
     pathwise        sum_k KL_k, differentiated through the student's velocity: the gradient of each step's KL
-    paper           -rho_k r_k with r_k = -KL_k detached. r_k does not depend on the action, so it is a baseline: zero in expectation
-    as_coded        the public code: r_k still attached, and (B, 1) x (B,) broadcast to (B, B): pathwise plus zero-mean noise
-    log_ratio       -rho_k r_k with r_k = log pi_T(x_{k+1}) - log pi_S(x_{k+1}) at the action taken: pathwise's mean, noisier
-    return_to_go    -rho_k r_k with r_k = -(the KL at later steps): what pathwise drops, today's action moving tomorrow's states
+    paper           -rho_k r_k with r_k = -KL_k detached. r_k does not depend on the action, so it is a
+                    baseline: zero in expectation
+    as_coded        the public code: r_k still attached, and (B, 1) x (B,) broadcast to (B, B): pathwise plus
+                    zero-mean noise
+    log_ratio       -rho_k r_k with r_k = log pi_T(x_{k+1}) - log pi_S(x_{k+1}) at the action taken:
+                    pathwise's mean, noisier
+    return_to_go    -rho_k r_k with r_k = -(the KL at later steps): what pathwise drops, today's action moving
+                    tomorrow's states
 
-`pathwise` + `return_to_go` is the exact gradient of the whole trajectory's KL. Ratios are clipped as in the paper.
+`pathwise` + `return_to_go` is the exact gradient of the whole trajectory's KL. Ratios are clipped as in the
+paper.
 """
+
 from __future__ import annotations
 
 import math
@@ -34,7 +42,9 @@ ESTIMATORS = ("pathwise", "paper", "as_coded", "log_ratio", "return_to_go")
 
 @dataclass(frozen=True)
 class Visit:
-    """A trained step of a rollout, what the teacher and the anchor say there, and the KL at later trained steps (B,)."""
+    """A trained step of a rollout, what the teacher and the anchor say there, and the KL at later trained
+    steps (B,)."""
+
     step: Step
     teacher: torch.Tensor
     anchor: torch.Tensor | None
@@ -43,7 +53,9 @@ class Visit:
 
 @dataclass(frozen=True)
 class States:
-    """States of several walks and steps, learned from together: of each its prompt, its step and `x` (M, C, H, W)."""
+    """States of several walks and steps, learned from together: of each its prompt, its step and `x`
+    (M, C, H, W)."""
+
     prompts: list[Prompt]
     steps: list[int]
     x: torch.Tensor
@@ -53,31 +65,36 @@ class States:
 class Walks:
     batch: Batch
     trained: list[int]
-    images: int                             # of the iteration, over all processes
-    visits: list[tuple[int, slice, int, list[Visit] | States]] | None   # update, rows, images of that update; None: rollout and training are one
+    images: int  # of the iteration, over all processes
+    # update, rows, images of that update; None: rollout and training are one
+    visits: list[tuple[int, slice, int, list[Visit] | States]] | None
     records: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
 @dataclass
 class OPD:
-    """`teachers` maps a task to the adapter its prompts are routed to (None: the base). No reward is computed and nothing is decoded.
+    """`teachers` maps a task to the adapter its prompts are routed to (None: the base). No reward is computed
+    and nothing is decoded.
 
-    `estimator`: one of ESTIMATORS, or several joined by `+`. `weighting`: of the steps, see `velocity_weight`; its noise is the sampler's,
-    or for ODE rollouts that of the SDE with the same noise level; a weight is at most `max_weight`. `mar` weighs Manifold Anchor Regularization towards `anchor` (an adapter; None
-    is the base) on all prompts. `guidance`: a teacher's own guidance scale, by adapter.
+    `estimator`: one of ESTIMATORS, or several joined by `+`. `weighting`: of the steps, see
+    `velocity_weight`; its noise is the sampler's, or for ODE rollouts that of the SDE with the same noise
+    level; a weight is at most `max_weight`. `mar` weighs Manifold Anchor Regularization towards `anchor` (an
+    adapter; None is the base) on all prompts. `guidance`: a teacher's own guidance scale, by adapter.
 
-    `steps`: of a walk, those that are learned from: None all with noise, a tuple exactly those, a number that many of the N, drawn at random and weighed N/k,
-    so that the loss stays an unbiased estimate of that of all: for every walk anew where the reading is pathwise (`draw="walk"`), else for every iteration. A
-    walk ends at the last of them.
-    Pathwise on the same steps of every walk with one update an iteration needs no second forward: the one that takes the step is differentiated.
+    `steps`: of a walk, those that are learned from: None all with noise, a tuple exactly those, a number that
+    many of the N, drawn at random and weighed N/k, so that the loss stays an unbiased estimate of that of
+    all: for every walk anew where the reading is pathwise (`draw="walk"`), else for every iteration. A walk
+    ends at the last of them. Pathwise on the same steps of every walk with one update an iteration needs no
+    second forward: the one that takes the step is differentiated.
     """
+
     schedule: Schedule
     teachers: Mapping[str, str | None]
     sampler: Sampler = Sampler(10, "sde")
     estimator: str = "pathwise"
     weighting: str = "kl"
     max_weight: float | None = None
-    mar: float = .04
+    mar: float = 0.04
     anchor: str | None = None
     guidance: Mapping[str | None, float] = field(default_factory=dict)
     steps: int | tuple[int, ...] | None = None
@@ -91,24 +108,41 @@ class OPD:
         self.readings = self.estimator.split("+")
         unknown = set(self.readings) - set(ESTIMATORS)
         if unknown:
-            raise ValueError(f"unknown estimator {', '.join(sorted(unknown))}: choose among {', '.join(ESTIMATORS)}, joined by +")
+            raise ValueError(
+                f"unknown estimator {', '.join(sorted(unknown))}: choose among {', '.join(ESTIMATORS)}, "
+                "joined by +"
+            )
         if self.readings != ["pathwise"] and (self.sampler.kind == "ode" or self.sampler.noise_level == 0):
-            raise ValueError(f"{self.estimator} needs the probabilities of actions: sample with sde or cps, or use pathwise")
+            raise ValueError(
+                f"{self.estimator} needs the probabilities of actions: sample with sde or cps, or use "
+                "pathwise"
+            )
         missing = set(self.schedule.prompts) - set(self.teachers)
         if missing:
-            raise ValueError(f"no teacher for the task {', '.join(sorted(missing))}; there are teachers for {', '.join(self.teachers)}")
+            raise ValueError(
+                f"no teacher for the task {', '.join(sorted(missing))}; there are teachers for "
+                f"{', '.join(self.teachers)}"
+            )
         if self.sampler.branch or self.sampler.last is not None:
-            raise ValueError("branch and a window that moves are for GRPO; OPD learns from the steps that `steps` says")
+            raise ValueError(
+                "branch and a window that moves are for GRPO; OPD learns from the steps that `steps` says"
+            )
         noisy = len(trained_steps(self.sampler, None, 0, 0))
         trained_steps(self.sampler, self.steps, 0, 0)
         if "return_to_go" in self.readings and self.steps == 1 < noisy:
-            raise ValueError("return_to_go weighs a step by the KL at later ones, so one drawn step says nothing of it; draw at least 2, or name the steps")
+            raise ValueError(
+                "return_to_go weighs a step by the KL at later ones, so one drawn step says nothing of it; "
+                "draw at least 2, or name the steps"
+            )
         if self.draw not in DRAWS:
-            raise ValueError(f"unknown draw {self.draw!r}: steps are drawn for every {' or every '.join(DRAWS)}")
-        # Of N steps k are drawn: one is seen in k/N of the draws, and with it a later one in (k - 1) / (N - 1) of these.
+            raise ValueError(
+                f"unknown draw {self.draw!r}: steps are drawn for every {' or every '.join(DRAWS)}"
+            )
+        # Of N steps k are drawn: one is seen in k/N of the draws, and with it a later one in (k - 1) / (N -
+        # 1) of these.
         drawn = self.steps if isinstance(self.steps, int) else noisy
-        self._seen, self._seen_later = drawn / noisy, (drawn - 1) / (noisy - 1) if drawn > 1 else 1.
-        velocity_weight(.5, .4, self.weighting)
+        self._seen, self._seen_later = drawn / noisy, (drawn - 1) / (noisy - 1) if drawn > 1 else 1.0
+        velocity_weight(0.5, 0.4, self.weighting)
         if self.max_weight is not None and not self.max_weight > 0:
             raise ValueError(f"max_weight must be positive, not {self.max_weight}; leave it out for none")
         check_settings(self.updates, self.micro, self.clip, self.reduction, self.schedule)
@@ -117,28 +151,42 @@ class OPD:
         guided = {*self.teachers.values()}
         for name, scale in self.guidance.items():
             if name not in guided:
-                raise ValueError(f"guidance names {name!r}, which is no teacher; the teachers are {', '.join(map(str, guided))}")
+                raise ValueError(
+                    f"guidance names {name!r}, which is no teacher; the teachers are "
+                    f"{', '.join(map(str, guided))}"
+                )
             if not scale >= 0:
                 raise ValueError(f"the guidance of {name} must be at least 0, not {scale}")
 
     @property
     def adapters(self) -> set[str]:
-        return ({self.teachers[task] for task in self.schedule.prompts} | ({self.anchor} if self.mar else set())) - {None}
+        return (
+            {self.teachers[task] for task in self.schedule.prompts} | ({self.anchor} if self.mar else set())
+        ) - {None}
 
     @torch.no_grad()
     def check(self, policy: FlowPolicy, adapter: str) -> None:
-        """Also for a teacher or an anchor that is the base without its name (None): it teaches nothing, and the KL to it looks perfect."""
+        """Also for a teacher or an anchor that is the base without its name (None): it teaches nothing, and
+        the KL to it looks perfect."""
         policy.check_adapters(self.adapters)
         policy.check_prompts(self.schedule.every)
         if adapter in self.adapters:
-            raise ValueError(f"{adapter!r} is in training, so it can be no teacher and no anchor; copy it first")
+            raise ValueError(
+                f"{adapter!r} is in training, so it can be no teacher and no anchor; copy it first"
+            )
         batch, sigma = self.schedule.draw(0), policy.sigmas(self.sampler.steps)[1]
-        x, text = NoiseStreams(policy, batch.seeds[:4]).draw(), policy.encode([p.text for p in batch.prompts[:4]])
+        x, text = (
+            NoiseStreams(policy, batch.seeds[:4]).draw(),
+            policy.encode([p.text for p in batch.prompts[:4]]),
+        )
         base = policy.velocity(x, sigma, text)
         for name in sorted(self.adapters):
             if torch.equal(policy.velocity(x, sigma, text, adapter=name), base):
-                raise ValueError(f"the teacher or anchor {name!r} has the velocity of the base: its weights change nothing; "
-                                 "load the right adapter, or name the base itself (null in a recipe, None in Python)")
+                raise ValueError(
+                    f"the teacher or anchor {name!r} has the velocity of the base: its weights change "
+                    "nothing; "
+                    "load the right adapter, or name the base itself (null in a recipe, None in Python)"
+                )
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Walks:
         batch = share.of(self.schedule.draw(iteration))
@@ -148,16 +196,25 @@ class OPD:
         if self.readings == ["pathwise"] and self.updates == 1 and not apart:
             return data
         visit = self._states if apart else self._visit
-        data.visits = [(update, rows, images, visit(policy, adapter, batch.prompts[rows], batch.seeds[rows], trained))
-                       for update, rows, images in share.updates_of(len(batch) * share.world, 1, self.updates, self.micro)]
+        data.visits = [
+            (update, rows, images, visit(policy, adapter, batch.prompts[rows], batch.seeds[rows], trained))
+            for update, rows, images in share.updates_of(
+                len(batch) * share.world, 1, self.updates, self.micro
+            )
+        ]
         return data
 
     def _states(self, policy, adapter, prompts, seeds, trained) -> States:
         noisy, drawn = self.sampler.window, [trained] * len(prompts)
-        if self.draw == "walk":         # by the sample's own seed, so that it does not depend on the processes
+        # by the sample's own seed, so that it does not depend on the processes
+        if self.draw == "walk":
             drawn = [random.Random(f"steps/{seed}").sample(noisy, self.steps) for seed in seeds]
         found = list(states(policy, prompts, seeds, self.sampler, adapter, drawn))
-        return States([prompts[i] for _, rows, _ in found for i in rows], [k for k, rows, _ in found for _ in rows], torch.cat([x for _, _, x in found]))
+        return States(
+            [prompts[i] for _, rows, _ in found for i in rows],
+            [k for k, rows, _ in found for _ in rows],
+            torch.cat([x for _, _, x in found]),
+        )
 
     def _visit(self, policy, adapter, prompts, seeds, trained) -> list[Visit]:
         text, found = policy.encode([p.text for p in prompts]), []
@@ -173,20 +230,24 @@ class OPD:
         return visits[::-1]
 
     @torch.no_grad()
-    def _targets(self, policy: FlowPolicy, x, sigma, text: TextEmbedding, prompts: Sequence[Prompt]
-                 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The velocities of each row's own teacher and of the anchor; `sigma` is a number or (B,). One forward per adapter, never with a graph."""
+    def _targets(
+        self, policy: FlowPolicy, x, sigma, text: TextEmbedding, prompts: Sequence[Prompt]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The velocities of each row's own teacher and of the anchor; `sigma` is a number or (B,). One
+        forward per adapter, never with a graph."""
         wanted: dict[str | None, list[int]] = {}
         for row, prompt in enumerate(prompts):
             wanted.setdefault(self.teachers[prompt.task], []).append(row)
         anchor = policy.velocity(x, sigma, text, adapter=self.anchor) if self.mar else None
         teacher = torch.empty_like(x)
         for name, rows in wanted.items():
-            scale = self.guidance.get(name, 1.)
-            if anchor is not None and name == self.anchor and scale == 1.:
+            scale = self.guidance.get(name, 1.0)
+            if anchor is not None and name == self.anchor and scale == 1.0:
                 teacher[rows] = anchor[rows]
             else:
-                teacher[rows] = policy.velocity(x[rows], sigma[rows] if torch.is_tensor(sigma) else sigma, text[rows], scale, name)
+                teacher[rows] = policy.velocity(
+                    x[rows], sigma[rows] if torch.is_tensor(sigma) else sigma, text[rows], scale, name
+                )
         return teacher, anchor
 
     @property
@@ -194,16 +255,24 @@ class OPD:
         return "sde" if self.sampler.kind == "ode" else self.sampler.kind
 
     def _weight(self, sigma: float, sigma_next: float, size: int) -> float:
-        weight = velocity_weight(sigma, sigma_next, self.weighting, self._kind, self.sampler.noise_level, size)
+        weight = velocity_weight(
+            sigma, sigma_next, self.weighting, self._kind, self.sampler.noise_level, size
+        )
         return weight if self.max_weight is None else min(weight, self.max_weight)
 
     def _nats(self, sigma: float, sigma_next: float) -> float:
         """The KL of a step over the squared difference of the velocities; NaN where a walk has no noise."""
-        return velocity_weight(sigma, sigma_next, "kl", self._kind, self.sampler.noise_level) if self.sampler.noise_level else math.nan
+        return (
+            velocity_weight(sigma, sigma_next, "kl", self._kind, self.sampler.noise_level)
+            if self.sampler.noise_level
+            else math.nan
+        )
 
     def _distance(self, step: Step, v: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """(B,): `w ||v - other||^2` at one step."""
-        return self._weight(step.sigma, step.sigma_next, v[0].numel()) * (v - other).square().flatten(1).sum(1)
+        return self._weight(step.sigma, step.sigma_next, v[0].numel()) * (v - other).square().flatten(1).sum(
+            1
+        )
 
     def losses(self, policy: FlowPolicy, adapter: str, data: Walks, update: int) -> Iterator[torch.Tensor]:
         if data.visits is None:
@@ -216,26 +285,42 @@ class OPD:
             text = policy.encode([p.text for p in data.batch.prompts[rows]])
             for visit in visits:
                 v = policy.velocity(visit.step.x, visit.step.sigma, text, self.sampler.guidance, adapter)
-                yield self._loss(visit, v, data.records, data.batch.prompts[rows]).sum() / (images * self._seen)
+                yield self._loss(visit, v, data.records, data.batch.prompts[rows]).sum() / (
+                    images * self._seen
+                )
 
-    def _learn(self, policy: FlowPolicy, adapter: str, found: States, images: int, records: list) -> Iterator[torch.Tensor]:
+    def _learn(
+        self, policy: FlowPolicy, adapter: str, found: States, images: int, records: list
+    ) -> Iterator[torch.Tensor]:
         """Pathwise at states of any walks and steps, in one forward: as many as `micro` together."""
         grid = policy.sigmas(self.sampler.steps)
         for rows in chunks(len(found.steps), self.micro):
             prompts, x = found.prompts[rows], found.x[rows]
             at = [(k, grid[k], grid[k + 1]) for k in found.steps[rows]]
-            sigma, text = torch.tensor([sigma for _, sigma, _ in at], device=x.device), policy.encode([p.text for p in prompts])
+            sigma, text = (
+                torch.tensor([sigma for _, sigma, _ in at], device=x.device),
+                policy.encode([p.text for p in prompts]),
+            )
             teacher, anchor = self._targets(policy, x, sigma, text, prompts)
             v = policy.velocity(x, sigma, text, self.sampler.guidance, adapter)
             to_teacher, to_anchor = self._pulls(v, teacher, anchor, at, prompts, records)
             yield (to_teacher + to_anchor).sum() / (images * self._seen)
 
-    def _pulls(self, v: torch.Tensor, teacher: torch.Tensor, anchor: torch.Tensor | None, at: Sequence[tuple[int, float, float]], prompts: Sequence[Prompt],
-               records: list) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B,), twice: the weighed distance to the teacher and, times `mar`, to the anchor; `at` is each row's step, sigma and next sigma.
+    def _pulls(
+        self,
+        v: torch.Tensor,
+        teacher: torch.Tensor,
+        anchor: torch.Tensor | None,
+        at: Sequence[tuple[int, float, float]],
+        prompts: Sequence[Prompt],
+        records: list,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,), twice: the weighed distance to the teacher and, times `mar`, to the anchor; `at` is each
+        row's step, sigma and next sigma.
 
-        `records` gets the KL, in nats whatever the loss weighs, and `gap`, the mean squared difference of the velocities, which varies
-        far less with the step. NaN: there is none, of a task that is not among the prompts or of a walk without noise.
+        `records` gets the KL, in nats whatever the loss weighs, and `gap`, the mean squared difference of the
+        velocities, which varies far less with the step. NaN: there is none, of a task that is not among the
+        prompts or of a walk without noise.
         """
         size, steps = v[0].numel(), [k for k, _, _ in at]
         nats = torch.tensor([self._nats(sigma, after) for _, sigma, after in at], device=v.device)
@@ -244,8 +329,17 @@ class OPD:
         gap, kl = apart.detach() / size, nats * apart.detach()
         by_step = {f"kl_step_{k}": kl[[step == k for step in steps]].mean() for k in sorted(set(steps))}
         of = {task: [p.task == task for p in prompts] for task in self.schedule.prompts}
-        records.append({"kl": torch.stack(list(by_step.values())).mean(), **by_step,
-                        **{f"{name}_{task}": values[rows].mean() for task, rows in of.items() for name, values in (("kl", kl), ("gap", gap))}})
+        records.append(
+            {
+                "kl": torch.stack(list(by_step.values())).mean(),
+                **by_step,
+                **{
+                    f"{name}_{task}": values[rows].mean()
+                    for task, rows in of.items()
+                    for name, values in (("kl", kl), ("gap", gap))
+                },
+            }
+        )
         if not self.mar:
             return weight * apart, torch.zeros_like(apart)
         to_anchor = weight * (v - anchor).square().flatten(1).sum(1)
@@ -264,15 +358,25 @@ class OPD:
 
             for step in walk(policy, velocity, prompts, data.batch.seeds[rows], self.sampler):
                 if step.index in data.trained:
-                    visit = Visit(step, *self._targets(policy, step.x, step.sigma, text, prompts), torch.zeros(()))
+                    visit = Visit(
+                        step, *self._targets(policy, step.x, step.sigma, text, prompts), torch.zeros(())
+                    )
                     yield self._loss(visit, kept.pop(), data.records, prompts).sum() / data.images
                 if step.index == data.trained[-1]:
                     break
 
     def _loss(self, visit: Visit, v: torch.Tensor, records: list, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """(B,): the chosen readings and the anchor at one step; `v` is the student's and carries the graph."""
+        """(B,): the chosen readings and the anchor at one step; `v` is the student's and carries the
+        graph."""
         step = visit.step
-        kl, to_anchor = self._pulls(v, visit.teacher, visit.anchor, [(step.index, step.sigma, step.sigma_next)] * len(v), prompts, records)
+        kl, to_anchor = self._pulls(
+            v,
+            visit.teacher,
+            visit.anchor,
+            [(step.index, step.sigma, step.sigma_next)] * len(v),
+            prompts,
+            records,
+        )
         loss = kl if "pathwise" in self.readings else torch.zeros_like(kl)
         if self.readings != ["pathwise"]:
             s = self.sampler
@@ -286,8 +390,13 @@ class OPD:
                 elif reading == "return_to_go":
                     loss = loss + self._surrogate(-visit.later, ratio)
                 elif reading == "log_ratio":
-                    target, _ = transition(step.x, visit.teacher, step.sigma, step.sigma_next, s.kind, s.noise_level)
-                    loss = loss + self._surrogate(log_prob(step.x_next, target, std, self.reduction) - step.log_prob(self.reduction), ratio)
+                    target, _ = transition(
+                        step.x, visit.teacher, step.sigma, step.sigma_next, s.kind, s.noise_level
+                    )
+                    loss = loss + self._surrogate(
+                        log_prob(step.x_next, target, std, self.reduction) - step.log_prob(self.reduction),
+                        ratio,
+                    )
         return loss + to_anchor
 
     def _surrogate(self, reward: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:

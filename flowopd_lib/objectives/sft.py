@@ -1,4 +1,6 @@
-"""Supervised fine-tuning by flow matching: the cold start of Flow-OPD that learns from the experts' samples."""
+"""Supervised fine-tuning by flow matching: the cold start of Flow-OPD that learns from the experts'
+samples."""
+
 from __future__ import annotations
 
 import random
@@ -13,18 +15,29 @@ from ..rollout import Sampler, generator, trajectory
 from .base import Share, mean_of
 
 
-def teacher_samples(policy: FlowPolicy, prompts: Sequence[Prompt], seeds: Sequence[int], teachers: Mapping[str, str | None],
-                    sampler: Sampler = Sampler(), batch: int = 64) -> torch.Tensor:
+def teacher_samples(
+    policy: FlowPolicy,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    teachers: Mapping[str, str | None],
+    sampler: Sampler = Sampler(),
+    batch: int = 64,
+) -> torch.Tensor:
     """Latents (N, C, H, W) at sigma 0: each prompt sampled by its own task's teacher."""
     unknown = {p.task for p in prompts} - set(teachers)
     if unknown:
-        raise ValueError(f"no teacher for the task {', '.join(sorted(unknown))}; there are teachers for {', '.join(teachers)}")
+        raise ValueError(
+            f"no teacher for the task {', '.join(sorted(unknown))}; there are teachers for "
+            f"{', '.join(teachers)}"
+        )
     latents = torch.empty(len(prompts), *policy.latent_shape, device=policy.device)
     for task, adapter in teachers.items():
         rows = [i for i, p in enumerate(prompts) if p.task == task]
         for i in range(0, len(rows), batch):
-            part = rows[i:i + batch]
-            for step in trajectory(policy, [prompts[r] for r in part], [seeds[r] for r in part], sampler, adapter):
+            part = rows[i : i + batch]
+            for step in trajectory(
+                policy, [prompts[r] for r in part], [seeds[r] for r in part], sampler, adapter
+            ):
                 pass
             latents[part] = step.x_next
     return latents
@@ -42,7 +55,9 @@ class Examples:
 
 @dataclass
 class SFT:
-    """`||v(x_sigma, sigma) - (eps - x0)||^2` on given latents, sigma from SD3's logit-normal with the model's shift."""
+    """`||v(x_sigma, sigma) - (eps - x0)||^2` on given latents, sigma from SD3's logit-normal with the model's
+    shift."""
+
     latents: torch.Tensor
     prompts: Sequence[Prompt]
     batch: int = 64
@@ -52,7 +67,9 @@ class SFT:
 
     def __post_init__(self):
         if len(self.latents) != len(self.prompts) or not len(self.prompts):
-            raise ValueError(f"SFT needs one prompt for every latent, not {len(self.prompts)} for {len(self.latents)}")
+            raise ValueError(
+                f"SFT needs one prompt for every latent, not {len(self.prompts)} for {len(self.latents)}"
+            )
         if self.batch < 1 or self.micro < 1:
             raise ValueError(f"batch and micro must be at least 1, not {self.batch} and {self.micro}")
 
@@ -64,21 +81,35 @@ class SFT:
         policy.check_prompts(self.prompts)
 
     def identity(self) -> dict:
-        return {"latents": self.latents, "prompts": list(self.prompts), "images an update": self.batch, "seed": self.seed}
+        return {
+            "latents": self.latents,
+            "prompts": list(self.prompts),
+            "images an update": self.batch,
+            "seed": self.seed,
+        }
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Examples:
         if self.batch % share.world:
-            raise ValueError(f"a batch of {self.batch} cannot be shared out evenly among {share.world} processes")
+            raise ValueError(
+                f"a batch of {self.batch} cannot be shared out evenly among {share.world} processes"
+            )
         g = generator((self.seed + 1 << 40) + iteration)
         epoch, place = divmod(iteration * self.batch, len(self.prompts))
-        order = [row for e in range(-(-self.batch // len(self.prompts)) + 1) for row in self._order(epoch + e)]
+        order = [
+            row for e in range(-(-self.batch // len(self.prompts)) + 1) for row in self._order(epoch + e)
+        ]
         sigma = torch.sigmoid(torch.randn(self.batch, generator=g))
         shift = policy.pipeline.scheduler.config.shift
         sigma = (shift * sigma / (1 + (shift - 1) * sigma))[:, None, None, None]
         eps = torch.randn(self.batch, *policy.latent_shape, generator=g)
-        mine, rows = slice(share.rank, None, share.world), order[place:place + self.batch]
-        return Examples([self.prompts[r] for r in rows][mine], self.latents[rows][mine].to(policy.device).float(),
-                        sigma[mine].to(policy.device), eps[mine].to(policy.device), self.batch)
+        mine, rows = slice(share.rank, None, share.world), order[place : place + self.batch]
+        return Examples(
+            [self.prompts[r] for r in rows][mine],
+            self.latents[rows][mine].to(policy.device).float(),
+            sigma[mine].to(policy.device),
+            eps[mine].to(policy.device),
+            self.batch,
+        )
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self.prompts)))

@@ -1,4 +1,5 @@
 """The judges: one class each, the same for the small world and for full models."""
+
 from .base import Reward
 from .deqa import DeQA
 from .geneval import Detection, Detector, GenEval

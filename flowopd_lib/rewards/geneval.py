@@ -1,8 +1,9 @@
 """GenEval's rule (Ghosh et al. 2023, evaluation/evaluate_images.py) over the detections of any detector.
 
-All or nothing per prompt: every included object must be there in its number, colour and relative position, and no
-excluded number of objects may be reached.
+All or nothing per prompt: every included object must be there in its number, colour and relative position,
+and no excluded number of objects may be reached.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ import torch
 from ..prompts import Prompt
 from .base import as_uint8
 
-POSITION_MARGIN = 0.1      # GenEval's POSITION_THRESHOLD: how far apart, in object sizes, "left of" begins
+POSITION_MARGIN = 0.1  # GenEval's POSITION_THRESHOLD: how far apart, in object sizes, "left of" begins
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object: its class, colour name (None: no colour told), confidence, and box (left, top, right, bottom)."""
+    """One object: its class, colour name (None: no colour told), confidence, and box
+    (left, top, right, bottom)."""
+
     label: str
     color: str | None
     score: float
@@ -28,7 +31,9 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects. `threshold` and `counting_threshold` are the confidences GenEval's rule takes from it."""
+    """Finds objects. `threshold` and `counting_threshold` are the confidences GenEval's rule takes from
+    it."""
+
     threshold: float
     counting_threshold: float
     labels: Sequence[str]
@@ -39,7 +44,8 @@ class Detector(Protocol):
 
 
 def relations(a: Detection, b: Detection) -> set[str]:
-    """Where `a` lies as seen from `b`: GenEval's margin first, then more than half of the (normalised) offset."""
+    """Where `a` lies as seen from `b`: GenEval's margin first, then more than half of the (normalised)
+    offset."""
     box_a, box_b = (np.reshape(d.box, (2, 2)) for d in (a, b))
     offset = box_a.mean(0) - box_b.mean(0)
     margin = POSITION_MARGIN * (np.ptp(box_a, axis=0) + np.ptp(box_b, axis=0))
@@ -47,8 +53,16 @@ def relations(a: Detection, b: Detection) -> set[str]:
     if np.all(np.abs(revised) < 1e-3):
         return set()
     dx, dy = revised / np.linalg.norm(offset)
-    return {name for name, holds in {"left of": dx < -.5, "right of": dx > .5, "above": dy < -.5, "below": dy > .5}.items()
-            if holds}
+    return {
+        name
+        for name, holds in {
+            "left of": dx < -0.5,
+            "right of": dx > 0.5,
+            "above": dy < -0.5,
+            "below": dy > 0.5,
+        }.items()
+        if holds
+    }
 
 
 def _by_class(record, detections, threshold, counting_threshold, max_objects) -> dict[str, list[Detection]]:
@@ -61,8 +75,13 @@ def _by_class(record, detections, threshold, counting_threshold, max_objects) ->
     return found
 
 
-def judge(record: dict, detections: Sequence[Detection], threshold: float, counting_threshold: float,
-          max_objects: int = 16) -> tuple[bool, str]:
+def judge(
+    record: dict,
+    detections: Sequence[Detection],
+    threshold: float,
+    counting_threshold: float,
+    max_objects: int = 16,
+) -> tuple[bool, str]:
     """GenEval's verdict on one picture and, if wrong, why."""
     found = _by_class(record, detections, threshold, counting_threshold, max_objects)
     reasons, groups = [], []
@@ -74,7 +93,9 @@ def judge(record: dict, detections: Sequence[Detection], threshold: float, count
             reasons.append(f"expected {count} {name}, found {len(group)}")
         elif "color" in wanted and sum(d.color == wanted["color"] for d in group) < count:
             matched = False
-            reasons.append(f"expected {wanted['color']} {name}, found {', '.join(str(d.color) for d in group)}")
+            reasons.append(
+                f"expected {wanted['color']} {name}, found {', '.join(str(d.color) for d in group)}"
+            )
         elif "position" in wanted:
             relation, target = wanted["position"]
             if groups[target] is None:
@@ -91,11 +112,19 @@ def judge(record: dict, detections: Sequence[Detection], threshold: float, count
     return not reasons, "; ".join(reasons)
 
 
-def credit(record: dict, detections: Sequence[Detection], threshold: float, counting_threshold: float, max_objects: int = 16) -> float:
-    """How much of what was asked for is there, 0 to 1: the number of each object, `1 - |found - asked| / asked`, its colour, its position.
+def credit(
+    record: dict,
+    detections: Sequence[Detection],
+    threshold: float,
+    counting_threshold: float,
+    max_objects: int = 16,
+) -> float:
+    """How much of what was asked for is there, 0 to 1: the number of each object, `1 - |found - asked| /
+    asked`, its colour, its position.
 
-    Flow-GRPO trains on partial credit like this, because all or nothing says too little about a prompt that is never right. Unlike
-    there, too many cost only where the verdict says so (`exclude`): else credit would fall while the verdict stays right.
+    Flow-GRPO trains on partial credit like this, because all or nothing says too little about a prompt that
+    is never right. Unlike there, too many cost only where the verdict says so (`exclude`): else credit would
+    fall while the verdict stays right.
     """
     counted = {unwanted["class"] for unwanted in record.get("exclude", [])}
     found = _by_class(record, detections, threshold, counting_threshold, max_objects)
@@ -103,7 +132,7 @@ def credit(record: dict, detections: Sequence[Detection], threshold: float, coun
     for wanted in record["include"]:
         group, count = found.get(wanted["class"], []), wanted["count"]
         number = len(group) if wanted["class"] in counted else min(len(group), count)
-        kept, parts = group[:count], [max(0., 1 - abs(number - count) / count)]
+        kept, parts = group[:count], [max(0.0, 1 - abs(number - count) / count)]
         if "color" in wanted:
             parts.append(sum(d.color == wanted["color"] for d in kept) / count)
         if "position" in wanted:
@@ -116,9 +145,10 @@ def credit(record: dict, detections: Sequence[Detection], threshold: float, coun
 
 
 class GenEval:
-    """1 if the picture shows what the prompt's metadata asks for, else 0. With `partial`, the share of it (see `credit`): to train on,
-    never to report."""
-    name, range = "GenEval", (0., 1.)
+    """1 if the picture shows what the prompt's metadata asks for, else 0. With `partial`, the share of it
+    (see `credit`): to train on, never to report."""
+
+    name, range = "GenEval", (0.0, 1.0)
 
     def __init__(self, detector: Detector, partial: bool = False):
         self.detector, self.partial = detector, partial
@@ -126,25 +156,40 @@ class GenEval:
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         least = self.detector.threshold, self.detector.counting_threshold
         if self.partial:
-            return np.array([credit(p.metadata, found, *least) for p, found in zip(prompts, self._detect(images, prompts))], np.float32)
+            return np.array(
+                [
+                    credit(p.metadata, found, *least)
+                    for p, found in zip(prompts, self._detect(images, prompts))
+                ],
+                np.float32,
+            )
         return np.array([right for right, _ in self.explain(images, prompts)], np.float32)
 
     def explain(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[tuple[bool, str]]:
-        """The verdict on each picture and what was wrong. Raises ValueError for a prompt without GenEval metadata."""
-        return [judge(prompt.metadata, found, self.detector.threshold, self.detector.counting_threshold)
-                for prompt, found in zip(prompts, self._detect(images, prompts))]
+        """The verdict on each picture and what was wrong. Raises ValueError for a prompt without GenEval
+        metadata."""
+        return [
+            judge(prompt.metadata, found, self.detector.threshold, self.detector.counting_threshold)
+            for prompt, found in zip(prompts, self._detect(images, prompts))
+        ]
 
     def _detect(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
         pixels = as_uint8(images, prompts, self.name, self.detector.size)
         for prompt in prompts:
             if not {"tag", "include"} <= set(prompt.metadata):
-                raise ValueError(f"GenEval needs metadata (tag, include) with the prompt {prompt.text!r}; load it from a "
-                                 "GenEval .jsonl file")
+                raise ValueError(
+                    f"GenEval needs metadata (tag, include) with the prompt {prompt.text!r}; load it from a "
+                    "GenEval .jsonl file"
+                )
             for wanted in prompt.metadata["include"]:
                 if wanted["class"] not in self.detector.labels:
-                    raise ValueError(f"the detector does not know {wanted['class']!r}, asked for by {prompt.text!r}; it "
-                                     f"knows {', '.join(self.detector.labels)}")
+                    raise ValueError(
+                        f"the detector does not know {wanted['class']!r}, asked for by {prompt.text!r}; it "
+                        f"knows {', '.join(self.detector.labels)}"
+                    )
                 if wanted.get("color", self.detector.colors[0]) not in self.detector.colors:
-                    raise ValueError(f"the detector does not know the colour {wanted['color']!r}, asked for by "
-                                     f"{prompt.text!r}; it knows {', '.join(self.detector.colors)}")
+                    raise ValueError(
+                        f"the detector does not know the colour {wanted['color']!r}, asked for by "
+                        f"{prompt.text!r}; it knows {', '.join(self.detector.colors)}"
+                    )
         return self.detector(pixels)

@@ -1,4 +1,5 @@
 """OCR reward: how much of the text asked for can be read (Flow-GRPO's reward; METHOD.md)."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,40 +14,66 @@ from .base import as_uint8
 
 
 def ocr_reward(read: str, target: str) -> float:
-    """`1 - min(levenshtein, len) / len`, lower case, without spaces; 1 if the target is contained in what was read."""
+    """`1 - min(levenshtein, len) / len`, lower case, without spaces; 1 if the target is contained in what was
+    read."""
     read, target = ("".join(text.split()).lower() for text in (read, target))
     if not target:
         raise ValueError("the OCR reward needs a text to look for; the prompt asks for none")
-    return 1. if target in read else 1 - min(Levenshtein.distance(read, target), len(target)) / len(target)
+    return 1.0 if target in read else 1 - min(Levenshtein.distance(read, target), len(target)) / len(target)
 
 
 class OCR:
-    """rapidocr with the models inside its wheel. With `region` (left, top, right, bottom in pixels) that part of images of `size` (height, width) is
-    recognised as one line; without, text is detected and recognised on the whole picture, of any size."""
-    name, range = "OCR", (0., 1.)
+    """rapidocr with the models inside its wheel. With `region` (left, top, right, bottom in pixels) that part
+    of images of `size` (height, width) is recognised as one line; without, text is detected and recognised on
+    the whole picture, of any size."""
 
-    def __init__(self, region: tuple[int, int, int, int] | None = None, size: tuple[int, int] | None = None, upscale: int = 3, batch: int = 64):
+    name, range = "OCR", (0.0, 1.0)
+
+    def __init__(
+        self,
+        region: tuple[int, int, int, int] | None = None,
+        size: tuple[int, int] | None = None,
+        upscale: int = 3,
+        batch: int = 64,
+    ):
         from rapidocr import RapidOCR
+
         if region and not size:
-            raise ValueError("a region in pixels means nothing without the size (height, width) of the images it is a part of; give size too")
+            raise ValueError(
+                "a region in pixels means nothing without the size (height, width) of the images it is a "
+                "part of; give size too"
+            )
         if region and not (0 <= region[0] < region[2] <= size[1] and 0 <= region[1] < region[3] <= size[0]):
-            raise ValueError(f"OCR cannot look at {region} (left, top, right, bottom) of an image {size[0]} high and {size[1]} wide")
+            raise ValueError(
+                f"OCR cannot look at {region} (left, top, right, bottom) of an image {size[0]} high and "
+                f"{size[1]} wide"
+            )
         self.region, self.size, self.upscale = region, size, upscale
         options = {"Global.log_level": "error", "Rec.rec_batch_num": batch}
-        if region:   # the recogniser pads narrower lines to this width; the default, 320, is mostly padding for a sign
+        # the recogniser pads narrower lines to this width; the default, 320, is mostly padding for a sign
+        if region:
             width = 48 * (region[2] - region[0]) / (region[3] - region[1])
             options["Rec.rec_img_shape"] = [3, 48, int(np.ceil(width / 32)) * 32]
         self.engine = RapidOCR(params=options)
 
     def read(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[str]:
         """The text in each picture, "" where there is none."""
-        pixels = as_uint8(images, prompts, self.name, self.size)[..., ::-1]    # the engine reads BGR
+        pixels = as_uint8(images, prompts, self.name, self.size)[..., ::-1]  # the engine reads BGR
         if not self.region:
             return ["".join(self.engine(np.ascontiguousarray(p)).txts or ()) for p in pixels]
         from rapidocr.ch_ppocr_rec import TextRecInput
+
         left, top, right, bottom = self.region
-        crops = [cv2.resize(p[top:bottom, left:right], None, fx=self.upscale, fy=self.upscale,
-                            interpolation=cv2.INTER_CUBIC) for p in pixels]
+        crops = [
+            cv2.resize(
+                p[top:bottom, left:right],
+                None,
+                fx=self.upscale,
+                fy=self.upscale,
+                interpolation=cv2.INTER_CUBIC,
+            )
+            for p in pixels
+        ]
         return list(self.engine._load_rec_model()(TextRecInput(img=crops)).txts)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:

@@ -1,4 +1,5 @@
 """`python -m flowopd_lib.runs PROFILE`: execute the notebooks of a profile headlessly."""
+
 from __future__ import annotations
 
 import argparse
@@ -15,18 +16,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flowopd_lib.runs", description=__doc__)
     parser.add_argument("profile", help="a file of papermill_runs/profiles, without .yaml")
     parser.add_argument("--only", default="", help="notebooks that begin with this, such as 00")
-    parser.add_argument("--resume", action="store_true", help="leave out what is done and unchanged, go on with what was cut off")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="override parameters, in the notebooks that have them")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave out what is done and unchanged, go on with what was cut off",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override parameters, in the notebooks that have them",
+    )
     parser.add_argument("--folder", type=Path, help="where the run goes (default: papermill_runs/PROFILE)")
-    parser.add_argument("--jobs", type=int, default=1, help="notebooks beside one another, each with its share of the cores (default: 1)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="notebooks beside one another, each with its share of the cores (default: 1)",
+    )
     args = parser.parse_args()
     for item in args.set:
         if "=" not in item:
             parser.error(f"--set takes NAME=VALUE, not {item!r}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a kill ends like Ctrl-C: in order, the kernel too
+    # a kill ends like Ctrl-C: in order, the kernel too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         overrides = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in args.set)}
-        folder = run_profile(args.profile, args.only, overrides, args.folder, resume=args.resume, jobs=args.jobs)
+        folder = run_profile(
+            args.profile, args.only, overrides, args.folder, resume=args.resume, jobs=args.jobs
+        )
     except (ValueError, RuntimeError, OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

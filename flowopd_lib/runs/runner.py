@@ -1,4 +1,5 @@
 """Headless runs: notebooks executed by papermill with the parameters of a profile, results in one folder."""
+
 from __future__ import annotations
 
 import ast
@@ -17,13 +18,12 @@ import papermill
 from jupyter_client.kernelspec import NoSuchKernel
 from papermill.exceptions import PapermillExecutionError
 
-from . import report
-from ..files import locked, set_aside, write_json, write_whole
+from ..files import ROOT, RUNS, locked, set_aside, write_json, write_whole
 from ..inputs import check_kinds, kinds_of, nearest, read_yaml
+from . import report
 from .kernels import Progress, environment, forget_progress, stop_kernels
 
-ROOT = Path(__file__).parent.parent
-NOTEBOOKS, RUNS = ROOT / "notebooks", ROOT / "papermill_runs"
+NOTEBOOKS = ROOT / "notebooks"
 
 
 def load_profile(name: str) -> dict[str, dict]:
@@ -34,29 +34,45 @@ def load_profile(name: str) -> dict[str, dict]:
         raise ValueError(f"no profile {name!r}{nearest(name, names)}; there are {', '.join(names)}")
     profile = read_yaml(path)
     if not isinstance(profile, dict) or not all(isinstance(p, dict | None) for p in profile.values()):
-        raise ValueError(f"{path} must map notebooks to their parameters, such as `00_quickstart: {{n_test: 12}}`")
+        raise ValueError(
+            f"{path} must map notebooks to their parameters, such as `00_quickstart: {{n_test: 12}}`"
+        )
     return {notebook: parameters or {} for notebook, parameters in profile.items()}
 
 
 def parameters_of(notebook: Path) -> dict:
     """A notebook's parameters with their defaults."""
-    return {name: ast.literal_eval(found["default"]) for name, found in papermill.inspect_notebook(str(notebook)).items()}
+    return {
+        name: ast.literal_eval(found["default"])
+        for name, found in papermill.inspect_notebook(str(notebook)).items()
+    }
 
 
 def check_parameters(notebook: Path, parameters: dict) -> None:
-    """papermill only warns about a parameter the notebook does not have; a misspelt one is an error here, and so is a
-    value of another type than the default's."""
+    """papermill only warns about a parameter the notebook does not have; a misspelt one is an error here, and
+    so is a value of another type than the default's."""
     if not notebook.is_file():
-        raise ValueError(f"no notebook {notebook.stem!r}{nearest(notebook.stem, [p.stem for p in NOTEBOOKS.glob('*.ipynb')])}")
+        raise ValueError(
+            "no notebook "
+            f"{notebook.stem!r}{nearest(notebook.stem, [p.stem for p in NOTEBOOKS.glob('*.ipynb')])}"
+        )
     known = parameters_of(notebook)
     for name, value in parameters.items():
         if name not in known:
-            raise ValueError(f"{notebook.name} has no parameter {name!r}{nearest(name, list(known))}; it has {', '.join(known)}")
+            raise ValueError(
+                f"{notebook.name} has no parameter {name!r}{nearest(name, list(known))}; it has "
+                f"{', '.join(known)}"
+            )
         if name == "out_dir":
-            raise ValueError(f"out_dir of {notebook.name} is set by the run, to a folder in the run's own (--folder)")
+            raise ValueError(
+                f"out_dir of {notebook.name} is set by the run, to a folder in the run's own (--folder)"
+            )
         default = known[name]
         if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-            raise ValueError(f"{notebook.name} takes {name} as {type(default).__name__}, such as {default!r}, not {value!r}")
+            raise ValueError(
+                f"{notebook.name} takes {name} as {type(default).__name__}, such as {default!r}, not "
+                f"{value!r}"
+            )
     kinds = kinds_of(c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code")
     try:
         check_kinds({name: value for name, value in parameters.items() if name in kinds}, kinds)
@@ -65,21 +81,27 @@ def check_parameters(notebook: Path, parameters: dict) -> None:
 
 
 def choose(profile: str, only: str, overrides: Mapping) -> dict[str, dict]:
-    """The profile's notebooks that begin with `only` and their parameters, checked. An override goes to the notebooks that have it.
+    """The profile's notebooks that begin with `only` and their parameters, checked. An override goes to the
+    notebooks that have it.
 
     Raises ValueError if none has it.
     """
     every = load_profile(profile)
     chosen = {n: p for n, p in every.items() if n.startswith(only)}
     if not chosen:
-        raise ValueError(f"profile {profile!r} has no notebook that begins with {only!r}; it has {', '.join(every)}")
+        raise ValueError(
+            f"profile {profile!r} has no notebook that begins with {only!r}; it has {', '.join(every)}"
+        )
     for notebook, parameters in chosen.items():
         check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
     known = {n: list(parameters_of(NOTEBOOKS / f"{n}.ipynb")) for n in chosen}
     for name in overrides:
         if not any(name in names for names in known.values()):
             names = list(dict.fromkeys(n for names in known.values() for n in names))
-            raise ValueError(f"there is no parameter {name!r}{nearest(name, names)} in {', '.join(chosen)}; there are {', '.join(names)}")
+            raise ValueError(
+                f"there is no parameter {name!r}{nearest(name, names)} in {', '.join(chosen)}; there are "
+                f"{', '.join(names)}"
+            )
     chosen = {n: {**p, **{k: v for k, v in overrides.items() if k in known[n]}} for n, p in chosen.items()}
     for notebook, parameters in chosen.items():
         check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
@@ -87,7 +109,8 @@ def choose(profile: str, only: str, overrides: Mapping) -> dict[str, dict]:
 
 
 def read_status(folder: Path) -> dict[str, dict]:
-    """A run's `status.json`, by notebook; empty where there is none. Raises ValueError, naming the file, if it is not one."""
+    """A run's `status.json`, by notebook; empty where there is none. Raises ValueError, naming the file, if
+    it is not one."""
     path = folder / "status.json"
     try:
         status = json.loads(path.read_text()) if path.is_file() else {}
@@ -99,30 +122,40 @@ def read_status(folder: Path) -> dict[str, dict]:
 
 
 def inputs() -> dict[str, str]:
-    """sha256 of what any notebook may read beside its own text: the library's source, the assets' manifests, the recipes."""
+    """sha256 of what any notebook may read beside its own text: the library's source, the assets' manifests,
+    the recipes."""
     library = ROOT / "flowopd_lib"
-    files = {p.relative_to(ROOT).as_posix(): p for p in (*library.rglob("*.py"), *(library / "assets").rglob("manifest.json"))}
+    files = {
+        p.relative_to(ROOT).as_posix(): p
+        for p in (*library.rglob("*.py"), *(library / "assets").rglob("manifest.json"))
+    }
     files |= {f"papermill_runs/recipes/{p.name}": p for p in (RUNS / "recipes").glob("*.yaml")}
     return {name: report.sha256(files[name]) for name in sorted(files)}
 
 
 def needs_of(notebook: str) -> list[str]:
-    """The notebooks whose results a notebook reads, as its metadata say: `{"flowopd": {"needs": ["05_opd"]}}`."""
+    """The notebooks whose results a notebook reads, as its metadata say: `{"flowopd": {"needs":
+    ["05_opd"]}}`."""
     return nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).metadata.get("flowopd", {}).get("needs", [])
 
 
 def check_needs(chosen: Mapping[str, dict], status: Mapping[str, dict], folder: Path) -> None:
-    """Raises ValueError if a notebook needs one that neither comes before it nor is done in `folder`. Given a `run_dir`, it reads another run."""
+    """Raises ValueError if a notebook needs one that neither comes before it nor is done in `folder`. Given a
+    `run_dir`, it reads another run."""
     there = {n for n, s in status.items() if s["state"] == "done" and (folder / n).is_dir()} - set(chosen)
     for notebook, parameters in chosen.items():
         missing = [] if parameters.get("run_dir") else [n for n in needs_of(notebook) if n not in there]
         if missing:
-            raise ValueError(f"{notebook} needs {', '.join(missing)}, neither before it in this run nor done in {folder}; run first: --only {missing[0]}")
+            raise ValueError(
+                f"{notebook} needs {', '.join(missing)}, neither before it in this run nor done in "
+                f"{folder}; run first: --only {missing[0]}"
+            )
         there.add(notebook)
 
 
 def fingerprints(chosen: Mapping[str, dict], status: Mapping[str, dict]) -> dict[str, str]:
-    """What each notebook's results follow from, hashed: its cells, its parameters, `inputs`, and the fingerprints of what it needs.
+    """What each notebook's results follow from, hashed: its cells, its parameters, `inputs`, and the
+    fingerprints of what it needs.
 
     Those are `status`'s for what is not among `chosen`, for that is what lies there.
     """
@@ -130,25 +163,36 @@ def fingerprints(chosen: Mapping[str, dict], status: Mapping[str, dict]) -> dict
     for notebook, parameters in chosen.items():
         cells = [(c.cell_type, c.source) for c in nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).cells]
         there = made
-        if parameters.get("run_dir"):       # the results of another run
-            there = {n: s.get("fingerprint") for n, s in read_status(NOTEBOOKS / parameters["run_dir"]).items()}
+        if parameters.get("run_dir"):  # the results of another run
+            there = {
+                n: s.get("fingerprint") for n, s in read_status(NOTEBOOKS / parameters["run_dir"]).items()
+            }
         needed = {n: there.get(n) for n in needs_of(notebook)}
-        made[notebook] = hashlib.sha256(json.dumps([cells, parameters, read, needed], sort_keys=True).encode()).hexdigest()
+        made[notebook] = hashlib.sha256(
+            json.dumps([cells, parameters, read, needed], sort_keys=True).encode()
+        ).hexdigest()
     return {n: made[n] for n in chosen}
 
 
 def scrub(node, folder: Path):
-    """No path of this machine, for runs are published: `folder` becomes ".", the repository and the home a name, however they are written: as they are,
-    escaped as Python or JSON do it (papermill's parameters), or as in a web address. Pictures stay as they are."""
+    """No path of this machine, for runs are published: `folder` becomes ".", the repository and the home a
+    name, however they are written: as they are, escaped as Python or JSON do it (papermill's parameters), or
+    as in a web address. Pictures stay as they are."""
     if isinstance(node, dict):
         return {k: v if k.startswith("image/") else scrub(v, folder) for k, v in node.items()}
     if isinstance(node, list):
         return [scrub(v, folder) for v in node]
     if isinstance(node, str):
         for path, name in ((folder, "."), (ROOT, "flowopd-lab"), (Path.home(), "~")):
-            if len(path.parts) > 1:         # a home of "/" is no home
+            if len(path.parts) > 1:  # a home of "/" is no home
                 text = str(path)
-                ways = {text, text.encode("unicode_escape").decode(), json.dumps(text)[1:-1], urllib.parse.quote(text), html.escape(text)}
+                ways = {
+                    text,
+                    text.encode("unicode_escape").decode(),
+                    json.dumps(text)[1:-1],
+                    urllib.parse.quote(text),
+                    html.escape(text),
+                }
                 for way in sorted(ways, key=len, reverse=True):
                     node = re.sub(re.escape(way) + r"(?![\w.-])", name, node)
     return node
@@ -157,9 +201,10 @@ def scrub(node, folder: Path):
 def execute(name: str, parameters: dict, folder: Path, log=print) -> float:
     """Run one notebook into `folder` and return its seconds. Raises RuntimeError that shows the failing cell.
 
-    The notebook must take `out_dir`, `folder/name` here, and writes its results there. Where it takes `run_dir` and is given none, that is
-    `folder`, with the results of others. While it runs, its executed copy is saved every few seconds and `log` is told how far it is; widget state, paths and
-    those lines are then dropped from the copy.
+    The notebook must take `out_dir`, `folder/name` here, and writes its results there. Where it takes
+    `run_dir` and is given none, that is
+    `folder`, with the results of others. While it runs, its executed copy is saved every few seconds and
+    `log` is told how far it is; widget state, paths and those lines are then dropped from the copy.
     """
     source, target, out = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", folder / name
     out.mkdir(parents=True, exist_ok=True)
@@ -168,15 +213,29 @@ def execute(name: str, parameters: dict, folder: Path, log=print) -> float:
         places["run_dir"] = str(folder)
     began = time.time()
     try:
-        papermill.execute_notebook(str(source), str(target), {**parameters, **places}, cwd=str(NOTEBOOKS), progress_bar=False, log_output=False,
-                                   stderr_file=Progress(log), autosave_cell_every=5,
-                                   extra_arguments=["--IPKernelApp.log_level=CRITICAL"])     # it warns of TCP each time, and of its own end
+        papermill.execute_notebook(
+            str(source),
+            str(target),
+            {**parameters, **places},
+            cwd=str(NOTEBOOKS),
+            progress_bar=False,
+            log_output=False,
+            stderr_file=Progress(log),
+            autosave_cell_every=5,
+            # it warns of TCP each time, and of its own end
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        )
     except PapermillExecutionError as error:
-        raise RuntimeError(f"{name} failed in cell {error.exec_count}:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n"
-                           f"(executed up to there: {target})") from error
+        raise RuntimeError(
+            f"{name} failed in cell {error.exec_count}:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n"
+            f"(executed up to there: {target})"
+        ) from error
     except NoSuchKernel as error:
-        raise ValueError(f"{source.name} asks for the kernel {error.name!r}, which is not installed here; the notebooks of this project ask for python3") from error
-    except RuntimeError as error:               # of nbclient: the kernel died
+        raise ValueError(
+            f"{source.name} asks for the kernel {error.name!r}, which is not installed here; the notebooks "
+            "of this project ask for python3"
+        ) from error
+    except RuntimeError as error:  # of nbclient: the kernel died
         raise RuntimeError(f"{name} was not executed to its end: {error}") from error
     finally:
         if target.exists():
@@ -190,14 +249,23 @@ def execute(name: str, parameters: dict, folder: Path, log=print) -> float:
     return time.time() - began
 
 
-def run_profile(name: str, only: str = "", overrides: Mapping | None = None, folder: Path | None = None, log=print, resume: bool = False,
-                jobs: int = 1) -> Path:
-    """Execute a profile's notebooks in order into `folder` (default `papermill_runs/NAME`), with `status.json`, `manifest.json`, `report.html`.
+def run_profile(
+    name: str,
+    only: str = "",
+    overrides: Mapping | None = None,
+    folder: Path | None = None,
+    log=print,
+    resume: bool = False,
+    jobs: int = 1,
+) -> Path:
+    """Execute a profile's notebooks in order into `folder` (default `papermill_runs/NAME`), with
+    `status.json`, `manifest.json`, `report.html`.
 
-    Every parameter and every need is checked before the first notebook starts. `resume` leaves out what is done with the same fingerprint,
-    and keeps the folder of what was cut off with the same, so that trainings go on in it. What lies there of anything else is moved into
-    `folder/earlier/`, never removed. With `jobs`, so many notebooks run beside one another, each with its share of the cores and after what it needs.
-    Raises FolderInUse while another run writes to the folder.
+    Every parameter and every need is checked before the first notebook starts. `resume` leaves out what is
+    done with the same fingerprint, and keeps the folder of what was cut off with the same, so that trainings
+    go on in it. What lies there of anything else is moved into
+    `folder/earlier/`, never removed. With `jobs`, so many notebooks run beside one another, each with its
+    share of the cores and after what it needs. Raises FolderInUse while another run writes to the folder.
     """
     if jobs < 1:
         raise ValueError(f"jobs, the notebooks that run beside one another, must be at least 1, not {jobs}")
@@ -205,7 +273,8 @@ def run_profile(name: str, only: str = "", overrides: Mapping | None = None, fol
     folder = (folder or RUNS / name).resolve()
     if folder.is_file() or folder == NOTEBOOKS.resolve():
         raise ValueError(f"{folder} is no folder for a run")
-    check_needs(chosen, read_status(folder) if only or resume else {}, folder)      # before the folder is made
+    # before the folder is made
+    check_needs(chosen, read_status(folder) if only or resume else {}, folder)
     with locked(folder, f"a run of the profile {name}"):
         return _run(name, only, chosen, folder, log, resume, jobs)
 
@@ -213,15 +282,31 @@ def run_profile(name: str, only: str = "", overrides: Mapping | None = None, fol
 def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resume: bool, jobs: int) -> Path:
     old = read_status(folder)
     kept = old if only or resume else {}
-    earlier = [(n, s) for record in (read_status(RUNS / "reference"), read_status(RUNS / name), old) for n, s in record.items()]
+    earlier = [
+        (n, s)
+        for record in (read_status(RUNS / "reference"), read_status(RUNS / name), old)
+        for n, s in record.items()
+    ]
     # Seconds of other parameters, or of the rest of a notebook, say nothing.
-    seconds = {n: s["seconds"] for n, s in earlier if s["state"] == "done" and s["parameters"] == chosen.get(n) and not s.get("resumed")}
+    seconds = {
+        n: s["seconds"]
+        for n, s in earlier
+        if s["state"] == "done" and s["parameters"] == chosen.get(n) and not s.get("resumed")
+    }
     order = dict.fromkeys([n for n in load_profile(name) if n in chosen or n in kept] + list(kept))
-    status = {n: kept[n] if n in kept and (resume or n not in chosen) else {"state": "waiting"} for n in order}
+    status = {
+        n: kept[n] if n in kept and (resume or n not in chosen) else {"state": "waiting"} for n in order
+    }
 
     def finished(notebook: str, fingerprint: str) -> bool:
-        return (resume and status[notebook]["state"] == "done" and status[notebook].get("fingerprint") == fingerprint
-                and (folder / notebook).is_dir() and (folder / f"{notebook}.ipynb").is_file())
+        return (
+            resume
+            and status[notebook]["state"] == "done"
+            and status[notebook].get("fingerprint") == fingerprint
+            and (folder / notebook).is_dir()
+            and (folder / f"{notebook}.ipynb").is_file()
+        )
+
     commit, waiting, running = report.checkout(ROOT, folder), list(chosen), {}
     place = {notebook: f"[{i + 1}/{len(chosen)}] {notebook}" for i, notebook in enumerate(chosen)}
 
@@ -232,15 +317,43 @@ def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resum
             log(f"{place[notebook]} is done and unchanged")
             return
         left = [n for n in now if not finished(n, now[n])]
-        rest = f" (about {report.duration(sum(seconds[n] for n in left) / jobs)} left)" if set(left) <= set(seconds) else ""
-        keep = resume and status[notebook]["state"] != "done" and status[notebook].get("fingerprint") == now[notebook]
-        # First this, so that a kill in between leaves no checkpoints of something else under the new fingerprint.
+        rest = (
+            f" (about {report.duration(sum(seconds[n] for n in left) / jobs)} left)"
+            if set(left) <= set(seconds)
+            else ""
+        )
+        keep = (
+            resume
+            and status[notebook]["state"] != "done"
+            and status[notebook].get("fingerprint") == now[notebook]
+        )
+        # First this, so that a kill in between leaves no checkpoints of something else under the new
+        # fingerprint.
         aside = None if keep else set_aside(folder, folder / notebook, folder / f"{notebook}.ipynb")
-        status[notebook] = {"state": "running", "parameters": chosen[notebook], "fingerprint": now[notebook], "git": commit, **({"resumed": True} if keep else {})}
+        status[notebook] = {
+            "state": "running",
+            "parameters": chosen[notebook],
+            "fingerprint": now[notebook],
+            "git": commit,
+            **({"resumed": True} if keep else {}),
+        }
         write_json(folder / "status.json", status)
-        moved = f"; what was there is now in {aside}" + ("" if resume else ", --resume goes on with what is unchanged") if aside else ""
+        moved = (
+            f"; what was there is now in {aside}"
+            + ("" if resume else ", --resume goes on with what is unchanged")
+            if aside
+            else ""
+        )
         log(f"{place[notebook]} ...{rest}{moved}")
-        running[pool.submit(execute, notebook, chosen[notebook], folder, log if jobs == 1 else lambda line: log(f"    {notebook[:2]} {line.strip()}"))] = notebook
+        running[
+            pool.submit(
+                execute,
+                notebook,
+                chosen[notebook],
+                folder,
+                log if jobs == 1 else lambda line: log(f"    {notebook[:2]} {line.strip()}"),
+            )
+        ] = notebook
 
     def ended(notebook: str, **how) -> None:
         status[notebook].update(how)
@@ -251,23 +364,40 @@ def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resum
             failed = None
             while running or (waiting and not failed):
                 try:
-                    while not failed and len(running) < jobs and (ready := [n for n in waiting if not {*needs_of(n)} & {*waiting, *running.values()}]):
+                    while (
+                        not failed
+                        and len(running) < jobs
+                        and (
+                            ready := [
+                                n for n in waiting if not {*needs_of(n)} & {*waiting, *running.values()}
+                            ]
+                        )
+                    ):
                         start(ready[0], pool)
                     done = wait(running, return_when=FIRST_COMPLETED).done
                 except BaseException as error:
                     stop_kernels()
                     wait(running)
                     for notebook in running.values():
-                        ended(notebook, state="interrupted", error=scrub(str(error), folder) or type(error).__name__)
+                        ended(
+                            notebook,
+                            state="interrupted",
+                            error=scrub(str(error), folder) or type(error).__name__,
+                        )
                     raise
                 for future in done:
                     notebook, error = running.pop(future), future.exception()
                     if error:
                         failed = failed or error
-                        ended(notebook, state="failed", error=scrub(str(error), folder) or type(error).__name__)
+                        ended(
+                            notebook, state="failed", error=scrub(str(error), folder) or type(error).__name__
+                        )
                     else:
                         ended(notebook, state="done", seconds=round(future.result(), 1))
-                        log(f"{place[notebook]} done in {report.duration(future.result())}: {folder / notebook}.ipynb")
+                        log(
+                            f"{place[notebook]} done in {report.duration(future.result())}: "
+                            f"{folder / notebook}.ipynb"
+                        )
             if failed:
                 raise failed
     finally:

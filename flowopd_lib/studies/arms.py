@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..evaluate import gain_kept, home_scores, mean_interval, paired_differences, paper_average, summary
+from ..files import RUNS
 from ..inputs import check_keys, read_yaml
 from ..prompts import FILES, TASKS
-from ..runs.runner import RUNS
+from ..stats import gain_kept, home_scores, mean_interval, paired_differences, paper_average, summary
 
 # The judge that each expert was trained for.
 EXPERTS = {"GenEval": "geneval", "OCR": "ocr", "PickScore": "pickscore", "DeQA": "deqa"}

@@ -1,8 +1,11 @@
-"""The paper's claims as data, each with a test on a run's artifacts: the ledger of what the small world reproduces.
+"""The paper's claims as data, each with a test on a run's artifacts: the ledger of what the small world
+reproduces.
 
-A claim is a sign. It is "reproduced" if the effect has that sign with its 95 % interval, else "not reproduced", and the note says whether
-the interval lies on the other side or holds 0. Numbers of the paper are those of Flow-OPD (2605.08063), SD-3.5-M; none of them enters a test.
+A claim is a sign. It is "reproduced" if the effect has that sign with its 95 % interval, else "not
+reproduced", and the note says whether the interval lies on the other side or holds 0. Numbers of the paper
+are those of Flow-OPD (2605.08063), SD-3.5-M; none of them enters a test.
 """
+
 from __future__ import annotations
 
 import json
@@ -15,27 +18,9 @@ import pandas as pd
 import pyarrow.parquet
 from scipy import stats
 
-from ..evaluate import AVERAGE
+from ..stats import AVERAGE
 
 HOME = {judge: task for judge, task, _ in AVERAGE}
-
-# By our model's name: the paper's name and its numbers.
-PAPER_MAIN = {ours: {"paper's name": name, **dict(zip(("GenEval", "OCR", "DeQA", "PickScore", "Average"), numbers))} for ours, name, *numbers in (
-    ("base", "SD-3.5-M", .63, .59, 4.07, 21.64, .72),
-    ("geneval expert", "GRPO-GenEval", .94, .65, 4.01, 21.53, .81),
-    ("ocr expert", "GRPO-OCR", .64, .92, 4.06, 21.69, .80),
-    ("deqa expert", "GRPO-DeQA", .64, .66, 4.23, 23.02, .76),
-    ("pickscore expert", "GRPO-PickScore", .51, .69, 4.22, 23.19, .73),
-    ("GRPO-Mix", "GRPO-Mix 3:1:1", .73, .83, 4.33, 21.84, .82),
-    ("student from sft", "Flow-OPD, SFT init", .91, .92, 4.29, 21.83, .88),
-    ("student", "Flow-OPD, merge init", .92, .94, 4.35, 23.08, .90))}
-PAPER_OOD = {ours: {"paper's name": name, **dict(zip(("colour", "shape", "3D-spatial", "numeracy", "overall"), numbers))} for ours, name, *numbers in (
-    ("GRPO-Mix", "GRPO-Mix", .692, .611, .422, .641, .587),
-    ("merged", "cold start", .710, .613, .425, .646, .595),
-    ("student", "Flow-OPD", .719, .629, .457, .684, .618))}
-PAPER_MAR = {name: dict(zip(("ImageReward", "Aesthetic", "HPS-v2.1", "QwenVL"), numbers)) for name, *numbers in (
-    ("base", 1.02, 5.87, .298, 3.45), ("GRPO-Mix", 1.23, 5.93, .310, 3.88), ("without MAR", 1.26, 5.89, .300, 3.82), ("with MAR", 1.36, 6.23, .330, 4.05))}
-PAPER_COST = {"nodes": 4, "H800 a node": 8, "hours": 50}
 
 
 class Missing(LookupError):
@@ -43,7 +28,8 @@ class Missing(LookupError):
 
 
 class Run:
-    """What the notebooks left in a run's folder; the tables are read once, without embeddings. `ood` stands in for 08_results/ood.parquet."""
+    """What the notebooks left in a run's folder; the tables are read once, without embeddings. `ood` stands
+    in for 08_results/ood.parquet."""
 
     def __init__(self, folder: str | Path, ood: pd.DataFrame | None = None):
         self.folder = Path(folder)
@@ -52,7 +38,9 @@ class Run:
     def samples(self, notebook: str) -> pd.DataFrame:
         if notebook not in self._tables:
             path = self.path(notebook, "ood.parquet" if notebook == "08_results" else "samples.parquet")
-            self._tables[notebook] = pd.read_parquet(path, columns=[c for c in pyarrow.parquet.read_schema(path).names if c != "embedding"])
+            self._tables[notebook] = pd.read_parquet(
+                path, columns=[c for c in pyarrow.parquet.read_schema(path).names if c != "embedding"]
+            )
         return self._tables[notebook]
 
     def results(self, notebook: str, key: str):
@@ -63,13 +51,19 @@ class Run:
 
     def path(self, notebook: str, name: str) -> Path:
         if not (self.folder / notebook / name).exists():
-            raise Missing(f"{notebook} has not been run" if not (self.folder / notebook).is_dir() else f"{notebook} has left no {name}")
+            raise Missing(
+                f"{notebook} has not been run"
+                if not (self.folder / notebook).is_dir()
+                else f"{notebook} has left no {name}"
+            )
         return self.folder / notebook / name
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a test measured, with its 95 % interval; n as `measured` says; `seeds`: trainings of the model judged."""
+    """What a test measured, with its 95 % interval; n as `measured` says; `seeds`: trainings of the model
+    judged."""
+
     effect: float
     low: float
     high: float
@@ -81,7 +75,9 @@ class Effect:
 
 @dataclass(frozen=True)
 class Claim:
-    """`claimed` is the sign of the effect. `test` is None where it cannot be tested here, and `why` says so."""
+    """`claimed` is the sign of the effect. `test` is None where it cannot be tested here, and `why` says
+    so."""
+
     key: str
     statement: str
     where: str
@@ -91,10 +87,14 @@ class Claim:
     why: str = ""
 
 
-def prompt_scores(table: pd.DataFrame, models: Sequence[str], parts: Sequence[tuple[str, str, float]]) -> list[dict[str, np.ndarray]]:
-    """For each task in `parts` (judge, task, full scale), by model: (prompts, trainings), what each prompt adds to the mean over parts in full scales.
+def prompt_scores(
+    table: pd.DataFrame, models: Sequence[str], parts: Sequence[tuple[str, str, float]]
+) -> list[dict[str, np.ndarray]]:
+    """For each task in `parts` (judge, task, full scale), by model: (prompts, trainings), what each prompt
+    adds to the mean over parts in full scales.
 
-    A training is a `train_seed`; repeats are averaged. Prompts are those that every model has. Raises Missing for an absent model or score.
+    A training is a `train_seed`; repeats are averaged. Prompts are those that every model has. Raises Missing
+    for an absent model or score.
     """
     absent = [name for name in models if name not in set(table["model"])]
     if absent:
@@ -102,24 +102,45 @@ def prompt_scores(table: pd.DataFrame, models: Sequence[str], parts: Sequence[tu
     table = table.assign(train_seed=table["train_seed"].fillna(0) if "train_seed" in table else 0)
     found = []
     for task in dict.fromkeys(task for _, task, _ in parts):
-        rows, here = table[(table["task"] == task) & table["model"].isin(models)], [(j, scale) for j, t, scale in parts if t == task]
+        rows, here = (
+            table[(table["task"] == task) & table["model"].isin(models)],
+            [(j, scale) for j, t, scale in parts if t == task],
+        )
         lacking = [j for j, _ in here if j not in rows or rows[j].isna().all()]
         if lacking:
             raise Missing(f"the table has no {' and no '.join(lacking)} on {task} prompts")
         value = sum(rows[j] / scale for j, scale in here) / len(parts)
-        scores = rows.assign(value=value).groupby(["prompt", "model", "train_seed"], sort=False)["value"].mean().unstack(["model", "train_seed"]).dropna()
+        scores = (
+            rows.assign(value=value)
+            .groupby(["prompt", "model", "train_seed"], sort=False)["value"]
+            .mean()
+            .unstack(["model", "train_seed"])
+            .dropna()
+        )
         if len(scores) < 2:
-            raise Missing(f"{' and '.join(map(repr, models))} share {len(scores)} {task} prompts: too few for an interval")
+            raise Missing(
+                f"{' and '.join(map(repr, models))} share {len(scores)} {task} prompts: too few for an "
+                "interval"
+            )
         found.append({model: scores[model].to_numpy() for model in models})
     return found
 
 
-def paired(table: pd.DataFrame, model: str, baseline: str, parts: Sequence[tuple[str, str, float]] = AVERAGE, level: float = .95,
-           resamples: int = 5000, seed: int = 0) -> tuple[float, float, float, int]:
-    """Model minus baseline on the same prompts, mean over `parts` (the paper's Average by default): mean, low, high, n prompts.
+def paired(
+    table: pd.DataFrame,
+    model: str,
+    baseline: str,
+    parts: Sequence[tuple[str, str, float]] = AVERAGE,
+    level: float = 0.95,
+    resamples: int = 5000,
+    seed: int = 0,
+) -> tuple[float, float, float, int]:
+    """Model minus baseline on the same prompts, mean over `parts` (the paper's Average by default): mean,
+    low, high, n prompts.
 
-    Percentile bootstrap at `level`; prompts are drawn within their task, for both models and all judges of the task together. Of a model trained
-    several times, trainings are drawn too, the same for all tasks: the interval then speaks of other trainings as well, if few tell little of them.
+    Percentile bootstrap at `level`; prompts are drawn within their task, for both models and all judges of
+    the task together. Of a model trained several times, trainings are drawn too, the same for all tasks: the
+    interval then speaks of other trainings as well, if few tell little of them.
     """
     tasks, rng = prompt_scores(table, (model, baseline), parts), np.random.default_rng(seed)
     count = {name: tasks[0][name].shape[1] for name in (model, baseline)}
@@ -128,21 +149,35 @@ def paired(table: pd.DataFrame, model: str, baseline: str, parts: Sequence[tuple
     for scores in tasks:
         n = len(scores[model])
         prompts = rng.multinomial(n, [1 / n] * n, size=resamples) / n
-        draws += sum(sign * (prompts @ scores[name] * trainings[name]).sum(1) for name, sign in ((model, 1), (baseline, -1)))
+        draws += sum(
+            sign * (prompts @ scores[name] * trainings[name]).sum(1)
+            for name, sign in ((model, 1), (baseline, -1))
+        )
     low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
-    return float(sum(s[model].mean() - s[baseline].mean() for s in tasks)), float(low), float(high), sum(len(s[model]) for s in tasks)
+    return (
+        float(sum(s[model].mean() - s[baseline].mean() for s in tasks)),
+        float(low),
+        float(high),
+        sum(len(s[model]) for s in tasks),
+    )
 
 
 def against(model: str, baseline: str, judge: str = "Average"):
     """Test: model minus baseline by a judge on its own prompts, in its units."""
-    parts = AVERAGE if judge == "Average" else [(judge, HOME[judge], 1.)]
+    parts = AVERAGE if judge == "Average" else [(judge, HOME[judge], 1.0)]
 
     def test(run: Run, claim: Claim) -> Effect:
         table = run.samples(claim.needs)
         tasks = prompt_scores(table, (model, baseline), parts)
         each = sum(s[model].mean(0) - s[baseline].mean() for s in tasks)
         note = f"by training: {', '.join(f'{e:+.3f}' for e in each)}" if len(each) > 1 else ""
-        return Effect(*paired(table, model, baseline, parts), len(each), f"{judge}, {model} minus {baseline}, by prompts", note)
+        return Effect(
+            *paired(table, model, baseline, parts),
+            len(each),
+            f"{judge}, {model} minus {baseline}, by prompts",
+            note,
+        )
+
     return test
 
 
@@ -151,155 +186,131 @@ def beyond_mix(run: Run, claim: Claim) -> Effect:
     found = against("student", "GRPO-Mix")(run, claim)
     try:
         seconds = run.results(claim.needs, "seconds")
-        spent = f"training: student {seconds['student']:.0f} s, its experts not counted, GRPO-Mix {seconds['GRPO-Mix']:.0f} s"
+        spent = (
+            f"training: student {seconds['student']:.0f} s, its experts not counted, GRPO-Mix "
+            f"{seconds['GRPO-Mix']:.0f} s"
+        )
     except Missing as error:
         spent = f"training times unknown: {error}"
     return replace(found, note="; ".join(filter(None, (found.note, spent))))
 
 
 def some(prefix: str, baseline: str, *judges: str):
-    """Test: the change claimed appears for some model that begins with `prefix` and some judge, with Bonferroni's intervals over all of them.
+    """Test: the change claimed appears for some model that begins with `prefix` and some judge, with
+    Bonferroni's intervals over all of them.
 
-    The interval is that of the most favourable true change: it holds that with 95 % because all intervals hold together.
-    Several judges are compared in shares of their full scales.
+    The interval is that of the most favourable true change: it holds that with 95 % because all intervals
+    hold together. Several judges are compared in shares of their full scales.
     """
+
     def test(run: Run, claim: Claim) -> Effect:
         table = run.samples(claim.needs)
         pairs = [(m, j) for m in table["model"].unique() if m.startswith(prefix) for j in judges]
         if not pairs:
             raise Missing(f"the table has no model that begins with {prefix!r}")
-        scale = {j: s if len(judges) > 1 else 1. for j, _, s in AVERAGE}
-        found = {pair: paired(table, pair[0], baseline, [(pair[1], HOME[pair[1]], scale[pair[1]])], 1 - .05 / len(pairs)) for pair in pairs}
+        scale = {j: s if len(judges) > 1 else 1.0 for j, _, s in AVERAGE}
+        found = {
+            pair: paired(
+                table, pair[0], baseline, [(pair[1], HOME[pair[1]], scale[pair[1]])], 1 - 0.05 / len(pairs)
+            )
+            for pair in pairs
+        }
         best = np.max if claim.claimed == "> 0" else np.min
         effect, low, high = (float(best([f[i] for f in found.values()])) for i in range(3))
         model, judge = next(pair for pair in pairs if found[pair][0] == effect)
         trainings = table.loc[table["model"] == model, "train_seed"].nunique() if "train_seed" in table else 1
-        measured = f"{judge}{' / full scale' if len(judges) > 1 else ''}, {model} minus {baseline}, by prompts"
+        measured = (
+            f"{judge}{' / full scale' if len(judges) > 1 else ''}, {model} minus {baseline}, by prompts"
+        )
         note = f"the most favourable of {len(pairs)}, Bonferroni's interval" if len(pairs) > 1 else ""
         return Effect(effect, low, high, found[model, judge][3], trainings, measured, note)
+
     return test
 
 
 def most_opposed(run: Run, claim: Claim) -> Effect:
-    """Test: the lowest cosine of two tasks' gradients. Jackknife intervals over batches are widened so that those of all pairs hold together."""
+    """Test: the lowest cosine of two tasks' gradients. Jackknife intervals over batches are widened so that
+    those of all pairs hold together."""
     rows = pd.DataFrame(run.results(claim.needs, "interference"))
     pairs = rows[rows["task"] < rows["on"]]
-    cosine, batches, columns = pairs.set_index(["task", "on"]), int(rows["batches"].iloc[0]), ["cosine", "cosine_low", "cosine_high"]
+    cosine, batches, columns = (
+        pairs.set_index(["task", "on"]),
+        int(rows["batches"].iloc[0]),
+        ["cosine", "cosine_low", "cosine_high"],
+    )
     known = cosine[columns].astype(float).dropna()
-    lost = f"; {len(pairs) - len(known)} of {len(pairs)} pairs lost in noise" if len(known) < len(pairs) else ""
+    lost = (
+        f"; {len(pairs) - len(known)} of {len(pairs)} pairs lost in noise" if len(known) < len(pairs) else ""
+    )
     if known.empty:
         return Effect(np.nan, np.nan, np.nan, batches, 1, "lowest cosine of two tasks, by batches", lost[2:])
-    wider = stats.t.ppf(1 - .025 / len(pairs), batches - 1) / stats.t.ppf(.975, batches - 1)
+    wider = stats.t.ppf(1 - 0.025 / len(pairs), batches - 1) / stats.t.ppf(0.975, batches - 1)
     low, high = (known["cosine"] + wider * (known[c] - known["cosine"]) for c in columns[1:])
-    return Effect(known["cosine"].min(), low.min(), high.min(), batches, 1, "lowest cosine of two tasks, by batches",
-                  f"{' and '.join(known['cosine'].idxmin())}, Bonferroni's interval over {len(pairs)} pairs{lost}")
+    return Effect(
+        known["cosine"].min(),
+        low.min(),
+        high.min(),
+        batches,
+        1,
+        "lowest cosine of two tasks, by batches",
+        f"{' and '.join(known['cosine'].idxmin())}, Bonferroni's interval over {len(pairs)} pairs{lost}",
+    )
 
 
 def first_order(run: Run, claim: Claim) -> Effect:
-    """Test: slope of measured on predicted changes of the *other* tasks after a real step; 1 is exact, noise of the prediction pulls it to 0.
+    """Test: slope of measured on predicted changes of the *other* tasks after a real step; 1 is exact, noise
+    of the prediction pulls it to 0.
 
-    Weighted by the measurement's variance. Changes of one task are measured on the same prompts, so their errors are taken as fully
-    correlated, the widest case: se(slope) = sqrt(sum_on (sum_task |p|/se)^2) / sum p^2/se^2.
+    Weighted by the measurement's variance. Changes of one task are measured on the same prompts, so their
+    errors are taken as fully correlated, the widest case: se(slope) = sqrt(sum_on (sum_task |p|/se)^2) / sum
+    p^2/se^2.
     """
     rows = pd.DataFrame(run.results(claim.needs, "taylor"))
-    rows = rows[(rows["task"] != rows["on"]) & (rows["measured_high"] > rows["measured_low"])]       # no spread: no weight
+    # no spread: no weight
+    rows = rows[(rows["task"] != rows["on"]) & (rows["measured_high"] > rows["measured_low"])]
     if rows.empty:
         raise Missing("no measured change has a spread")
-    error = (rows["measured_high"] - rows["measured_low"]) / 2 / stats.t.ppf(.975, rows["n"] - 1)
+    error = (rows["measured_high"] - rows["measured_low"]) / 2 / stats.t.ppf(0.975, rows["n"] - 1)
     p, m = rows["predicted"] / error, rows["measured"] / error
-    slope, half = (p * m).sum() / (p ** 2).sum(), 1.96 * np.sqrt((p.abs().groupby(rows["on"]).sum() ** 2).sum()) / (p ** 2).sum()
-    return Effect(slope, slope - half, slope + half, len(rows), 1, f"slope of measured on predicted change, by pairs of tasks ({rows['n'].iloc[0]} prompts each)",
-                  f"the interval {'holds' if slope - half <= 1 <= slope + half else 'leaves out'} 1, the exact prediction")
+    slope, half = (
+        (p * m).sum() / (p**2).sum(),
+        1.96 * np.sqrt((p.abs().groupby(rows["on"]).sum() ** 2).sum()) / (p**2).sum(),
+    )
+    return Effect(
+        slope,
+        slope - half,
+        slope + half,
+        len(rows),
+        1,
+        f"slope of measured on predicted change, by pairs of tasks ({rows['n'].iloc[0]} prompts each)",
+        f"the interval {'holds' if slope - half <= 1 <= slope + half else 'leaves out'} 1, the exact "
+        "prediction",
+    )
 
 
 def follows(estimator: str):
-    """Test: the mean gradient of a reading of the loss along that of `pathwise`, in its lengths, with the nearest teachers, where noise is least."""
+    """Test: the mean gradient of a reading of the loss along that of `pathwise`, in its lengths, with the
+    nearest teachers, where noise is least."""
+
     def test(run: Run, claim: Claim) -> Effect:
         rows = pd.DataFrame(run.results(claim.needs, "estimators"))
         rows = rows[rows["distance"] == rows["distance"].min()].set_index("estimator")
         if estimator not in rows.index:
             raise Missing(f"{claim.needs} has not measured {estimator!r}")
         mean, se, n = rows.loc[estimator, ["mean along pathwise", "se", "n"]].astype(float)
-        half = stats.t.ppf(.975, n - 1) * se
-        note = f"1 would be the gradient of the KL: the interval {'holds' if mean - half <= 1 <= mean + half else 'leaves out'} it"
-        return Effect(mean, mean - half, mean + half, int(n), 1, f"gradient of {estimator} along pathwise's, by batches", note)
+        half = stats.t.ppf(0.975, n - 1) * se
+        note = (
+            "1 would be the gradient of the KL: the interval "
+            f"{'holds' if mean - half <= 1 <= mean + half else 'leaves out'} it"
+        )
+        return Effect(
+            mean,
+            mean - half,
+            mean + half,
+            int(n),
+            1,
+            f"gradient of {estimator} along pathwise's, by batches",
+            note,
+        )
+
     return test
-
-
-_MAIN, _OOD, _05, _ELSEWHERE = "main table", "T2I-CompBench table", "05_opd", "needs SD-3.5-M, which cannot be downloaded or trained here"
-CLAIMS = (
-    Claim("conflict", "Gradients of tasks conflict: some pair has a negative cosine", "4.2", "01_gradient_interference", most_opposed, "< 0"),
-    Claim("first_order", "To first order, inner products of gradients predict how a step for one task moves the others", "4.2",
-          "01_gradient_interference", first_order),
-    Claim("seesaw_ocr", "Adding the OCR reward to GenEval's lowers GenEval", "4.3", "02_mixed_reward_seesaw", against("+OCR", "+GenEval", "GenEval"), "< 0"),
-    Claim("seesaw_pickscore", "Adding PickScore then lowers GenEval or OCR", "4.3", "02_mixed_reward_seesaw", some("+PickScore", "+OCR", "GenEval", "OCR"), "< 0"),
-    Claim("seesaw_deqa", "Adding DeQA then lowers GenEval, OCR or PickScore", "4.3", "02_mixed_reward_seesaw",
-          some("+DeQA", "+PickScore", "GenEval", "OCR", "PickScore"), "< 0"),
-    Claim("gain_geneval", "The GenEval expert gains GenEval (.63 to .94)", _MAIN, "03_expert_training", against("geneval", "base", "GenEval")),
-    Claim("gain_ocr", "The OCR expert gains OCR (.59 to .92)", _MAIN, "03_expert_training", against("ocr", "base", "OCR")),
-    Claim("gain_pickscore", "The PickScore expert gains PickScore (21.64 to 23.19)", _MAIN, "03_expert_training", against("pickscore", "base", "PickScore")),
-    Claim("gain_deqa", "The DeQA expert gains DeQA (4.07 to 4.23)", _MAIN, "03_expert_training", against("deqa", "base", "DeQA")),
-    Claim("pickscore_costs", "The PickScore expert loses GenEval (.63 to .51)", _MAIN, "03_expert_training", against("pickscore", "base", "GenEval"), "< 0"),
-    Claim("mix_geneval", "GRPO-Mix falls short of the GenEval expert (.73 against .94)", _MAIN, _05, against("GRPO-Mix", "geneval expert", "GenEval"), "< 0"),
-    Claim("mix_ocr", "GRPO-Mix falls short of the OCR expert (.83 against .92)", _MAIN, _05, against("GRPO-Mix", "ocr expert", "OCR"), "< 0"),
-    Claim("opd_mix", "Flow-OPD's Average is above GRPO-Mix's (.90 against .82)", _MAIN, _05, beyond_mix),
-    Claim("opd_mix_pickscore", "Flow-OPD's PickScore is above GRPO-Mix's (23.08 against 21.84)", _MAIN, _05, against("student", "GRPO-Mix", "PickScore")),
-    Claim("opd_geneval", "Flow-OPD raises GenEval over the base (.63 to .92)", "abstract", _05, against("student", "base", "GenEval")),
-    Claim("opd_ocr", "Flow-OPD raises OCR over the base (.59 to .94)", "abstract", _05, against("student", "base", "OCR")),
-    Claim("opd_start", "Distillation improves on the merged start (the paper tells it of T2I-CompBench; here the test split)", _OOD, _05,
-          against("student", "merged")),
-    Claim("merge_sft", "Flow-OPD ends higher from the merged start than from SFT (Average .90 against .88)", _MAIN, _05, against("student", "student from sft")),
-    Claim("surpass_ocr", "The student surpasses its OCR teacher (.94 against .92)", _MAIN, _05, against("student", "ocr expert", "OCR")),
-    Claim("surpass_deqa", "The student surpasses the DeQA expert (4.35 against 4.23)", _MAIN, _05, against("student", "deqa expert", "DeQA")),
-    Claim("short_geneval", "The student does not reach its GenEval teacher (.92 against .94)", _MAIN, _05, against("student", "geneval expert", "GenEval"), "< 0"),
-    Claim("short_pickscore", "The student does not reach its PickScore teacher (23.08 against 23.19)", _MAIN, _05,
-          against("student", "pickscore expert", "PickScore"), "< 0"),
-    Claim("mar_looks", "MAR improves looks (Aesthetic 5.89 to 6.23, QwenVL 3.82 to 4.05); here DeQA, for some weight of the DeQA anchor", "MAR table", "06_mar",
-          some("deqa ", "none", "DeQA")),
-    Claim("mar_preference", "MAR improves preference (ImageReward 1.26 to 1.36, HPS-v2.1 .300 to .330); here PickScore, for some weight of the DeQA anchor",
-          "MAR table", "06_mar", some("deqa ", "none", "PickScore")),
-    Claim("loss_gradient", "The loss as written (detached reward times clipped ratio) follows the gradient of the KL", "5.1.1", "07_opd_estimators",
-          follows("paper")),
-    Claim("code_gradient", "The public code's loss (the reward left attached) follows the gradient of the KL", "public code", "07_opd_estimators",
-          follows("as_coded")),
-    Claim("loss_trains", "The loss as written trains the student beyond the merged start", "5.1.1", "07_opd_estimators", against("paper", "merged")),
-    Claim("code_trains", "The public code's loss trains the student beyond the merged start", "public code", "07_opd_estimators", against("as_coded", "merged")),
-    Claim("ood_mix", "Out of distribution, Flow-OPD is above GRPO-Mix (.618 against .587)", _OOD, "08_results", against("student", "GRPO-Mix")),
-    Claim("ood_start", "Out of distribution, Flow-OPD is above its merged start (.618 against .595)", _OOD, "08_results", against("student", "merged")),
-    Claim("ood_start_mix", "Out of distribution, the merged start is above GRPO-Mix (.595 against .587)", _OOD, "08_results", against("merged", "GRPO-Mix")),
-    Claim("numbers", "The scores themselves, such as GenEval .92 and OCR .94", "abstract", why=_ELSEWHERE),
-    Claim("cost", "The training takes 4 nodes of 8 H800 about 50 hours", "experiments", why=_ELSEWHERE),
-    Claim("quality_judges", "MAR's gains by ImageReward, Aesthetic, HPS-v2.1 and QwenVL themselves", "MAR table",
-          why="these judges cannot be downloaded here, and were not made for pictures of 64 pixels"),
-    Claim("compbench", "The gains on T2I-CompBench itself (colour .719, numeracy .684)", _OOD,
-          why="the small world has no words for its prompts; held-out combinations (split `ood`) stand in for it"),
-)
-
-
-def judge(run_dir: str | Path, ood: pd.DataFrame | None = None, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
-    """The ledger: a row a claim with verdict ("reproduced", "not reproduced", "not testable here"), claimed sign, effect, low, high (95 %), n, seeds,
-    measured, note. `ood` is notebook 08's table if it is not in the run's folder. Bootstraps draw prompts, and trainings of a model that has several."""
-    run, rows = Run(run_dir, ood), []
-    for claim in claims:
-        row = dict(claim=claim.key, statement=claim.statement, where=claim.where, verdict="not testable here", claimed=claim.claimed if claim.test else "",
-                   effect=np.nan, low=np.nan, high=np.nan, n=None, seeds=None, measured="", note=claim.why)
-        try:
-            if claim.test:
-                found = claim.test(run, claim)
-                for name in ("effect", "low", "high"):
-                    row[name] = float(getattr(found, name))
-                row["verdict"], word = _verdict(claim.claimed, row["low"], row["high"])
-                row |= dict(n=int(found.n), seeds=int(found.seeds), measured=found.measured, note="; ".join(filter(None, (word, found.note))))
-        except Missing as error:
-            row["note"] = str(error) if claim.needs in str(error) else f"{claim.needs}: {error}"
-        rows.append(row)
-    return pd.DataFrame(rows).assign(**{c: pd.Series([r[c] for r in rows], dtype=object) for c in ("n", "seeds")})      # whole numbers beside None
-
-
-def _verdict(claimed: str, low: float, high: float) -> tuple[str, str]:
-    if np.isnan(low) or np.isnan(high):
-        return "not reproduced", "undecided: nothing above the noise"
-    sign = "> 0" if low > 0 else "< 0" if high < 0 else ""
-    if sign == claimed:
-        return "reproduced", ""
-    return "not reproduced", "the interval is on the other side of 0" if sign else "the interval includes 0: undecided at this n"

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,19 +24,31 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..worlds import tiny as tinyworld
-from ..bench.speed import our_update
 from ..evaluate import evaluate
 from ..files import read_lines, write_json, write_whole
 from ..inputs import check_keys
-from ..policy import FlowPolicy
 from ..jobs.recipes import build
+from ..objectives import Share
+from ..policy import FlowPolicy
 from ..rollout import Sampler
-from .arms import load_study, reached, scores_of, tasks_of, teachers_of, tell
 from ..train import TrainConfig, fit
+from ..worlds import tiny
+from .arms import load_study, reached, scores_of, tasks_of, teachers_of, tell
 
 SEED = 1 << 20  # of the samples judged
 SHARE = 0.9  # of the experts' gains, kept in the mean over the judges: when a look first sees it is told
+
+
+def our_update(policy: FlowPolicy, objective, optimizer: torch.optim.Optimizer) -> Callable[[int], None]:
+    def update(iteration: int) -> None:
+        data = objective.collect(policy, "student", iteration, Share())
+        for part in range(objective.updates):
+            for loss in objective.losses(policy, "student", data, part):
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return update
 
 
 def pace(arms: Mapping[str, Mapping], turns: int = 3) -> dict[str, float]:
@@ -69,9 +81,9 @@ def judged(
 ) -> pd.DataFrame:
     """Scores and pictures of the tasks' first `n` prompts, `repeats` of each. The tasks are neighbours in
     `TASKS`, so that a prompt has its noise whichever others are asked with it."""
-    every = tinyworld.first_prompts(split, n)
+    every = tiny.first_prompts(split, n)
     prompts = [p for p in every if p.task in tasks]
-    seed, judges = SEED + every.index(prompts[0]), tinyworld.judges()
+    seed, judges = SEED + every.index(prompts[0]), tiny.judges()
     how = {"repeats": repeats, "embed": pixels, "progress": False, "into": into}
     return evaluate(policy, prompts, judges, seed, Sampler(20), models, **how)
 

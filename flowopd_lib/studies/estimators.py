@@ -1,14 +1,19 @@
-"""Which gradient does each reading of the OPD loss estimate? `python -m flowopd_lib.studies.estimators [--out estimators.json]`.
+"""Which gradient does each reading of the OPD loss estimate? `python -m flowopd_lib.studies.estimators [--out
+estimators.json]`.
 
-Every reading is differentiated on the same rollouts of the same student. Means are compared by inner products with `pathwise` on *other*
-batches, so no batch's noise meets itself (see interference.py), and variances by the squared norm that averaging cannot explain:
+Every reading is differentiated on the same rollouts of the same student. Means are compared by inner products
+with `pathwise` on *other* batches, so no batch's noise meets itself (see interference.py), and variances by
+the squared norm that averaging cannot explain:
 
-    mean along pathwise   <E g, E g_pathwise> / |E g_pathwise|^2      1: the same gradient (along it), 0: none of it
+    mean along pathwise   <E g, E g_pathwise> / |E g_pathwise|^2      1: the same gradient (along it), 0: none
+                                                            of it
     noise                 tr Cov(g of one batch) / |E g_pathwise|^2
 
-Standard errors: jackknife over batches. A reading that multiplies a KL by a score has noise that falls with the KL, so its mean shows best with teachers
-near the student: `--distance 0.1` puts them a tenth of the way from its weights to theirs.
+Standard errors: jackknife over batches. A reading that multiplies a KL by a score has noise that falls with
+the KL, so its mean shows best with teachers near the student: `--distance 0.1` puts them a tenth of the way
+from its weights to theirs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,7 +25,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..worlds import tiny as tinyworld
 from ..files import write_json
 from ..merge import merge
 from ..objectives import ESTIMATORS, OPD, Share
@@ -29,13 +33,19 @@ from ..progress import progress
 from ..prompts import TASKS, load_prompts
 from ..rollout import Sampler
 from ..schedule import Schedule
+from ..worlds import tiny
 
 
-def gradients(policy: FlowPolicy, adapter: str, objectives: Mapping[str, OPD], batches: int) -> dict[str, torch.Tensor]:
-    """By objective, (batches, P) float32: the loss's gradient by the adapter's weights. The objectives, readings of one distillation, share the rollouts
-    of each iteration and the teachers' velocities there, which the first that is not `pathwise` alone collects."""
+def gradients(
+    policy: FlowPolicy, adapter: str, objectives: Mapping[str, OPD], batches: int
+) -> dict[str, torch.Tensor]:
+    """By objective, (batches, P) float32: the loss's gradient by the adapter's weights. The objectives,
+    readings of one distillation, share the rollouts of each iteration and the teachers' velocities there,
+    which the first that is not `pathwise` alone collects."""
     parameters, found = policy.train_adapter(adapter), {name: [] for name in objectives}
-    collector = next((o for o in objectives.values() if o.readings != ["pathwise"]), next(iter(objectives.values())))
+    collector = next(
+        (o for o in objectives.values() if o.readings != ["pathwise"]), next(iter(objectives.values()))
+    )
     with progress(batches * len(objectives), f"gradients of {len(objectives)} readings") as advance:
         for iteration in range(batches):
             data = collector.collect(policy, adapter, iteration, Share())
@@ -50,7 +60,8 @@ def gradients(policy: FlowPolicy, adapter: str, objectives: Mapping[str, OPD], b
 
 
 def compare_estimators(gradients_of: dict[str, torch.Tensor]) -> pd.DataFrame:
-    """A row per estimator from their gradients (batches, P), `pathwise` among them: estimator, mean, se, noise, noise se, n batches."""
+    """A row per estimator from their gradients (batches, P), `pathwise` among them: estimator, mean, se,
+    noise, noise se, n batches."""
     reference, rows = gradients_of["pathwise"].double(), []
     n = len(reference)
     if n < 3:
@@ -58,6 +69,7 @@ def compare_estimators(gradients_of: dict[str, torch.Tensor]) -> pd.DataFrame:
 
     def other(gram: np.ndarray) -> float:
         return (gram.sum() - np.trace(gram)) / (len(gram) * (len(gram) - 1))
+
     size = (reference @ reference.T).numpy()
     for name, g in gradients_of.items():
         cross, own = (g.double() @ reference.T).numpy(), (g.double() @ g.double().T).numpy()
@@ -65,34 +77,67 @@ def compare_estimators(gradients_of: dict[str, torch.Tensor]) -> pd.DataFrame:
         def figures(keep: np.ndarray) -> np.ndarray:
             here = np.ix_(keep, keep)
             length = other(size[here])
-            return np.array([other(cross[here]) / length, (np.trace(own[here]) / len(keep) - other(own[here])) / length])
+            return np.array(
+                [other(cross[here]) / length, (np.trace(own[here]) / len(keep) - other(own[here])) / length]
+            )
+
         whole = figures(np.arange(n))
         left_out = np.stack([figures(np.delete(np.arange(n), i)) for i in range(n)])
         errors = np.sqrt((n - 1) / n * ((left_out - left_out.mean(0)) ** 2).sum(0))
-        rows.append({"estimator": name, "mean along pathwise": whole[0], "se": errors[0], "noise": whole[1], "noise se": errors[1], "n": n})
+        rows.append(
+            {
+                "estimator": name,
+                "mean along pathwise": whole[0],
+                "se": errors[0],
+                "noise": whole[1],
+                "noise se": errors[1],
+                "n": n,
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def measure(batches: int = 24, images: int = 12, seed: int = 0, estimators: Sequence[str] = ESTIMATORS, distance: float = 1.) -> pd.DataFrame:
-    """The table for the small world's experts and their merged student; the teachers lie at `distance` (a share) of the way from the student to an expert."""
-    policy, teachers = tinyworld.merged_policy(dtype="float32"), {task: task if distance == 1 else f"near {task}" for task in TASKS}
+def measure(
+    batches: int = 24,
+    images: int = 12,
+    seed: int = 0,
+    estimators: Sequence[str] = ESTIMATORS,
+    distance: float = 1.0,
+) -> pd.DataFrame:
+    """The table for the small world's experts and their merged student; the teachers lie at `distance` (a
+    share) of the way from the student to an expert."""
+    policy, teachers = (
+        tiny.merged_policy(dtype="float32"),
+        {task: task if distance == 1 else f"near {task}" for task in TASKS},
+    )
     for task, name in teachers.items():
         if name != task:
             merge(policy, ["merged", task], name, "cat", [1 - distance, distance])
-    schedule = Schedule({t: load_prompts(tinyworld.PROMPTS, t, "train") for t in TASKS}, images, seed=seed)
-    readings = {name: OPD(schedule, teachers, Sampler(10, "sde"), name, mar=0.) for name in estimators}
+    schedule = Schedule({t: load_prompts(tiny.PROMPTS, t, "train") for t in TASKS}, images, seed=seed)
+    readings = {name: OPD(schedule, teachers, Sampler(10, "sde"), name, mar=0.0) for name in estimators}
     return compare_estimators(gradients(policy, "merged", readings, batches))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flowopd_lib.studies.estimators", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m flowopd_lib.studies.estimators",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--images", type=int, default=12, help="in a batch")
-    parser.add_argument("--distance", type=float, default=1., help="of the teachers from the student, as a share of the experts'")
+    parser.add_argument(
+        "--distance",
+        type=float,
+        default=1.0,
+        help="of the teachers from the student, as a share of the experts'",
+    )
     parser.add_argument("--out", type=Path, help="a JSON file for the table")
     args = parser.parse_args()
     if args.batches < 3 or args.images < 1:
-        parser.error(f"at least 3 batches of at least 1 image are needed, not {args.batches} of {args.images}")
+        parser.error(
+            f"at least 3 batches of at least 1 image are needed, not {args.batches} of {args.images}"
+        )
     if not 0 < args.distance <= 1:
         parser.error(f"--distance is a share in (0, 1], not {args.distance}")
     torch.set_num_threads(os.cpu_count())

@@ -1,11 +1,14 @@
 """Gradient interference (Flow-OPD 4.2): does training one capability move another?
 
-To first order a step of size lr along the gradient of J_i changes J_j by `lr <g_i, g_j>`. Inner products of noisy gradients are
-estimated from pairs of *different* batches (a U-statistic), so the noise of a batch never meets itself: unbiased, also for <g_i, g_i>.
-The cosine made of them is not pulled towards 0 as that of two noisy gradients is. Intervals: jackknife over batches.
+To first order a step of size lr along the gradient of J_i changes J_j by `lr <g_i, g_j>`. Inner products of
+noisy gradients are estimated from pairs of *different* batches (a U-statistic), so the noise of a batch never
+meets itself: unbiased, also for <g_i, g_i>. The cosine made of them is not pulled towards 0 as that of two
+noisy gradients is. Intervals: jackknife over batches.
 
-The same is asked of distillation: does pulling the student to one teacher, on its prompts, bring it nearer another, on that one's prompts?
+The same is asked of distillation: does pulling the student to one teacher, on its prompts, bring it nearer
+another, on that one's prompts?
 """
+
 from __future__ import annotations
 
 import itertools
@@ -27,38 +30,54 @@ from ..rollout import sample
 ALL = "all"
 
 
-def reward_gradients(policy: FlowPolicy, objective: GRPO, adapter: str, iteration: int) -> dict[float, torch.Tensor]:
-    """One batch's estimate of the gradient of the mean reward by the adapter's weights, (P,) for each noise level (sigma) trained.
+def reward_gradients(
+    policy: FlowPolicy, objective: GRPO, adapter: str, iteration: int
+) -> dict[float, torch.Tensor]:
+    """One batch's estimate of the gradient of the mean reward by the adapter's weights, (P,) for each noise
+    level (sigma) trained.
 
-    The objective must be plain: no normalisation, no penalty, one update, the sum as reduction; then the parts of all steps add up
-    to the gradient of E[reward], in units of the reward.
+    The objective must be plain: no normalisation, no penalty, one update, the sum as reduction; then the
+    parts of all steps add up to the gradient of E[reward], in units of the reward.
     """
-    if objective.normalise != "none" or objective.beta or objective.updates != 1 or objective.reduction != "sum":
-        raise ValueError("gradients of the reward itself need GRPO(normalise='none', beta=0., updates=1, reduction='sum')")
+    if (
+        objective.normalise != "none"
+        or objective.beta
+        or objective.updates != 1
+        or objective.reduction != "sum"
+    ):
+        raise ValueError(
+            "gradients of the reward itself need GRPO(normalise='none', beta=0., updates=1, reduction='sum')"
+        )
     parameters = policy.train_adapter(adapter)
     data = objective.collect(policy, adapter, iteration, Share())
     group = objective.schedule.repeats
     found: dict[float, torch.Tensor] = {}
     steps = [step for part in data.parts for step in part.steps]
     for step, loss in zip(steps, objective.losses(policy, adapter, data, 0), strict=True):
-        # The loss is a mean over steps of minus the reward; a group's mean contains each of its own images, which costs 1/group.
+        # The loss is a mean over steps of minus the reward; a group's mean contains each of its own images,
+        # which costs 1/group.
         scale = -len(data.parts[0].steps) * group / (group - 1)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).cpu() * scale
         found[step.sigma] = found.get(step.sigma, 0) + gradient
     return found
 
 
-def pull_gradients(policy: FlowPolicy, objective: OPD, adapter: str, iteration: int) -> dict[float, torch.Tensor]:
-    """One batch's estimate of where distillation pulls: minus the gradient of the KL at the visited states, in nats, (P,) for each noise level trained.
+def pull_gradients(
+    policy: FlowPolicy, objective: OPD, adapter: str, iteration: int
+) -> dict[float, torch.Tensor]:
+    """One batch's estimate of where distillation pulls: minus the gradient of the KL at the visited states,
+    in nats, (P,) for each noise level trained.
 
-    The parts of all steps add up. Raises ValueError for another reading than `pathwise`, or an anchor, which is no task's.
+    The parts of all steps add up. Raises ValueError for another reading than `pathwise`, or an anchor, which
+    is no task's.
     """
     if objective.estimator != "pathwise" or objective.mar or objective.updates != 1:
         raise ValueError("the pull of a teacher needs OPD(estimator='pathwise', mar=0., updates=1)")
     parameters = policy.train_adapter(adapter)
     data = objective.collect(policy, adapter, iteration, Share())
     sigmas, found = policy.sigmas(objective.sampler.steps), {}
-    for k, loss in zip(itertools.cycle(data.trained), objective.losses(policy, adapter, data, 0)):      # step by step, chunk after chunk
+    # step by step, chunk after chunk
+    for k, loss in zip(itertools.cycle(data.trained), objective.losses(policy, adapter, data, 0)):
         gradient = -torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).cpu()
         found[sigmas[k]] = found.get(sigmas[k], 0) + gradient
     return found
@@ -77,10 +96,12 @@ def block_slices(policy: FlowPolicy, adapter: str) -> dict[str, slice]:
 
 @dataclass(frozen=True)
 class Interference:
-    """Gram matrices (tasks * batches, tasks * batches) of the gradients, by block and noise level; `all` is their sum.
+    """Gram matrices (tasks * batches, tasks * batches) of the gradients, by block and noise level; `all` is
+    their sum.
 
     `gradients`: by task, (batches, P), over all noise levels.
     """
+
     gradients: dict[str, torch.Tensor]
     grams: dict[tuple[str, float | str], np.ndarray]
 
@@ -94,41 +115,63 @@ class Interference:
 
     def _inner(self, gram: np.ndarray, kept: list[int]) -> np.ndarray:
         """(T, T): mean inner product over pairs of different batches."""
-        blocks = gram.reshape(len(self.tasks), self.batches, len(self.tasks), self.batches)[:, kept][..., kept]
+        blocks = gram.reshape(len(self.tasks), self.batches, len(self.tasks), self.batches)[:, kept][
+            ..., kept
+        ]
         n = len(kept)
         return (blocks.sum((1, 3)) - np.einsum("ibjb->ij", blocks)) / (n * (n - 1))
 
     @staticmethod
     def _cosine(inner: np.ndarray) -> np.ndarray:
-        norms = np.sqrt(np.where(np.diag(inner) > 0, np.diag(inner), np.nan))       # not above its noise: no direction
+        # not above its noise: no direction
+        norms = np.sqrt(np.where(np.diag(inner) > 0, np.diag(inner), np.nan))
         return inner / np.outer(norms, norms)
 
     def table(self) -> pd.DataFrame:
-        """A row per block, noise level and pair: inner product and cosine with 95 % intervals, the cosine of two noisy batches
-        (`raw`), and the noise floor of that, the raw cosine of a task with itself."""
+        """A row per block, noise level and pair: inner product and cosine with 95 % intervals, the cosine of
+        two noisy batches (`raw`), and the noise floor of that, the raw cosine of a task with itself."""
         rows = []
         for (block, sigma), gram in self.grams.items():
             everything = list(range(self.batches))
             without = [[b for b in everything if b != left_out] for left_out in everything]
-            inner, inners = self._inner(gram, everything), np.stack([self._inner(gram, kept) for kept in without])
+            inner, inners = (
+                self._inner(gram, everything),
+                np.stack([self._inner(gram, kept) for kept in without]),
+            )
             with np.errstate(invalid="ignore"):
                 cosine, cosines = self._cosine(inner), np.stack([self._cosine(i) for i in inners])
-            half = stats.t.ppf(.975, self.batches - 1) * np.sqrt(self.batches - 1)
+            half = stats.t.ppf(0.975, self.batches - 1) * np.sqrt(self.batches - 1)
             size = np.sqrt(np.diag(gram).reshape(len(self.tasks), self.batches).mean(1))
             for i, j in itertools.product(range(len(self.tasks)), repeat=2):
-                row = dict(block=block, sigma=sigma, task=self.tasks[i], on=self.tasks[j], raw=inner[i, j] / (size[i] * size[j]),
-                           floor=np.sqrt(max(inner[i, i], 0) * max(inner[j, j], 0)) / (size[i] * size[j]), batches=self.batches)
+                row = dict(
+                    block=block,
+                    sigma=sigma,
+                    task=self.tasks[i],
+                    on=self.tasks[j],
+                    raw=inner[i, j] / (size[i] * size[j]),
+                    floor=np.sqrt(max(inner[i, i], 0) * max(inner[j, j], 0)) / (size[i] * size[j]),
+                    batches=self.batches,
+                )
                 for name, value, values in (("inner", inner, inners), ("cosine", cosine, cosines)):
                     error = half * values[:, i, j].std()
-                    row |= {name: value[i, j], f"{name}_low": value[i, j] - error, f"{name}_high": value[i, j] + error}
+                    row |= {
+                        name: value[i, j],
+                        f"{name}_low": value[i, j] - error,
+                        f"{name}_high": value[i, j] + error,
+                    }
                 rows.append(row)
         return pd.DataFrame(rows)
 
 
-def interference(policy: FlowPolicy, objectives: Mapping[str, GRPO | OPD], adapter: str, batches: int = 8,
-                 gradients_of: Callable = reward_gradients) -> Interference:
-    """Gradients of every task at the adapter's present weights, of the reward or (`pull_gradients`) of distillation. Raises ValueError for fewer than
-    three batches."""
+def interference(
+    policy: FlowPolicy,
+    objectives: Mapping[str, GRPO | OPD],
+    adapter: str,
+    batches: int = 8,
+    gradients_of: Callable = reward_gradients,
+) -> Interference:
+    """Gradients of every task at the adapter's present weights, of the reward or (`pull_gradients`) of
+    distillation. Raises ValueError for fewer than three batches."""
     if batches < 3:
         raise ValueError(f"pairs of batches and a jackknife need at least three batches, not {batches}")
     levels: dict[float | str, list[torch.Tensor]] = {}
@@ -138,36 +181,60 @@ def interference(policy: FlowPolicy, objectives: Mapping[str, GRPO | OPD], adapt
                 found = gradients_of(policy, objective, adapter, b)
                 levels.setdefault(ALL, []).append(sum(found.values()))
                 for sigma, gradient in found.items():
-                    levels.setdefault(sigma, []).append(gradient.bfloat16())        # half the memory; a batch's noise drowns the rounding
+                    # half the memory; a batch's noise drowns the rounding
+                    levels.setdefault(sigma, []).append(gradient.bfloat16())
                 advance(1)
     grams = {}
     for sigma, vectors in levels.items():
         for block, columns in block_slices(policy, adapter).items():
             rows = torch.stack([v[columns] for v in vectors]).float()
             grams[block, sigma] = (rows @ rows.T).double().numpy()
-    return Interference({task: torch.stack(levels[ALL][i * batches:(i + 1) * batches]) for i, task in enumerate(objectives)}, grams)
+    return Interference(
+        {
+            task: torch.stack(levels[ALL][i * batches : (i + 1) * batches])
+            for i, task in enumerate(objectives)
+        },
+        grams,
+    )
 
 
-def taylor_check(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: str, size: float, gradients: Mapping[str, torch.Tensor], images: int = 256,
-                 ) -> pd.DataFrame:
-    """Predicted against measured change of every task's mean reward after a real step of length `size` along each task's gradient.
+def taylor_check(
+    policy: FlowPolicy,
+    objectives: Mapping[str, GRPO],
+    adapter: str,
+    size: float,
+    gradients: Mapping[str, torch.Tensor],
+    images: int = 256,
+) -> pd.DataFrame:
+    """Predicted against measured change of every task's mean reward after a real step of length `size` along
+    each task's gradient.
 
-    Of `gradients`, an `Interference`'s, the first half of the batches gives the direction, the other the prediction; the change is measured on new prompts
-    and seeds, the same before and after (paired), `images` a task. A row per pair: predicted and measured with 95 % intervals, over batches and over the
+    Of `gradients`, an `Interference`'s, the first half of the batches gives the direction, the other the
+    prediction; the change is measured on new prompts and seeds, the same before and after (paired), `images`
+    a task. A row per pair: predicted and measured with 95 % intervals, over batches and over the
     `n` prompts measured; NaN, with a warning, for a task whose rewards never varied, which has no direction.
     """
     batches = min(map(len, gradients.values()))
     if batches < 4 or batches % 2:
-        raise ValueError(f"half of the batches give the direction and half the prediction: take an even number from 4, not {batches}")
+        raise ValueError(
+            "half of the batches give the direction and half the prediction: take an even number from 4, "
+            f"not {batches}"
+        )
     parameters = policy.train_adapter(adapter)
     parameters_before = [p.detach().clone() for p in parameters]
     before = {task: _rewards(policy, o, adapter, batches, images) for task, o in objectives.items()}
     rows = []
     for task, rows_of_gradient in gradients.items():
-        direction = rows_of_gradient[:batches // 2].mean(0)
+        direction = rows_of_gradient[: batches // 2].mean(0)
         if not direction.any():
-            warnings.warn(f"no prompt's samples differ in {task}'s reward, so it has no direction; take more prompts, samples or batches", stacklevel=2)
-            unknown = {f"{name}{end}": np.nan for name in ("predicted", "measured") for end in ("", "_low", "_high")}
+            warnings.warn(
+                f"no prompt's samples differ in {task}'s reward, so it has no direction; take more prompts, "
+                "samples or batches",
+                stacklevel=2,
+            )
+            unknown = {
+                f"{name}{end}": np.nan for name in ("predicted", "measured") for end in ("", "_low", "_high")
+            }
             rows += [dict(task=task, on=on, size=size, n=0) | unknown for on in objectives]
             continue
         direction = direction / direction.norm()
@@ -175,14 +242,19 @@ def taylor_check(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: st
             for p, d in zip(parameters, direction.split([p.numel() for p in parameters])):
                 p.add_(size * d.view_as(p).to(p.device))
         for on, objective in objectives.items():
-            predicted = size * (gradients[on][batches // 2:] @ direction).numpy()
+            predicted = size * (gradients[on][batches // 2 :] @ direction).numpy()
             change = _rewards(policy, objective, adapter, batches, images) - before[on]
-            prompt = np.arange(images) // objective.schedule.repeats        # neighbours share one, so they are not independent
+            # neighbours share one, so they are not independent
+            prompt = np.arange(images) // objective.schedule.repeats
             measured = np.bincount(prompt, change) / np.bincount(prompt)
             row = dict(task=task, on=on, size=size, n=len(measured))
             for name, values in (("predicted", predicted), ("measured", measured)):
-                error = stats.t.ppf(.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-                row |= {name: values.mean(), f"{name}_low": values.mean() - error, f"{name}_high": values.mean() + error}
+                error = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+                row |= {
+                    name: values.mean(),
+                    f"{name}_low": values.mean() - error,
+                    f"{name}_high": values.mean() + error,
+                }
             rows.append(row)
         with torch.no_grad():
             for p, saved in zip(parameters, parameters_before):
@@ -191,12 +263,15 @@ def taylor_check(policy: FlowPolicy, objectives: Mapping[str, GRPO], adapter: st
 
 
 def _rewards(policy: FlowPolicy, objective: GRPO, adapter: str, first: int, images: int) -> np.ndarray:
-    """(images,) weighted rewards of iterations from `first` on, whose prompts and seeds no gradient has seen."""
+    """(images,) weighted rewards of iterations from `first` on, whose prompts and seeds no gradient has
+    seen."""
     values: list[float] = []
     iteration = first
     while len(values) < images:
         batch = objective.schedule.draw(iteration)
-        rewards, weights, _ = objective.score(sample(policy, batch.prompts, batch.seeds, objective.sampler, adapter, objective.micro), batch)
+        rewards, weights, _ = objective.score(
+            sample(policy, batch.prompts, batch.seeds, objective.sampler, adapter, objective.micro), batch
+        )
         values += (rewards * weights).sum(1).tolist()
         iteration += 1
     return np.array(values[:images])

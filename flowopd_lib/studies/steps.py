@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..evaluate import mean_interval
 from ..objectives import OPD, Share
 from ..policy import FlowPolicy
 from ..progress import progress
@@ -18,6 +17,7 @@ from ..prompts import Prompt
 from ..rollout import Sampler, sample
 from ..schedule import Schedule
 from ..sde import velocity_weight
+from ..stats import mean_interval
 from ..train import TrainConfig, fit
 
 SHOWN = ("kl", "ode", "uniform_v")  # weightings

@@ -1,8 +1,10 @@
 """Build the small world's assets from nothing: `python -m flowopd_lib.worlds.tiny.build --work build`.
 
-Stages: prompts, vae, base, pickscore, deqa. Each checkpoints into `--work` and goes on from there when started again; a
-finished stage is not run twice. After changing a recipe, start with an empty folder. The results and a manifest are written to `--out`.
+Stages: prompts, vae, base, pickscore, deqa. Each checkpoints into `--work` and goes on from there when
+started again; a finished stage is not run twice. After changing a recipe, start with an empty folder. The
+results and a manifest are written to `--out`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -42,32 +44,52 @@ def write_prompts(out: Path) -> None:
     for task in PROMPT_TASKS:
         for split, n in PROMPT_COUNTS.items():
             specs = sample_specs(task, split, n, SEED)
-            save_prompts(out, task, split, [Prompt(s.text, task, s.metadata if task == "geneval" else {}) for s in specs])
+            save_prompts(
+                out,
+                task,
+                split,
+                [Prompt(s.text, task, s.metadata if task == "geneval" else {}) for s in specs],
+            )
 
 
 def stages(work: Path) -> dict:
     def vae() -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
-    return {"prompts": lambda: write_prompts(work / "prompts"),
-            "vae": lambda: train_vae(work / "vae", work / "state", seed=SEED, log=say),
-            "base": lambda: train_base(vae(), work / "tiny-sd3", work / "state", seed=SEED, log=say),
-            "pickscore": lambda: train_pickscore(vae(), work / "pickscore", work / "state", seed=SEED, log=say),
-            "deqa": lambda: train_deqa(vae(), work / "deqa", work / "state", seed=SEED, log=say)}
+
+    return {
+        "prompts": lambda: write_prompts(work / "prompts"),
+        "vae": lambda: train_vae(work / "vae", work / "state", seed=SEED, log=say),
+        "base": lambda: train_base(vae(), work / "tiny-sd3", work / "state", seed=SEED, log=say),
+        "pickscore": lambda: train_pickscore(vae(), work / "pickscore", work / "state", seed=SEED, log=say),
+        "deqa": lambda: train_deqa(vae(), work / "deqa", work / "state", seed=SEED, log=say),
+    }
 
 
 def write_manifest(out: Path, seconds: dict[str, float]) -> None:
-    files = {str(p.relative_to(out)): {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
-             for p in sorted(out.rglob("*")) if p.is_file() and p != out / "manifest.json" and out / "experts" not in p.parents}
-    record = {"command": "python -m flowopd_lib.worlds.tiny.build --work build", "seed": SEED,
-              "date": datetime.date.today().isoformat(), "seconds": {k: round(v) for k, v in seconds.items()},
-              "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-              "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-              "files": files}
+    files = {
+        str(p.relative_to(out)): {
+            "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
+            "bytes": p.stat().st_size,
+        }
+        for p in sorted(out.rglob("*"))
+        if p.is_file() and p != out / "manifest.json" and out / "experts" not in p.parents
+    }
+    record = {
+        "command": "python -m flowopd_lib.worlds.tiny.build --work build",
+        "seed": SEED,
+        "date": datetime.date.today().isoformat(),
+        "seconds": {k: round(v) for k, v in seconds.items()},
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "files": files,
+    }
     write_json(out / "manifest.json", record)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; about 1.5 GB")
     parser.add_argument("--out", type=Path, default=ASSETS, help="where the finished assets go")
     parser.add_argument("--only", nargs="+", help="run these stages only")
@@ -76,9 +98,15 @@ def main() -> None:
     unknown = set(args.only or ()) - set(todo)
     if unknown:
         parser.error(f"no stage called {', '.join(sorted(unknown))}; there are {', '.join(todo)}")
-    missing = [n for n in args.only or () if n not in ("prompts", "vae") and not (work / "vae.done").exists() and "vae" not in args.only]
+    missing = [
+        n
+        for n in args.only or ()
+        if n not in ("prompts", "vae") and not (work / "vae.done").exists() and "vae" not in args.only
+    ]
     if missing:
-        parser.error(f"{', '.join(missing)} needs the autoencoder, which {work} does not have; add vae to --only")
+        parser.error(
+            f"{', '.join(missing)} needs the autoencoder, which {work} does not have; add vae to --only"
+        )
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(os.cpu_count())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
@@ -92,7 +120,7 @@ def main() -> None:
         try:
             run()
             done.touch()
-        finally:        # the time of a run that was stopped counts too
+        finally:  # the time of a run that was stopped counts too
             times[name] = times.get(name, 0) + time.time() - began
             write_json(times_file, times)
         say(f"{name}: done, {times[name]:.0f} s in all")

@@ -1,4 +1,5 @@
 """What the small world is trained on: noisy captioned pictures, graded pictures and preference pairs."""
+
 from __future__ import annotations
 
 import math
@@ -20,21 +21,23 @@ def to_tensor(images: list[Image.Image]) -> torch.Tensor:
 
 
 def split_spec(rng: random.Random, split: str = "train") -> Spec:
-    """A draw from one split, half of it GenEval's: whoever trains on "train" never sees a val, test or OOD prompt."""
+    """A draw from one split, half of it GenEval's: whoever trains on "train" never sees a val, test or OOD
+    prompt."""
     while True:
-        spec = random_spec(rng, rng.choices(PROMPT_TASKS, (.5, .3, .2))[0])
+        spec = random_spec(rng, rng.choices(PROMPT_TASKS, (0.5, 0.3, 0.2))[0])
         if split_of(spec) == split:
             return spec
 
 
 def mutate(spec: Spec, rng: random.Random) -> Spec:
-    """The same prompt got wrong in one respect (a sign: mostly all of its word): what a wrong caption describes, and what a judge must notice."""
-    if spec.word and rng.random() < .7:
+    """The same prompt got wrong in one respect (a sign: mostly all of its word): what a wrong caption
+    describes, and what a judge must notice."""
+    if spec.word and rng.random() < 0.7:
         return replace(spec, word="".join(rng.choices(string.ascii_uppercase, k=len(spec.word))))
     if spec.word:
         i = rng.randrange(len(spec.word))
         other = rng.choice([c for c in string.ascii_uppercase if c != spec.word[i]])
-        return replace(spec, word=spec.word[:i] + other + spec.word[i + 1:])
+        return replace(spec, word=spec.word[:i] + other + spec.word[i + 1 :])
     ways = ["shape"]
     if spec.count > 1:
         ways += ["count"] * 3
@@ -64,14 +67,15 @@ def mutate(spec: Spec, rng: random.Random) -> Spec:
 
 
 def mistake(spec: Spec, rng: random.Random) -> Spec:
-    """`mutate`, but never into what is held out for the OOD split, not even as the picture of a wrong caption."""
+    """`mutate`, but never into what is held out for the OOD split, not even as the picture of a wrong
+    caption."""
     other = mutate(spec, rng)
     return spec if split_of(other) == "ood" else other
 
 
 def noisy_example(rng: random.Random, wrong: dict[str, float], spoiled: float) -> tuple[str, Image.Image]:
-    """One caption and picture of the web: the caption is wrong with probability `wrong[task]`, the picture spoiled
-    (blurred, noisy, blocky, pale) with probability `spoiled`."""
+    """One caption and picture of the web: the caption is wrong with probability `wrong[task]`, the picture
+    spoiled (blurred, noisy, blocky, pale) with probability `spoiled`."""
     spec = split_spec(rng)
     truth = mistake(spec, rng) if rng.random() < wrong[spec.task] else spec
     image = draw(lay_out(truth, rng.getrandbits(32)))
@@ -90,6 +94,7 @@ def graded_picture(rng: random.Random, split: str = "train") -> tuple[Image.Imag
 @dataclass(frozen=True)
 class Candidate:
     """One picture offered for a prompt, and how much the world's hidden judge likes it."""
+
     image: Image.Image
     utility: float
 
@@ -97,28 +102,31 @@ class Candidate:
 def candidate(spec: Spec, rng: random.Random) -> Candidate:
     """A picture for `spec`, perhaps wrong and perhaps spoiled, with its hidden utility: match and looks.
 
-    Looks: a shadow, a finish that is not flat, things in the middle, scenery rather than dull grey, and a clean picture. Little
-    of it is in the prompt, so who optimises this judge learns a house style, and may pay for it elsewhere.
+    Looks: a shadow, a finish that is not flat, things in the middle, scenery rather than dull grey, and a
+    clean picture. Little of it is in the prompt, so who optimises this judge learns a house style, and may
+    pay for it elsewhere.
     """
-    truth = spec if rng.random() < .6 else mistake(spec, rng)
+    truth = spec if rng.random() < 0.6 else mistake(spec, rng)
     scene = lay_out(truth, rng.getrandbits(32))
-    scene = replace(scene, shadow=rng.random() < .5)
-    level = rng.choice(LEVELS) if rng.random() < .4 else 5
-    looks = .8 * scene.shadow - .45 * (5 - level)
-    if spec.tag != "style":             # there finish and background are in the prompt, and part of the match
-        looks += .5 * (scene.finish in (("outlined",) if spec.word else ("outlined", "glossy")))    # nothing on a sign shines
-        looks += {"gray": -.4, "black": 0., "white": 0.}.get(scene.background, .4)
+    scene = replace(scene, shadow=rng.random() < 0.5)
+    level = rng.choice(LEVELS) if rng.random() < 0.4 else 5
+    looks = 0.8 * scene.shadow - 0.45 * (5 - level)
+    if spec.tag != "style":  # there finish and background are in the prompt, and part of the match
+        # nothing on a sign shines
+        looks += 0.5 * (scene.finish in (("outlined",) if spec.word else ("outlined", "glossy")))
+        looks += {"gray": -0.4, "black": 0.0, "white": 0.0}.get(scene.background, 0.4)
     if scene.items:
         looks += 1 - np.mean([np.hypot(i.x - SIZE / 2, i.y - SIZE / 2) for i in scene.items]) / 20
     image = degrade(draw(scene), rng.choice(DEGRADATIONS), level, rng.getrandbits(32))
     return Candidate(image, 1.6 * (truth == spec) + float(looks))
 
 
-SHARPNESS = 6.      # of the hidden judge: P(a preferred to b) = sigmoid(SHARPNESS * (utility_a - utility_b))
+SHARPNESS = 6.0  # of the hidden judge: P(a preferred to b) = sigmoid(SHARPNESS * (utility_a - utility_b))
 
 
 def preference_pair(rng: random.Random, split: str = "train") -> tuple[str, Image.Image, Image.Image, float]:
-    """A caption, the preferred picture, the other, and the probability with which the better one is preferred."""
+    """A caption, the preferred picture, the other, and the probability with which the better one is
+    preferred."""
     spec = split_spec(rng, split)
     a, b = candidate(spec, rng), candidate(spec, rng)
     p = 1 / (1 + math.exp(-SHARPNESS * (a.utility - b.utility)))

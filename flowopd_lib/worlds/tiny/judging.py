@@ -1,4 +1,5 @@
 """Judging the judges: how often each is right on pictures and prompts that nothing was trained on."""
+
 from __future__ import annotations
 
 import random
@@ -9,8 +10,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ...evaluate import kernel_distance
 from ...prompts import Prompt
+from ...stats import kernel_distance
 from .data import mutate, preference_pair, to_tensor
 from .scenes import DEGRADATIONS, LEVELS, degrade, render
 from .specs import Spec, sample_specs
@@ -21,15 +22,25 @@ def _prompt(spec: Spec) -> Prompt:
 
 
 def _pixels(images) -> torch.Tensor:
-    return to_tensor(list(images)) / 2 + .5
+    return to_tensor(list(images)) / 2 + 0.5
 
 
 def _share(judge: str, test: str, right, ms: float, aim: float) -> dict:
     """A row for a share of right answers, with Wilson's 95 % interval."""
     from scipy import stats
+
     right = np.asarray(right, bool)
     interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-    return dict(judge=judge, test=test, value=right.mean(), low=interval.low, high=interval.high, n=len(right), aim=aim, ms=ms)
+    return dict(
+        judge=judge,
+        test=test,
+        value=right.mean(),
+        low=interval.low,
+        high=interval.high,
+        n=len(right),
+        aim=aim,
+        ms=ms,
+    )
 
 
 def _timed(call, *args) -> tuple:
@@ -49,57 +60,109 @@ def judge_judges(judges: Mapping, n: int = 300, seed: int = 0) -> tuple[pd.DataF
     specs = sample_specs("geneval", "test", n, seed)
     prompts = [_prompt(s) for s in specs]
     verdicts, ms = _timed(judges["GenEval"], _pixels(render(s, seed) for s in specs), prompts)
-    rows.append(_share("GenEval", "accepts right renders", verdicts > .5, ms, .98))
+    rows.append(_share("GenEval", "accepts right renders", verdicts > 0.5, ms, 0.98))
     rng = random.Random(f"wrong/{seed}")
     verdicts, ms = _timed(judges["GenEval"], _pixels(render(mutate(s, rng), seed) for s in specs), prompts)
-    rows.append(_share("GenEval", "rejects renders of a wrong caption", verdicts < .5, ms, .95))
+    rows.append(_share("GenEval", "rejects renders of a wrong caption", verdicts < 0.5, ms, 0.95))
 
     specs = sample_specs("ocr", "test", n, seed)
-    read, ms = _timed(judges["OCR"].read, _pixels(render(s, seed) for s in specs), [_prompt(s) for s in specs])
-    rows.append(_share("OCR", "reads clean signs exactly", [r.lower() == s.word.lower() for r, s in zip(read, specs)], ms, .95))
+    read, ms = _timed(
+        judges["OCR"].read, _pixels(render(s, seed) for s in specs), [_prompt(s) for s in specs]
+    )
+    rows.append(
+        _share(
+            "OCR",
+            "reads clean signs exactly",
+            [r.lower() == s.word.lower() for r, s in zip(read, specs)],
+            ms,
+            0.95,
+        )
+    )
 
-    texts, better, worse, likely = zip(*(preference_pair(random.Random(f"pair/{seed}/{i}"), "test") for i in range(n)))
+    texts, better, worse, likely = zip(
+        *(preference_pair(random.Random(f"pair/{seed}/{i}"), "test") for i in range(n))
+    )
     prompts = [Prompt(t, "pickscore") for t in texts]
     good, ms = _timed(judges["PickScore"], _pixels(better), prompts)
-    rows.append(_share("PickScore", f"orders preference pairs (knowing the hidden judge: {np.mean(likely):.0%})",
-                       good > judges["PickScore"](_pixels(worse), prompts), ms, .85))
+    rows.append(
+        _share(
+            "PickScore",
+            f"orders preference pairs (knowing the hidden judge: {np.mean(likely):.0%})",
+            good > judges["PickScore"](_pixels(worse), prompts),
+            ms,
+            0.85,
+        )
+    )
 
     from scipy import stats
-    graded = [(kind, level, s) for i, s in enumerate(_any_task(n, seed)) for kind, level in
-              [(DEGRADATIONS[i % len(DEGRADATIONS)], LEVELS[i // len(DEGRADATIONS) % len(LEVELS)])]]
+
+    graded = [
+        (kind, level, s)
+        for i, s in enumerate(_any_task(n, seed))
+        for kind, level in [
+            (DEGRADATIONS[i % len(DEGRADATIONS)], LEVELS[i // len(DEGRADATIONS) % len(LEVELS)])
+        ]
+    ]
     images = _pixels(degrade(render(s, seed), kind, level, i) for i, (kind, level, s) in enumerate(graded))
     scores, ms = _timed(judges["DeQA"], images, [_prompt(s) for _, _, s in graded])
     details = pd.DataFrame({"kind": [g[0] for g in graded], "level": [g[1] for g in graded], "score": scores})
     resampled = np.random.default_rng(seed).integers(len(details), size=(1000, len(details)))
     correlations = [stats.spearmanr(details.level.values[r], scores[r]).statistic for r in resampled]
-    rows.append(dict(judge="DeQA", test="rank correlation with the true level",
-                     value=stats.spearmanr(details.level, scores).statistic, low=np.percentile(correlations, 2.5),
-                     high=np.percentile(correlations, 97.5), n=len(details), aim=.9, ms=ms))
+    rows.append(
+        dict(
+            judge="DeQA",
+            test="rank correlation with the true level",
+            value=stats.spearmanr(details.level, scores).statistic,
+            low=np.percentile(correlations, 2.5),
+            high=np.percentile(correlations, 97.5),
+            n=len(details),
+            aim=0.9,
+            ms=ms,
+        )
+    )
     return pd.DataFrame(rows), details
 
 
 def _any_task(n: int, seed: int) -> list[Spec]:
     """Test specs of all three prompt tasks, mixed."""
-    specs = [s for task in ("geneval", "ocr", "pickscore") for s in sample_specs(task, "test", -(-n // 3), seed)]
+    specs = [
+        s for task in ("geneval", "ocr", "pickscore") for s in sample_specs(task, "test", -(-n // 3), seed)
+    ]
     random.Random(seed).shuffle(specs)
     return specs[:n]
 
 
 def clean_renders(task: str, split: str, n: int, seed: int = 0) -> torch.Tensor:
-    """(n, 3, 64, 64) in [0, 1]: a right, unspoiled picture of each of the first `n` prompts of a split, what samples should be like."""
+    """(n, 3, 64, 64) in [0, 1]: a right, unspoiled picture of each of the first `n` prompts of a split, what
+    samples should be like."""
     from .build import PROMPT_COUNTS, SEED
+
     if not 1 <= n <= PROMPT_COUNTS[split]:
         raise ValueError(f"the {split} split has {PROMPT_COUNTS[split]} prompts a task, not {n}")
-    return _pixels(render(spec, seed + i) for i, spec in enumerate(sample_specs(task, split, PROMPT_COUNTS[split], SEED)[:n]))
+    return _pixels(
+        render(spec, seed + i)
+        for i, spec in enumerate(sample_specs(task, split, PROMPT_COUNTS[split], SEED)[:n])
+    )
 
 
-def render_distance(table: pd.DataFrame, embed: Callable[[torch.Tensor], np.ndarray], seed: int = 0, split: str = "test") -> pd.DataFrame:
-    """How far every model's samples are from clean renders of the same prompts (`kernel_distance`): model, mean, low, high (95 %), n.
+def render_distance(
+    table: pd.DataFrame, embed: Callable[[torch.Tensor], np.ndarray], seed: int = 0, split: str = "test"
+) -> pd.DataFrame:
+    """How far every model's samples are from clean renders of the same prompts (`kernel_distance`): model,
+    mean, low, high (95 %), n.
 
     `table` is `evaluate`'s, with the same `embed`, over the first prompts of each task of a split.
     """
     first = table[table["repeat"] == table["repeat"].min()]
     counts = first[first["model"] == first["model"].iloc[0]].groupby("task", sort=False).size()
     clean = embed(torch.cat([clean_renders(task, split, n, seed) for task, n in counts.items()]))
-    return pd.DataFrame([dict(model=model, **dict(zip(("mean", "low", "high"), kernel_distance(np.stack(rows["embedding"]), clean))), n=len(rows))
-                         for model, rows in first.groupby("model", sort=False)])
+    return pd.DataFrame(
+        [
+            dict(
+                model=model,
+                **dict(zip(("mean", "low", "high"), kernel_distance(np.stack(rows["embedding"]), clean))),
+                n=len(rows),
+            )
+            for model, rows in first.groupby("model", sort=False)
+        ]
+    )

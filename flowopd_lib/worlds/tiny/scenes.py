@@ -1,8 +1,10 @@
 """Pictures of the small world: a `Spec` and a seed give one 64x64 image, antialiased, the same every time.
 
-`lay_out` decides what a right picture contains (where, how big, which of the colours not said), `draw` paints it, and
+`lay_out` decides what a right picture contains (where, how big, which of the colours not said), `draw` paints
+it, and
 `degrade` spoils it in five levels for the quality task.
 """
+
 from __future__ import annotations
 
 import io
@@ -18,16 +20,21 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .specs import BACKGROUNDS, COLORS, FINISHES, SCENERIES, Spec, heldout_pair
 
-SIZE, SUPER = 64, 4                     # pixels of the picture; drawn SUPER times larger, then averaged down
-CELL = 8                                # centres lie on a lattice of the autoencoder's cells: fewer pictures to learn
-RADII = {1: 15., 2: 11., 3: 9.5, 4: 8.5, 5: 7.}     # by the number of shapes, in pixels
-SIGN_BOX = (1, 17, 63, 47)              # (left, top, right, bottom): where every sign of the world hangs
+SIZE, SUPER = 64, 4  # pixels of the picture; drawn SUPER times larger, then averaged down
+# centres lie on a lattice of the autoencoder's cells: fewer pictures to learn
+CELL = 8
+RADII = {1: 15.0, 2: 11.0, 3: 9.5, 4: 8.5, 5: 7.0}  # by the number of shapes, in pixels
+SIGN_BOX = (1, 17, 63, 47)  # (left, top, right, bottom): where every sign of the world hangs
 INK = {"black": (15, 15, 18), "navy": (18, 24, 90), "maroon": (95, 12, 20)}
 PLAIN = {"white": (240, 240, 240), "gray": (150, 150, 150), "black": (28, 28, 28)}
-GRADIENTS = {"sunset": ((255, 170, 80), (120, 50, 120)), "ocean": ((170, 225, 250), (10, 70, 150)),
-             "meadow": ((190, 225, 255), (90, 170, 70)), "night": ((20, 22, 70), (60, 60, 120))}
+GRADIENTS = {
+    "sunset": ((255, 170, 80), (120, 50, 120)),
+    "ocean": ((170, 225, 250), (10, 70, 150)),
+    "meadow": ((190, 225, 255), (90, 170, 70)),
+    "night": ((20, 22, 70), (60, 60, 120)),
+}
 DEGRADATIONS = ("blur", "noise", "blocks", "contrast")
-LEVELS = (5, 4, 3, 2, 1)                # excellent ... bad, DeQA's scale
+LEVELS = (5, 4, 3, 2, 1)  # excellent ... bad, DeQA's scale
 
 
 @dataclass(frozen=True)
@@ -36,38 +43,54 @@ class Item:
     color: str
     x: float
     y: float
-    r: float                            # half the height, in pixels
+    r: float  # half the height, in pixels
 
 
 @dataclass(frozen=True)
 class Scene:
     """Everything that decides the picture."""
+
     items: tuple[Item, ...] = ()
     background: str = "white"
     finish: str = "flat"
     shadow: bool = False
     word: str = ""
     ink: str = "black"
-    tint: int = 0                       # brightness of the background, -8 to 8
+    tint: int = 0  # brightness of the background, -8 to 8
 
 
 def outline(shape: str, n: int = 48) -> np.ndarray:
-    """Corner points of a unit shape, (n, 2), y down, inside [-1, 1]. The detector's templates use them too."""
+    """Corner points of a unit shape, (n, 2), y down, inside [-1, 1]. The detector's templates use them
+    too."""
     t = np.linspace(0, 2 * np.pi, n, endpoint=False)
     if shape == "circle":
         return np.stack([np.cos(t), np.sin(t)], 1)
     if shape == "square":
-        return np.array([(-.88, -.88), (.88, -.88), (.88, .88), (-.88, .88)])
+        return np.array([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)])
     if shape == "triangle":
-        return np.array([(0, -.95), (1, .85), (-1, .85)])
+        return np.array([(0, -0.95), (1, 0.85), (-1, 0.85)])
     if shape == "star":
         a = np.arange(10) * np.pi / 5 - np.pi / 2
-        r = np.where(np.arange(10) % 2 == 0, 1.05, .45)
+        r = np.where(np.arange(10) % 2 == 0, 1.05, 0.45)
         return np.stack([r * np.cos(a), r * np.sin(a)], 1)
     if shape == "cross":
-        w, s = .34, .95
-        return np.array([(-w, -s), (w, -s), (w, -w), (s, -w), (s, w), (w, w), (w, s), (-w, s), (-w, w), (-s, w),
-                         (-s, -w), (-w, -w)])
+        w, s = 0.34, 0.95
+        return np.array(
+            [
+                (-w, -s),
+                (w, -s),
+                (w, -w),
+                (s, -w),
+                (s, w),
+                (w, w),
+                (w, s),
+                (-w, s),
+                (-w, w),
+                (-s, w),
+                (-s, -w),
+                (-w, -w),
+            ]
+        )
     if shape == "heart":
         x = 16 * np.sin(t) ** 3
         y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
@@ -80,7 +103,8 @@ def _color(rng: random.Random, shape: str, avoid: tuple[str, ...] = ()) -> str:
 
 
 def _apart(rng: random.Random, r: float, n: int, gap: float = 2.0) -> list[tuple[int, int]]:
-    """`n` centres on the lattice whose discs of radius `r` do not touch, by rejection; the gap shrinks if luck is bad."""
+    """`n` centres on the lattice whose discs of radius `r` do not touch, by rejection; the gap shrinks if
+    luck is bad."""
     inside = [c for c in range(0, SIZE + 1, CELL) if r + 1 <= c <= SIZE - r - 1]
     for attempt in range(2000):
         centres = [(rng.choice(inside), rng.choice(inside)) for _ in range(n)]
@@ -93,8 +117,12 @@ def _apart(rng: random.Random, r: float, n: int, gap: float = 2.0) -> list[tuple
 def lay_out(spec: Spec, seed: int) -> Scene:
     """A scene that is right for the prompt; what the prompt leaves open is drawn from `seed`."""
     rng = random.Random(f"{spec.text}/{seed}")
-    common = dict(background=spec.background or rng.choice(BACKGROUNDS), shadow=rng.random() < .3,
-                  finish=spec.finish or rng.choice(FINISHES + ("flat",) * 3), tint=rng.randint(-8, 8))
+    common = dict(
+        background=spec.background or rng.choice(BACKGROUNDS),
+        shadow=rng.random() < 0.3,
+        finish=spec.finish or rng.choice(FINISHES + ("flat",) * 3),
+        tint=rng.randint(-8, 8),
+    )
     if spec.word:
         common["background"] = rng.choice(BACKGROUNDS[1:] + SCENERIES)
         return Scene(word=spec.word, ink=rng.choice(list(INK)), **common)
@@ -105,7 +133,7 @@ def lay_out(spec: Spec, seed: int) -> Scene:
         colors = []
         for shape, color in spec.objects:
             colors.append(color or _color(rng, shape, tuple(colors)))
-    r = {"small": 10., "big": 21.}.get(spec.size) or RADII[len(shapes)]
+    r = {"small": 10.0, "big": 21.0}.get(spec.size) or RADII[len(shapes)]
     if spec.relation:
         first = 16 if spec.relation in ("left of", "above") else 48
         centres = [(first, rng.choice((24, 32, 40))), (SIZE - first, rng.choice((24, 32, 40)))]
@@ -118,7 +146,9 @@ def lay_out(spec: Spec, seed: int) -> Scene:
 
 @lru_cache(maxsize=16)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono-Bold.ttf"), size)
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono-Bold.ttf"), size
+    )
 
 
 @lru_cache(maxsize=64)
@@ -142,11 +172,19 @@ def draw(scene: Scene) -> Image.Image:
         points = (outline(item.shape) * item.r + (item.x, item.y)) * SUPER
         rgb = COLORS[item.color]
         if scene.shadow:
-            pen.polygon([(x + 7, y + 7) for x, y in points], fill=tuple(c // 2 for c in image.getpixel((4, 128))))
+            pen.polygon(
+                [(x + 7, y + 7) for x, y in points], fill=tuple(c // 2 for c in image.getpixel((4, 128)))
+            )
         edge = (7 if item.r > 11 else 4) if scene.finish == "outlined" else 0
-        pen.polygon([tuple(p) for p in points], fill=rgb, outline=(10, 10, 10) if edge else rgb, width=edge or 1)
+        pen.polygon(
+            [tuple(p) for p in points], fill=rgb, outline=(10, 10, 10) if edge else rgb, width=edge or 1
+        )
         if scene.finish == "glossy":
-            cx, cy, q = (item.x - .18 * item.r) * SUPER, (item.y - .02 * item.r) * SUPER, .17 * item.r * SUPER
+            cx, cy, q = (
+                (item.x - 0.18 * item.r) * SUPER,
+                (item.y - 0.02 * item.r) * SUPER,
+                0.17 * item.r * SUPER,
+            )
             pen.ellipse((cx - q, cy - q, cx + q, cy + q), fill=tuple((255 * 3 + c) // 4 for c in rgb))
     return image.reduce(SUPER)
 
@@ -155,12 +193,24 @@ def _draw_sign(image: Image.Image, pen: ImageDraw.ImageDraw, scene: Scene) -> No
     left, top, right, bottom = SIGN_BOX
     board = [SUPER * v for v in (left + 1.5, top + 2, right - 1.5, bottom - 2)]
     if scene.shadow:
-        pen.rounded_rectangle([v + 6 for v in board], 10, fill=tuple(c // 2 for c in image.getpixel((4, 128))))
-    pen.rounded_rectangle(board, 10, fill=(246, 244, 238), outline=INK[scene.ink] if scene.finish == "outlined" else None,
-                          width=5)
+        pen.rounded_rectangle(
+            [v + 6 for v in board], 10, fill=tuple(c // 2 for c in image.getpixel((4, 128)))
+        )
+    pen.rounded_rectangle(
+        board,
+        10,
+        fill=(246, 244, 238),
+        outline=INK[scene.ink] if scene.finish == "outlined" else None,
+        width=5,
+    )
     em = {2: 24, 3: 24, 4: 22, 5: 18}.get(len(scene.word), 90 // max(len(scene.word), 1))
-    pen.text((SIZE / 2 * SUPER, (top + bottom) / 2 * SUPER), scene.word, font=_font(em * SUPER),
-             fill=INK[scene.ink], anchor="mm")
+    pen.text(
+        (SIZE / 2 * SUPER, (top + bottom) / 2 * SUPER),
+        scene.word,
+        font=_font(em * SUPER),
+        fill=INK[scene.ink],
+        anchor="mm",
+    )
 
 
 def degrade(image: Image.Image, kind: str, level: int, seed: int = 0) -> Image.Image:
@@ -171,17 +221,19 @@ def degrade(image: Image.Image, kind: str, level: int, seed: int = 0) -> Image.I
         raise ValueError(f"a quality level is one of {LEVELS}, not {level!r}")
     if level == 5:
         return image
-    step = 4 - level                    # 0 .. 3
+    step = 4 - level  # 0 .. 3
     if kind == "blur":
-        return image.filter(ImageFilter.GaussianBlur((.7, 1.2, 1.9, 3.0)[step]))
+        return image.filter(ImageFilter.GaussianBlur((0.7, 1.2, 1.9, 3.0)[step]))
     pixels = np.asarray(image, float)
     if kind == "noise":
         noise = np.random.default_rng(seed).normal(0, (10, 20, 36, 60)[step], pixels.shape)
         return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
     if kind == "contrast":
-        mean = pixels.mean((0, 1), keepdims=True) * .5 + 64
-        return Image.fromarray((mean + (pixels - mean) * (.7, .5, .34, .2)[step]).clip(0, 255).astype(np.uint8))
-    buffer = io.BytesIO()               # blocks: what a harsh JPEG does
+        mean = pixels.mean((0, 1), keepdims=True) * 0.5 + 64
+        return Image.fromarray(
+            (mean + (pixels - mean) * (0.7, 0.5, 0.34, 0.2)[step]).clip(0, 255).astype(np.uint8)
+        )
+    buffer = io.BytesIO()  # blocks: what a harsh JPEG does
     image.save(buffer, "JPEG", quality=(30, 16, 8, 3)[step])
     return Image.open(buffer).convert("RGB")
 

@@ -1,8 +1,10 @@
 """What a prompt of the small world says: its grammar, its metadata and the split it belongs to.
 
-A `Spec` is the meaning of one prompt. Everything else follows from it: the text, GenEval's JSON metadata, the split (a
-hash of the text, so the splits are disjoint by construction) and, in `scenes.py`, the pictures that are right for it.
+A `Spec` is the meaning of one prompt. Everything else follows from it: the text, GenEval's JSON metadata, the
+split (a hash of the text, so the splits are disjoint by construction) and, in `scenes.py`, the pictures that
+are right for it.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -13,30 +15,41 @@ from dataclasses import dataclass
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLORS = {  # name -> RGB; about 60 degrees of hue apart, so that a colour is a fact and not a matter of taste
-    "red": (226, 28, 36), "yellow": (250, 210, 0), "green": (20, 165, 50),
-    "cyan": (0, 200, 215), "blue": (30, 60, 225), "purple": (175, 35, 205),
+    "red": (226, 28, 36),
+    "yellow": (250, 210, 0),
+    "green": (20, 165, 50),
+    "cyan": (0, 200, 215),
+    "blue": (30, 60, 225),
+    "purple": (175, 35, 205),
 }
 COUNT_WORDS = {2: "two", 3: "three", 4: "four", 5: "five"}
 RELATIONS = ("left of", "right of", "above", "below")
 OPENERS = ("a photo of", "a picture of", "a drawing of", "an image of", "a painting of", "a render of")
-BACKGROUNDS = ("white", "gray", "black")           # plain: GenEval's detector has an easy time
+BACKGROUNDS = ("white", "gray", "black")  # plain: GenEval's detector has an easy time
 SCENERIES = ("sunset", "ocean", "meadow", "night")  # gradients: the preference task
 FINISHES = ("flat", "glossy", "outlined")
 SIZES = ("small", "big")
-SIGN_FORMS = ('a sign that says "{}"', 'a board that reads "{}"', 'a sign with the word "{}"', 'a label saying "{}"')
+SIGN_FORMS = (
+    'a sign that says "{}"',
+    'a board that reads "{}"',
+    'a sign with the word "{}"',
+    'a label saying "{}"',
+)
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-PROMPT_TASKS = ("geneval", "ocr", "pickscore")      # DeQA has no prompts of its own: it judges pictures of all three
+# DeQA has no prompts of its own: it judges pictures of all three
+PROMPT_TASKS = ("geneval", "ocr", "pickscore")
 MAX_TRAIN_COUNT, MAX_TRAIN_LETTERS = 4, 4
 
 
 @dataclass(frozen=True)
 class Spec:
     """The meaning of one prompt. `color is None` and `background == ""` mean "not said", and any will do."""
-    task: str                                       # geneval | ocr | pickscore
-    tag: str                                        # one of GENEVAL_TAGS, or "ocr", "style"
+
+    task: str  # geneval | ocr | pickscore
+    tag: str  # one of GENEVAL_TAGS, or "ocr", "style"
     objects: tuple[tuple[str, str | None], ...] = ()  # (shape, color) in the order of the text
-    count: int = 1                                  # of objects[0], in the counting tag
-    relation: str = ""                              # objects[0] RELATION objects[1]
+    count: int = 1  # of objects[0], in the counting tag
+    relation: str = ""  # objects[0] RELATION objects[1]
     word: str = ""
     background: str = ""
     finish: str = ""
@@ -47,7 +60,9 @@ class Spec:
     def text(self) -> str:
         if self.task == "ocr":
             return self.opener.format(self.word)
-        nouns = [" ".join(filter(None, (self.finish, self.size, color, shape))) for shape, color in self.objects]
+        nouns = [
+            " ".join(filter(None, (self.finish, self.size, color, shape))) for shape, color in self.objects
+        ]
         if self.tag == "counting":
             body = f"{COUNT_WORDS[self.count]} {nouns[0]}{'es' if nouns[0].endswith('s') else 's'}"
         elif self.tag == "position":
@@ -78,28 +93,34 @@ class Spec:
 
 
 def heldout_pair(shape: str, color: str | None) -> bool:
-    """One colour per shape is never drawn in training, named or not, nor as the picture of a wrong caption."""
+    """One colour per shape is never drawn in training, named or not, nor as the picture of a wrong
+    caption."""
     return color is not None and SHAPES.index(shape) == list(COLORS).index(color)
 
 
 def heldout_relation(a: str, relation: str, b: str) -> bool:
-    """Six ordered shape pairs per axis are never described in training, in neither of the two ways to say it."""
+    """Six ordered shape pairs per axis are never described in training, in neither of the two ways to say
+    it."""
     if relation in ("right of", "below"):
         a, b, relation = b, a, {"right of": "left of", "below": "above"}[relation]
     return (SHAPES.index(b) - SHAPES.index(a)) % len(SHAPES) == {"left of": 1, "above": 2}.get(relation)
 
 
 def split_of(spec: Spec) -> str:
-    """`ood` by content; else `test` (20 %), `val` (10 %) or `train` by a hash of the text (signs: of the word).
+    """`ood` by content; else `test` (20 %), `val` (10 %) or `train` by a hash of the text (signs: of the
+    word).
 
-    So a test sentence is new, but what it describes may stand in other words in a training sentence: new content is
-    what the OOD split asks for.
+    So a test sentence is new, but what it describes may stand in other words in a training sentence: new
+    content is what the OOD split asks for.
     """
-    if (any(heldout_pair(*o) for o in spec.objects) or spec.count > MAX_TRAIN_COUNT
-            or len(spec.word) > MAX_TRAIN_LETTERS
-            or (spec.relation and heldout_relation(spec.objects[0][0], spec.relation, spec.objects[1][0]))):
+    if (
+        any(heldout_pair(*o) for o in spec.objects)
+        or spec.count > MAX_TRAIN_COUNT
+        or len(spec.word) > MAX_TRAIN_LETTERS
+        or (spec.relation and heldout_relation(spec.objects[0][0], spec.relation, spec.objects[1][0]))
+    ):
         return "ood"
-    key = spec.word if spec.task == "ocr" else spec.text   # a word seen in another sentence is not held out
+    key = spec.word if spec.task == "ocr" else spec.text  # a word seen in another sentence is not held out
     bucket = int(hashlib.sha256(f"{spec.task}:{key}".encode()).hexdigest(), 16) % 10
     return "test" if bucket < 2 else "val" if bucket == 2 else "train"
 
@@ -108,12 +129,23 @@ def random_spec(rng: random.Random, task: str, tag: str | None = None) -> Spec:
     """A draw from the grammar, whatever its split."""
     if task == "ocr":
         n = rng.choice((2, 3, 3, 4, 4, 4, 5))
-        return Spec("ocr", "ocr", word="".join(rng.choices(string.ascii_uppercase, k=n)), opener=rng.choice(SIGN_FORMS))
+        return Spec(
+            "ocr",
+            "ocr",
+            word="".join(rng.choices(string.ascii_uppercase, k=n)),
+            opener=rng.choice(SIGN_FORMS),
+        )
     opener, colors = rng.choice(OPENERS), list(COLORS)
     shape, other = rng.sample(SHAPES, 2)
     if task == "pickscore":
-        return Spec("pickscore", "style", ((shape, rng.choice(colors)),), background=rng.choice(SCENERIES),
-                    finish=rng.choice(FINISHES), opener=opener)
+        return Spec(
+            "pickscore",
+            "style",
+            ((shape, rng.choice(colors)),),
+            background=rng.choice(SCENERIES),
+            finish=rng.choice(FINISHES),
+            opener=opener,
+        )
     if task != "geneval":
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(PROMPT_TASKS)}")
     tag = tag or rng.choice(GENEVAL_TAGS)
@@ -151,7 +183,9 @@ def sample_specs(task: str, split: str, n: int, seed: int = 0) -> list[Spec]:
                 found[spec.text] = spec
                 break
         else:
-            raise ValueError(f"the world has fewer than {n} different {split} prompts for {task} ({tag}); ask for fewer")
+            raise ValueError(
+                f"the world has fewer than {n} different {split} prompts for {task} ({tag}); ask for fewer"
+            )
         if len(found) >= n:
             break
     return list(found.values())

@@ -1,8 +1,10 @@
 """The experts of the small world: `python -m flowopd_lib.worlds.tiny.train_experts --work experts`.
 
-Trains the recipes `papermill_runs/recipes/expert_*.yaml` one after the other (`expert_NAME_2.yaml` from where `expert_NAME.yaml` ends), goes on
-where it was cut off, and puts each adapter in half precision with its training curve and a manifest into `assets/experts/`.
+Trains the recipes `papermill_runs/recipes/expert_*.yaml` one after the other (`expert_NAME_2.yaml` from where
+`expert_NAME.yaml` ends), goes on where it was cut off, and puts each adapter in half precision with its
+training curve and a manifest into `assets/experts/`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,11 +24,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save
 
-from ...jobs.recipes import build
-from ...files import write_json, write_whole
+from ...files import RUNS, write_json, write_whole
 from ...inputs import nearest, read_yaml
+from ...jobs.recipes import build
 from ...precision import decide
-from ...runs.runner import RUNS
 from ...train import train
 from . import ASSETS, BASE
 from .build import LIBRARIES, say
@@ -41,7 +42,8 @@ def recipes_of(name: str) -> list[Path]:
 
 
 def train_expert(name: str, work: Path, dtype: str | torch.dtype = "auto") -> None:
-    """Train an expert's recipes in `work/{recipe}`, each from its last checkpoint if there is one, in the precision `work` was begun in."""
+    """Train an expert's recipes in `work/{recipe}`, each from its last checkpoint if there is one, in the
+    precision `work` was begun in."""
     dtype = decide(work, dtype)
     start = None
     for path in recipes_of(name):
@@ -63,22 +65,49 @@ def ship(name: str, work: Path, out: Path, seconds: float) -> None:
     shutil.copytree(work / paths[-1].stem / "adapter", target)
     weights = target / "adapter_model.safetensors"
     write_whole(weights, save({key: w.half() for key, w in load_file(weights).items()}, {"format": "pt"}))
-    lines = [json.loads(line) for path in paths for line in (work / path.stem / "metrics.jsonl").read_text().splitlines()]
-    write_whole(target / "metrics.jsonl", "".join(json.dumps(line | {"iteration": i}) + "\n" for i, line in enumerate(lines, 1)))
-    files = {p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size} for p in sorted(target.iterdir())}
-    base = hashlib.sha256((BASE / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    write_json(target / "manifest.json", {
-        "command": f"python -m flowopd_lib.worlds.tiny.train_experts --work experts --only {name}",
-        "recipes": [yaml.safe_load(path.read_text()) for path in paths], "seconds": round(seconds), "base_transformer_sha256": base,
-        "date": datetime.date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in LIBRARIES + ("peft", "accelerate")}}, "files": files})
+    lines = [
+        json.loads(line)
+        for path in paths
+        for line in (work / path.stem / "metrics.jsonl").read_text().splitlines()
+    ]
+    write_whole(
+        target / "metrics.jsonl",
+        "".join(json.dumps(line | {"iteration": i}) + "\n" for i, line in enumerate(lines, 1)),
+    )
+    files = {
+        p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
+        for p in sorted(target.iterdir())
+    }
+    base = hashlib.sha256(
+        (BASE / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    ).hexdigest()
+    write_json(
+        target / "manifest.json",
+        {
+            "command": f"python -m flowopd_lib.worlds.tiny.train_experts --work experts --only {name}",
+            "recipes": [yaml.safe_load(path.read_text()) for path in paths],
+            "seconds": round(seconds),
+            "base_transformer_sha256": base,
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            "versions": {
+                "python": platform.python_version(),
+                **{n: version(n) for n in LIBRARIES + ("peft", "accelerate")},
+            },
+            "files": files,
+        },
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--out", type=Path, default=ASSETS / "experts", help="where the finished experts go")
-    parser.add_argument("--only", nargs="+", default=list(EXPERTS), metavar="EXPERT", help=f"some of {', '.join(EXPERTS)}")
+    parser.add_argument(
+        "--only", nargs="+", default=list(EXPERTS), metavar="EXPERT", help=f"some of {', '.join(EXPERTS)}"
+    )
     args = parser.parse_args()
     for name in args.only:
         if name not in EXPERTS:
@@ -87,10 +116,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     for name in args.only:
         times, began = args.work / f"{name}.json", time.time()
-        seconds = json.loads(times.read_text()) if times.exists() else 0.
+        seconds = json.loads(times.read_text()) if times.exists() else 0.0
         try:
             train_expert(name, args.work)
-        finally:        # the time of a run that was stopped counts too
+        finally:  # the time of a run that was stopped counts too
             seconds += time.time() - began
             times.parent.mkdir(parents=True, exist_ok=True)
             write_json(times, seconds)

@@ -1,7 +1,10 @@
-"""The learned judges of the small world: PickScore (CLIP, contrastive and then Bradley-Terry) and DeQA (classifier).
+"""The learned judges of the small world: PickScore (CLIP, contrastive and then Bradley-Terry) and DeQA
+(classifier).
 
-Part of the pictures pass through the autoencoder first, so that a judge answers to the scene and not to the decoder.
+Part of the pictures pass through the autoencoder first, so that a judge answers to the scene and not to the
+decoder.
 """
+
 from __future__ import annotations
 
 import random
@@ -15,8 +18,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, ResNetConfig,
-                          ResNetForImageClassification)
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from ...checkpoint import load_state, save_state
 from ...precision import in_fast_precision
@@ -26,45 +35,55 @@ from .scenes import SIZE
 from .text import CLIP_TOKENS, clip_tokenizer
 from .train_vae import CLEAN
 
-SCALE = 26.     # exp(logit_scale), fixed: the paper divides PickScore by 26 in its average
+SCALE = 26.0  # exp(logit_scale), fixed: the paper divides PickScore by 26 in its average
 
 
 @torch.no_grad()
-def through_vae(vae: AutoencoderKL, images: list[Image.Image], rng: random.Random, share: float = .5) -> torch.Tensor:
+def through_vae(
+    vae: AutoencoderKL, images: list[Image.Image], rng: random.Random, share: float = 0.5
+) -> torch.Tensor:
     """(B, 3, 64, 64) uint8; each picture is reconstructed by the autoencoder with probability `share`."""
     x = to_tensor(images)
     rows = [i for i in range(len(images)) if rng.random() < share]
     for i in range(0, len(rows), 64):
-        part = rows[i:i + 64]
+        part = rows[i : i + 64]
         with in_fast_precision():
             x[part] = vae.decode(vae.encode(x[part]).latent_dist.mean).sample.float().clamp(-1, 1)
     return ((x + 1) * 127.5).round().byte()
 
 
 def train(name: str, model: nn.Module, loss_of, steps: int, lr: float, work: Path, log) -> nn.Module:
-    """Steps of `loss_of(step)` with AdamW and one cycle of the learning rate; restarts from `work/{name}.safetensors`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .98), weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=.1, cycle_momentum=False)
-    parts, saved, first = {"model": model, "optimizer": optimizer, "schedule": schedule}, work / f"{name}.safetensors", 0
+    """Steps of `loss_of(step)` with AdamW and one cycle of the learning rate; restarts from
+    `work/{name}.safetensors`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1, cycle_momentum=False)
+    parts, saved, first = (
+        {"model": model, "optimizer": optimizer, "schedule": schedule},
+        work / f"{name}.safetensors",
+        0,
+    )
     if saved.exists():
         state = load_state(saved)
         first = state.pop("step")
         for key, part in parts.items():
             part.load_state_dict(state[key])
     model.train()
-    began, seen = time.time(), 0.
+    began, seen = time.time(), 0.0
     for step in range(first, steps):
-        with in_fast_precision(), sdpa_kernel(SDPBackend.MATH):   # see train_base.py
+        with in_fast_precision(), sdpa_kernel(SDPBackend.MATH):  # see train_base.py
             loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         seen += loss.item()
         if (step + 1) % 100 == 0:
-            log(f"{name} {step + 1}/{steps} loss {seen / 100:.4f} {(time.time() - began) / (step + 1 - first):.3f} s/step")
-            seen = 0.
+            log(
+                f"{name} {step + 1}/{steps} loss {seen / 100:.4f} "
+                f"{(time.time() - began) / (step + 1 - first):.3f} s/step"
+            )
+            seen = 0.0
             save_state(saved, {key: part.state_dict() for key, part in parts.items()} | {"step": step + 1})
     return model.eval()
 
@@ -75,69 +94,120 @@ def normalise(pixels: torch.Tensor, processor) -> torch.Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, contrastive: int = 1000,
-                    preference: tuple[tuple[int, float], ...] = ((2700, 6e-4), (2000, 5e-4), (1500, 5e-4)),
-                    batch: int = 128, group: int = 8, seed: int = 0, log=print) -> None:
+def train_pickscore(
+    vae: AutoencoderKL,
+    out: Path,
+    work: Path,
+    contrastive: int = 1000,
+    preference: tuple[tuple[int, float], ...] = ((2700, 6e-4), (2000, 5e-4), (1500, 5e-4)),
+    batch: int = 128,
+    group: int = 8,
+    seed: int = 0,
+    log=print,
+) -> None:
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE), tokenizer)
-    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=2,
-                max_position_embeddings=CLIP_TOKENS, bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    vision = dict(image_size=SIZE, patch_size=8, hidden_size=160, intermediate_size=480, num_hidden_layers=4,
-                  num_attention_heads=5)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128,
-                                 logit_scale_init_value=float(np.log(SCALE))))
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = dict(
+        image_size=SIZE,
+        patch_size=8,
+        hidden_size=160,
+        intermediate_size=480,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+    )
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=text,
+            vision_config=vision,
+            projection_dim=128,
+            logit_scale_init_value=float(np.log(SCALE)),
+        )
+    )
     model.logit_scale.requires_grad_(False)
 
     def embed(texts, pixels):
-        ids = torch.tensor(tokenizer(list(texts), padding="max_length", max_length=CLIP_TOKENS, truncation=True).input_ids)
+        ids = torch.tensor(
+            tokenizer(list(texts), padding="max_length", max_length=CLIP_TOKENS, truncation=True).input_ids
+        )
         o = model(input_ids=ids, pixel_values=normalise(pixels, processor.image_processor))
         return o.text_embeds.float(), o.image_embeds.float()
 
     def contrastive_loss(step):
         rng = random.Random(f"clip/{seed}/{step}")
-        texts, images = zip(*(noisy_example(rng, CLEAN, .3) for _ in range(batch)))
-        t, i = embed(texts, through_vae(vae, list(images), rng, .25))
+        texts, images = zip(*(noisy_example(rng, CLEAN, 0.3) for _ in range(batch)))
+        t, i = embed(texts, through_vae(vae, list(images), rng, 0.25))
         logits, same = SCALE * t @ i.T, torch.arange(batch)
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
     train("clip", model, contrastive_loss, contrastive, 1e-3, work, log)
     first, second = torch.triu_indices(group, group, 1)
 
-    def preference_loss(step):      # Bradley-Terry: P(a preferred) = sigmoid(score of a - score of b), on every pair of a prompt's pictures
+    # Bradley-Terry: P(a preferred) = sigmoid(score of a - score of b), on every pair of a prompt's pictures
+    def preference_loss(step):
         rng = random.Random(f"group/{seed + step}")
         specs = [split_spec(rng) for _ in range(batch // group)]
         offered = [candidate(spec, rng) for spec in specs for _ in range(group)]
         utility = torch.tensor([c.utility for c in offered]).unflatten(0, (-1, group))
         p = torch.sigmoid(SHARPNESS * (utility[:, first] - utility[:, second]))
-        chosen = torch.where(torch.rand(p.shape, generator=torch.Generator().manual_seed(seed + step)) < p, 1., -1.)
-        t, i = embed([spec.text for spec in specs], through_vae(vae, [c.image for c in offered], rng, .25))
+        chosen = torch.where(
+            torch.rand(p.shape, generator=torch.Generator().manual_seed(seed + step)) < p, 1.0, -1.0
+        )
+        t, i = embed([spec.text for spec in specs], through_vae(vae, [c.image for c in offered], rng, 0.25))
         scores = SCALE * (t[:, None] * i.unflatten(0, (-1, group))).sum(-1)
         return -F.logsigmoid(chosen * (scores[:, first] - scores[:, second])).mean()
 
     before = 0
-    for cycle, (steps, lr) in enumerate(preference):       # each a cycle of the learning rate, all on new pictures
-        train(f"pickscore-{cycle}", model, lambda step, before=before: preference_loss(before + step), steps, lr, work, log)
+    # each a cycle of the learning rate, all on new pictures
+    for cycle, (steps, lr) in enumerate(preference):
+        train(
+            f"pickscore-{cycle}",
+            model,
+            lambda step, before=before: preference_loss(before + step),
+            steps,
+            lr,
+            work,
+            log,
+        )
         before += steps
     model.half().save_pretrained(out)
     processor.save_pretrained(out)
 
 
-def train_deqa(vae: AutoencoderKL, out: Path, work: Path, steps: int = 1200, batch: int = 64, seed: int = 0,
-               log=print) -> None:
+def train_deqa(
+    vae: AutoencoderKL, out: Path, work: Path, steps: int = 1200, batch: int = 64, seed: int = 0, log=print
+) -> None:
     torch.manual_seed(seed)
     labels = dict(enumerate(LEVELS))
-    model = ResNetForImageClassification(ResNetConfig(
-        embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 2, 2], layer_type="basic", num_labels=len(labels),
-        id2label=labels, label2id={v: k for k, v in labels.items()}))
+    model = ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=32,
+            hidden_sizes=[32, 64, 128],
+            depths=[1, 2, 2],
+            layer_type="basic",
+            num_labels=len(labels),
+            id2label=labels,
+            label2id={v: k for k, v in labels.items()},
+        )
+    )
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
 
     def loss_of(step):
         rng = random.Random(f"deqa/{seed}/{step}")
         images, levels = zip(*(graded_picture(rng) for _ in range(batch)))
         logits = model(pixel_values=normalise(through_vae(vae, list(images), rng), processor)).logits
-        return F.cross_entropy(logits.float(), torch.tensor(levels) - 1, label_smoothing=.02)
+        return F.cross_entropy(logits.float(), torch.tensor(levels) - 1, label_smoothing=0.02)
 
     train("deqa", model, loss_of, steps, 2e-3, work, log)
     model.half().save_pretrained(out)

@@ -1,0 +1,5 @@
+"""`python -m flowopd_lib.bench`: see `speed`."""
+
+from .speed import main
+
+main()

@@ -1,0 +1,5 @@
+"""`python -m flowopd_lib.jobs RECIPE.yaml --folder FOLDER`: see `recipes`."""
+
+from .recipes import main
+
+main()
