@@ -3,8 +3,7 @@
 import os
 
 # Read when torch is loaded, so before: threads that wait by spinning, torch's default, starve those of any
-# other job, and two jobs beside one another
-# take 4 to 10 times as long.
+# other job, and two jobs beside one another take 4 to 10 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .evaluate import evaluate, probe_of, score

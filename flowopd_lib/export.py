@@ -2,8 +2,8 @@
 --license apache-2.0`.
 
 The folder has `pytorch_lora_weights.safetensors`, which `StableDiffusion3Pipeline.load_lora_weights` reads,
-ranks and alphas included, and a model card,
-`README.md`, that says what it was made of: base, recipe, scores, data, licence.
+ranks and alphas included, and a model card, `README.md`, that says what it was made of: base, recipe, scores,
+data, licence.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ Ours against the pattern of the public Flow-OPD code, written out: a rollout tha
 a second forward of the student with gradient at every state, and a whole copy of the backbone for every
 teacher and for the anchor. Same model, same batch, same adapters. `ours` learns from all steps too, `recipe`
 from the one that student_opd.yaml draws for an update (a median over draws: a late step is walked to for
-longer). Each case runs in a process of its own, so that peaks of memory do not mix; the cases take turns, and
-ratios are of medians.
+longer). Each case runs in a process of its own, so that peaks of memory do not mix; ratios are of medians.
 
 `opd_operations_ours_over_public` counts floating-point operations. We leave out the rollout's own forwards,
 decoding and judges; the student's forward and backward, the teachers' forward and the anchor's are in both.
@@ -28,7 +27,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..files import write_json
+from ..files import RUNS, write_json
+from ..inputs import read_yaml
 from ..objectives import GRPO, OPD
 from ..policy import FlowPolicy
 from ..precision import NAMES, resolve
@@ -40,7 +40,7 @@ from ..studies.compare import our_update
 from ..worlds import tiny
 from .stand_in import write_sd35
 
-# and a fourth adapter, the anchor's, which no prompt is routed to
+# Three teachers; the anchor is a fourth adapter, which no prompt is routed to.
 TEACHERS = {task: task for task in TASKS}
 SAMPLER = Sampler(10, "sde")
 MAR = 0.04
@@ -156,17 +156,13 @@ def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int
         model, device, dtype, images, (*TASKS, "deqa") if case in ("ours", "recipe") else ()
     )
     optimizer = torch.optim.AdamW(policy.train_adapter("student"), 1e-5)
-    if case == "ours":
+    if case in ("ours", "recipe"):
+        asked = read_yaml(RUNS / "recipes" / "student_opd.yaml")["opd"] if case == "recipe" else {}
+        steps = {key: asked[key] for key in ("steps", "draw", "weighting") if asked}
         step = our_update(
-            policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images), optimizer
+            policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images, **steps), optimizer
         )
-    elif case == "recipe":  # student_opd.yaml's: one step, drawn for the update
-        one = {"steps": 1, "draw": "iteration", "weighting": "ode"}
-        step = our_update(
-            policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images, **one), optimizer
-        )
-    # the student alone: pulled to the base, which it carries anyway, and no anchor
-    elif case == "student":
+    elif case == "student":  # alone: pulled to the base, which it carries anyway, and no anchor
         step = our_update(
             policy, OPD(schedule, dict.fromkeys(TASKS), SAMPLER, mar=0.0, micro=images), optimizer
         )

@@ -3,7 +3,7 @@ benchmarks where no weights can be had.
 
 As in the real one: attention twice in the first 13 blocks, rms norm of queries and keys, 16 latent channels,
 shift 3, three text encoders of which the third gives 128 tokens here (Flow-GRPO's length), pictures of 512
-pixels at a side. The text encoders have one layer each, whatever the size: their outputs are cached, so what
+pixels at a side. The text encoders are one layer deep, whatever the size: their outputs are cached, so what
 they cost is not measured, and their tokenizers are the small world's.
 """
 
@@ -38,11 +38,7 @@ TINY = Size(3, 2, 1, (32, 32), 64, 128, 8, (8, 8, 8, 8))
 
 
 def write_sd35(
-    folder: str | Path,
-    size: Size = TRUE,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cpu",
-    seed: int = 0,
+    folder: str | Path, size: Size = TRUE, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> Path:
     """A pipeline folder that `FlowPolicy` loads. Of the true size it takes 5 GB in bfloat16."""
     with quiet():
@@ -79,7 +75,7 @@ def write_sd35(
         return CLIPTextModelWithProjection(config)
 
     with torch.random.fork_rng(devices=[device] if device != "cpu" else []), torch.device(device):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:

@@ -159,7 +159,8 @@ def page(manifest: Mapping, folder: Path) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta '
         f'charset="utf-8">\n<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
         f"<h1>{title}</h1>\n<p>{html.escape(about)}</p>\n"
-        f"<table>\n<tr><th>notebook</th><th>state</th><th>seconds</th><th>commit</th><th>parameters</th></tr>\n{chr(10).join(rows)}\n</table>\n"
+        "<table>\n<tr><th>notebook</th><th>state</th><th>seconds</th><th>commit</th>"
+        f"<th>parameters</th></tr>\n{chr(10).join(rows)}\n</table>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )

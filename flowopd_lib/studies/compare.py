@@ -1,6 +1,6 @@
 """Arms of one recipe at equal seconds: `python -m flowopd_lib.studies.compare STUDY.yaml --out FOLDER`.
 
-A study (`studies`) is a file: a recipe, and by arm what is changed in it; ours are in papermill_runs/studies.
+A study (`arms`) is a file: a recipe, and by arm what is changed in it; ours are in papermill_runs/studies.
 An iteration of every arm is measured once, in turns, in one process of one thread, and written down
 (`pace.json`); `--seconds` become iterations there, so that a training that is cut off goes on exactly, on any
 machine. Then the trainings, `--jobs` of one thread each beside one another, each judged on the same prompts
@@ -40,6 +40,8 @@ SHARE = 0.9  # of the experts' gains, kept in the mean over the judges: when a l
 
 
 def our_update(policy: FlowPolicy, objective, optimizer: torch.optim.Optimizer) -> Callable[[int], None]:
+    """An iteration of the student's training without its checkpoints and logs, to be timed."""
+
     def update(iteration: int) -> None:
         data = objective.collect(policy, "student", iteration, Share())
         for part in range(objective.updates):

@@ -24,8 +24,8 @@ from ..rollout import Sampler, walk
 from ..stats import gain_kept, mean_interval
 from ..worlds import tiny
 
-JUDGES = {"PickScore": "pickscore", "DeQA": "deqa"}  # and who was trained for each
-SEED = 1 << 20
+TEACHERS = {"PickScore": "0", "DeQA": "1"}  # by judge, DeQA's share at which its expert is alone
+SEED, BATCH = 1 << 20, 64
 
 
 @torch.no_grad()
@@ -48,42 +48,33 @@ def sample_average(
 
 
 def of_average(
-    policy: FlowPolicy,
-    prompts: Sequence[Prompt],
-    judges: Mapping[str, Reward],
-    shares: Sequence[float],
-    teachers: tuple[str, str] = ("pickscore", "deqa"),
-    sampler: Sampler = Sampler(20),
-    batch: int = 64,
+    policy: FlowPolicy, prompts: Sequence[Prompt], judges: Mapping[str, Reward], shares: Sequence[float]
 ) -> pd.DataFrame:
-    """The scores of every image, same noise under all: model (`base`, or the second teacher's share), task,
-    prompt, repeat, and a column a judge."""
-    models = {"base": {None: 1.0}, **{s: {teachers[0]: 1.0 - s, teachers[1]: s} for s in shares}}
+    """The scores of every image, same noise under all: model (`base`, or DeQA's share), task, prompt, and a
+    column a judge."""
+    models = {"base": {None: 1.0}, **{f"{s:g}": {"pickscore": 1 - s, "deqa": s} for s in shares}}
     rows = []
     with progress(len(models) * len(prompts), "average") as advance:
         for model, weights in models.items():
-            for i in range(0, len(prompts), batch):
-                some = prompts[i : i + batch]
+            for i in range(0, len(prompts), BATCH):
+                some = prompts[i : i + BATCH]
                 seeds = range(SEED + i, SEED + i + len(some))
-                images = sample_average(policy, some, seeds, weights, sampler)
-                rows.append(score(images, some, judges).assign(model=model, repeat=0))
+                images = sample_average(policy, some, seeds, weights, Sampler(20))
+                rows.append(score(images, some, judges).assign(model=model))
                 advance(len(some))
     return pd.concat(rows, ignore_index=True)
 
 
-def kept(table: pd.DataFrame, shares: Sequence[float], teachers: tuple[str, str]) -> pd.DataFrame:
+def kept(table: pd.DataFrame, shares: Sequence[float]) -> pd.DataFrame:
     """By share and judge: the mean score and the part of its expert's gain, with 95 % intervals."""
-    names = {0.0: teachers[0], 1.0: teachers[1]}
-    table = table.assign(model=[names.get(m, str(m)) for m in table["model"]])
     rows = []
     for share in shares:
-        name = names.get(share, str(share))
-        gains = gain_kept(table, name, JUDGES).set_index("judge")
-        for judge in JUDGES:
-            mean, low, high = mean_interval(table.loc[table["model"] == name, judge].to_numpy())
-            told = {"mean": mean, "low": low, "high": high}
-            part = {f"kept {k}".strip(): gains.loc[judge, k] for k in ("mean", "low", "high")}
-            rows.append({"share": share, "judge": judge, **told, **part, "n": int(gains.loc[judge, "n"])})
+        gains = gain_kept(table, f"{share:g}", TEACHERS).set_index("judge")
+        for judge in TEACHERS:
+            mean, low, high = mean_interval(table.loc[table["model"] == f"{share:g}", judge].to_numpy())
+            part = {f"kept {k}": gains.loc[judge, k] for k in ("mean", "low", "high")}
+            told = {"share": share, "judge": judge, "mean": mean, "low": low, "high": high}
+            rows.append({**told, **part, "n": int(gains.loc[judge, "n"])})
     return pd.DataFrame(rows)
 
 
@@ -104,8 +95,8 @@ def main() -> None:
     policy = FlowPolicy(tiny.BASE)
     tiny.load_experts(policy)
     prompts = load_prompts(tiny.PROMPTS, "pickscore", "val")[: args.n]
-    judges = {name: judge for name, judge in tiny.judges().items() if name in JUDGES}
-    told = kept(of_average(policy, prompts, judges, args.shares), args.shares, ("pickscore", "deqa"))
+    judges = {name: judge for name, judge in tiny.judges().items() if name in TEACHERS}
+    told = kept(of_average(policy, prompts, judges, args.shares), args.shares)
     print(told.round(3).to_string(index=False))
     if args.out:
         write_whole(args.out, told.round(4).to_csv(index=False))

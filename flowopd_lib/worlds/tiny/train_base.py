@@ -32,16 +32,15 @@ from .text import CLIP_TOKENS, WIDTH, encode, new_text_modules
 # `max_sequence_length` of every call: five letters, </s>, and room to spare
 T5_TOKENS = 8
 # Two sets, because the alphabet is learned faster from cleaner captions. The second is used in the last
-# eighth of the training; its rates,
-# chosen on val prompts, decide how often the base is right.
+# eighth of the training; its rates, chosen on val prompts, decide how often the base is right.
 DATA = (
     {"wrong": {"geneval": 0.12, "ocr": 0.15, "pickscore": 0.15}, "spoiled": 0.22},
     {"wrong": {"geneval": 0.05, "ocr": 0.45, "pickscore": 0.15}, "spoiled": 0.15},
 )
 LAST = 1 / 8  # of the steps, with the second set
-# SD3's shift of sigma, in sampling and in training: what a picture shows is decided
+# SD3's shift of sigma, in sampling and in training: what a picture shows is decided above sigma .8, where the
+# plain logit-normal hardly looks.
 SHIFT = 3.0
-# above sigma .8, where the plain logit-normal hardly looks
 SAVE_EVERY = 500  # steps
 CAPTION_DROPPED = 0.1  # trains the empty prompt, for classifier-free guidance
 

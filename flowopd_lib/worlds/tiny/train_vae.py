@@ -16,8 +16,7 @@ from ...precision import in_fast_precision
 from .data import noisy_example, to_tensor
 
 CLEAN = dict.fromkeys(("geneval", "ocr", "pickscore"), 0.0)
-# (name, steps, learning rate, weight of fine detail): the whole picture first, then what the first leaves
-# soft
+# (name, steps, learning rate, weight of fine detail): the whole picture, then what that leaves soft
 PHASES = (("vae", 6000, 2e-3, 0.0), ("vae-detail", 1600, 1e-3, 4.0))
 
 
