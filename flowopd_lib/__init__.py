@@ -8,18 +8,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .evaluate import evaluate, probe_of, score
 from .files import read_lines, write_json, write_table
-from .inputs import SEED, begin, counts_of, list_of, one_of, some_of, within
+from .inputs import SEED, SHARES, begin, check_value, list_of, one_of, some_of, within
+from .jobs.lab import Lab
 from .jobs.launch import InProcess, Launched, Look, some_prompts
+from .jobs.recipes import build, grpo_mix
 from .looking.figures import (
     captions_of,
     image_grid,
     model_panels,
+    pictures_of,
     probe_curves,
     readable,
     score_bars,
     training_curves,
     use_style,
 )
+from .looking.playground import known_prompts
 from .looking.study_figures import (
     gain_matrix,
     interference_figure,
@@ -30,8 +34,8 @@ from .looking.study_figures import (
     walk_figure,
 )
 from .looking.widgets import Playground, SampleGallery, TrainingMonitor, TrajectoryExplorer
-from .merge import merge, sft_start
-from .objectives import GRPO, OPD, SFT, grpo_mix, task_rewards
+from .merge import merge
+from .objectives import GRPO, OPD, SFT
 from .policy import FlowPolicy
 from .prompts import Prompt, load_prompts, save_prompts
 from .rollout import Sampler, initial_noise, sample, trajectory
@@ -48,12 +52,13 @@ from .stats import (
     summary,
 )
 from .train import StepInfo, TrainConfig, TrainingDiverged, fit, train
-from .worlds import tiny as tinyworld  # noqa: E402
+from .worlds import World, load_world
 
 __all__ = [
     "begin",
+    "build",
     "captions_of",
-    "counts_of",
+    "check_value",
     "diversity",
     "evaluate",
     "fit",
@@ -70,9 +75,12 @@ __all__ = [
     "judge_figure",
     "kernel_distance",
     "kl_figure",
+    "known_prompts",
+    "Lab",
     "Launched",
     "list_of",
     "load_prompts",
+    "load_world",
     "Look",
     "mean_interval",
     "merge",
@@ -82,6 +90,7 @@ __all__ = [
     "OPD",
     "paired_differences",
     "paper_average",
+    "pictures_of",
     "Playground",
     "probe_curves",
     "probe_of",
@@ -96,16 +105,14 @@ __all__ = [
     "score",
     "score_bars",
     "SEED",
+    "SHARES",
     "SFT",
-    "sft_start",
     "some_of",
     "some_prompts",
     "StepInfo",
     "steps_figure",
     "summary",
-    "task_rewards",
     "taylor_figure",
-    "tinyworld",
     "train",
     "TrainConfig",
     "training_curves",
@@ -116,6 +123,7 @@ __all__ = [
     "use_style",
     "walk_figure",
     "within",
+    "World",
     "write_json",
     "write_table",
 ]

@@ -20,7 +20,8 @@ from .adapters import write_diffusers
 from .files import read_lines, write_whole
 from .inputs import read_yaml
 from .policy import FlowPolicy
-from .worlds import tiny
+from .worlds import load_world
+from .worlds.world import DEFAULT
 
 
 def export(
@@ -47,13 +48,7 @@ def export(
     write_diffusers(policy.adapter(adapter), folder)
     write_whole(
         folder / "README.md",
-        card(
-            recipe,
-            license,
-            base or recipe.get("model") or "tiny-sd3 (the small world of Flow-OPD lab)",
-            scores,
-            updates,
-        ),
+        card(recipe, license, base or load_world(recipe.get("world", DEFAULT)).base_name, scores, updates),
     )
     return folder
 
@@ -77,8 +72,7 @@ def card(recipe: Mapping, license: str, base: str, scores: Sequence[Mapping], up
     schedule = recipe.get("schedule", {})
     data = (
         f"Prompts of {', '.join(schedule.get('tasks', ['geneval', 'ocr', 'pickscore']))}, split train, of "
-        f"{recipe.get('prompts') or 'the small world, which this project generates'}; no pictures but the "
-        "model's own."
+        f"the world {recipe.get('world', DEFAULT)}; no pictures but the model's own."
     )
     table = ["Not evaluated, or the scores were not given to `export`."]
     if scores:
@@ -167,7 +161,7 @@ def main() -> None:
             raise FileNotFoundError(f"{args.training} has no adapter/: is the training over?")
         recipe = read_yaml(args.training / "recipe.yaml")
         scores = scores_of(args.scores, args.model) if args.scores else []
-        policy = FlowPolicy(recipe.get("model") or tiny.BASE)
+        policy = load_world(recipe.get("world", DEFAULT)).policy()
         policy.load_adapter("exported", args.training / "adapter")
         print(
             export(

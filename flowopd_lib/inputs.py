@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+SHARES = dict[str, Annotated[int, Field(ge=1)]]  # whole numbers above 0 by name
 SEED = Annotated[int, Field(ge=0, lt=1 << 31)]
 INJECTED = "# Parameters\n"  # how the cell begins that papermill puts behind the parameters
 
@@ -45,17 +46,13 @@ def list_of(kind: Any) -> Any:
     return Annotated[list[kind], Field(min_length=1)]
 
 
-def counts_of(*names: str) -> Any:
-    """A mapping of at least one of the names to whole numbers above 0."""
-    return Annotated[dict[Literal[names], Annotated[int, Field(ge=1)]], Field(min_length=1)]
-
-
 KINDS = {
     "within": within,
     "one_of": one_of,
     "some_of": some_of,
     "list_of": list_of,
-    "counts_of": counts_of,
+    "list": list,
+    "SHARES": SHARES,
     "SEED": SEED,
     "str": str,
 }

@@ -9,16 +9,13 @@ over n^2.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-import pandas as pd
 import torch
 
-from .objectives import SFT, teacher_samples
+from .objectives import Share, teacher_samples
 from .policy import FlowPolicy
 from .prompts import Prompt
 from .rollout import Sampler
-from .train import TrainConfig, fit
 
 METHODS = ("cat", "svd", "ties", "dare", "factor_wise")
 
@@ -94,24 +91,14 @@ def merge(
         policy.combine_adapters(adapters, weights, name, **how)
 
 
-def sft_start(
+def drawn_by_teachers(
     policy: FlowPolicy,
     prompts: Sequence[Prompt],
     teachers: Mapping[str, str | None],
-    name: str,
-    folder: str | Path,
-    iterations: int,
-    rank: int = 32,
     sampler: Sampler = Sampler(),
-    lr: float = 5e-4,
-) -> pd.DataFrame:
-    """Add adapter `name`, fine-tuned on samples that each prompt's own teacher draws; the training's metrics.
-
-    Seeds lie far from those of evaluations and of the schedules. Raises ValueError for a task without a
-    teacher.
-    """
-    latents = teacher_samples(policy, prompts, range(1 << 39, (1 << 39) + len(prompts)), teachers, sampler)
-    policy.add_adapter(name, rank, 2 * rank)
-    return fit(policy, SFT(latents, prompts, batch=48), folder, TrainConfig(iterations, lr, warmup=5), name)[
-        0
-    ]
+    share: Share = Share(),
+) -> torch.Tensor:
+    """What a supervised start learns from: `teacher_samples` with seeds far from those of evaluations and of
+    the schedules."""
+    seeds = range(1 << 39, (1 << 39) + len(prompts))
+    return teacher_samples(policy, prompts, seeds, teachers, sampler, share=share)

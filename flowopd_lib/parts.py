@@ -13,14 +13,17 @@ from .files import set_aside, write_table, write_whole
 
 
 class Parts:
-    """The finished batches of an evaluation beside the table they become, and what they are `of` (a hash)."""
+    """The finished batches of an evaluation beside the table they become, and what they are `of` (a hash).
+    Of several processes `main` is the one that clears what lies there of something else."""
 
-    def __init__(self, path: Path, of: str):
+    def __init__(self, path: Path, of: str, main: bool = True):
         self.path, self.folder, self.of = path, path.parent / f".{path.name}.parts", of
+        if not main:
+            return
         about = self.folder / "of.txt"
         if (
             self.path.is_file()
-            and self._of(self.path) != of
+            and read_of(self.path) != of
             or self.folder.is_dir()
             and (about.read_text() if about.is_file() else "") != of
         ):
@@ -30,12 +33,6 @@ class Parts:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
             write_whole(about, of)
-
-    @staticmethod
-    def _of(path: Path) -> str | None:
-        return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(b"PANDAS_ATTRS", b"{}")).get(
-            "of"
-        )
 
     @property
     def whole(self) -> bool:
@@ -51,8 +48,7 @@ class Parts:
         return self.get(model, start)
 
     def finish(self, table: pd.DataFrame) -> pd.DataFrame:
-        table.attrs["of"] = self.of
-        write_table(self.path, table)
+        keep(self.path, self.of, table)
         shutil.rmtree(self.folder)  # all of it is in the table, and in the thumbnails' files
         return self.table()
 
@@ -60,3 +56,15 @@ class Parts:
         table = pd.read_parquet(self.path)
         table.attrs.clear()  # a table made of this one is of something else
         return table
+
+
+def read_of(path: Path) -> str | None:
+    """What a table was made of, as `keep` wrote it."""
+    about = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"PANDAS_ATTRS", b"{}")
+    return json.loads(about).get("of")
+
+
+def keep(path: Path, of: str, table: pd.DataFrame) -> None:
+    """Write a table with what it was made of."""
+    table.attrs["of"] = of
+    write_table(path, table)

@@ -49,10 +49,16 @@ def _alone(method: Callable) -> Callable:
 
 class FlowPolicy:
     """A `StableDiffusion3Pipeline` folder or hub id, taken apart into what samplers and losses need. `dtype`:
-    see `precision.resolve`."""
+    see `precision.resolve`. `resolution`: pixels at a side, `text_length`: tokens of T5; None: the model's
+    own."""
 
     def __init__(
-        self, model_id: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
+        self,
+        model_id: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "auto",
+        resolution: int | None = None,
+        text_length: int | None = None,
     ):
         with quiet():  # on import transformers recommends torchvision, which we do not use
             from diffusers import StableDiffusion3Pipeline
@@ -88,8 +94,17 @@ class FlowPolicy:
         # T5 positions are not masked, so their number is part of the model: the tokenizer's, or the
         # pipeline's default.
         tokenizer = self.pipeline.tokenizer_3
-        self.max_sequence_length = min(256, tokenizer.model_max_length) if tokenizer is not None else 256
-        side = self.pipeline.default_sample_size
+        own = min(256, tokenizer.model_max_length) if tokenizer is not None else 256
+        self.max_sequence_length = text_length or own
+        side, grain = self.pipeline.default_sample_size, self.pipeline.vae_scale_factor
+        if resolution is not None:
+            patch = grain * self.transformer.config.patch_size
+            largest = grain * self.transformer.config.pos_embed_max_size
+            if resolution % patch or not 0 < resolution <= largest:
+                raise ValueError(
+                    f"the resolution must be a multiple of {patch} up to {largest} pixels, not {resolution}"
+                )
+            side = resolution // grain
         self.latent_shape = (self.transformer.config.in_channels, side, side)
         # A model with a closed vocabulary says so in its T5 tokenizer's config: a prompt it cannot read whole
         # is then an error.

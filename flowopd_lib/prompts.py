@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .files import write_whole
 
+KINDS = ("geneval", "quoted", "plain")  # of prompt files
 TASKS = ("geneval", "ocr", "pickscore")  # those with prompts of their own
 FILES = {
     "geneval": "geneval/{}_metadata.jsonl",
@@ -40,16 +41,23 @@ class Prompt:
 
 
 def load_prompts(folder: str | Path, task: str, split: str) -> list[Prompt]:
-    """Read one split of one task from a Flow-GRPO folder.
-
-    Raises ValueError, with file and line, for what is not in the format, and FileNotFoundError with the
-    splits there are.
-    """
+    """Read one split of one task from a Flow-GRPO folder; `read_prompts` says what it raises."""
     if task not in FILES:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(FILES)}")
     path = Path(folder) / FILES[task].format(split)
     if path.parent.name == "pickscore" and not path.parent.is_dir():
         path = Path(folder) / "pickscore_sfw" / path.name
+    return read_prompts(path, task, {"geneval": "geneval", "ocr": "quoted"}.get(task, "plain"))
+
+
+def read_prompts(path: str | Path, task: str, kind: str) -> list[Prompt]:
+    """Read a file of prompts for a task. `kind`: geneval, GenEval's records; quoted, texts of which each has
+    the words to be read in double quotes; plain, texts.
+
+    Raises ValueError, with file and line, for what is not in the format, and FileNotFoundError with the
+    files there are.
+    """
+    path = Path(path)
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"no prompts at {path}; {path.parent} holds {', '.join(there) or 'nothing'}")
@@ -63,8 +71,8 @@ def load_prompts(folder: str | Path, task: str, split: str) -> list[Prompt]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        if task != "geneval":
-            if task == "ocr":
+        if kind != "geneval":
+            if kind == "quoted":
                 target_text(line, where)
             prompts.append(Prompt(line.strip(), task))
             continue

@@ -26,13 +26,19 @@ def mean_interval(
     return _bootstrap_mean(values, resamples, seed)
 
 
-def summary(
-    table: pd.DataFrame,
-    by: Sequence[str] = (),
-    judges: Sequence[str] = ("GenEval", "OCR", "PickScore", "DeQA"),
-) -> pd.DataFrame:
-    """Long table: the columns of `by`, judge, mean, low, high (95 %), n. Judges without scores in a group are
-    left out."""
+# The columns of a table of samples that are no judge's.
+ABOUT = ("model", "task", "tag", "prompt", "repeat", "seed", "train_seed", "split", "picture", "embedding")
+
+
+def judges_in(table: pd.DataFrame) -> list[str]:
+    """The judges whose scores a table of samples has."""
+    return [c for c in table if c not in ABOUT and pd.api.types.is_numeric_dtype(table[c])]
+
+
+def summary(table: pd.DataFrame, by: Sequence[str] = (), judges: Sequence[str] | None = None) -> pd.DataFrame:
+    """Long table: the columns of `by`, judge (None: all), mean, low, high (95 %), n. Judges without scores in
+    a group are left out."""
+    judges = judges_in(table) if judges is None else judges
     rows = []
     groups = table.groupby(list(by), sort=False) if by else [((), table)]
     for key, group in groups:
@@ -54,10 +60,7 @@ def summary(
 
 
 def paired_differences(
-    table: pd.DataFrame,
-    baseline: str,
-    judges: Sequence[str] = ("GenEval", "OCR", "PickScore", "DeQA"),
-    by: Sequence[str] = ("task",),
+    table: pd.DataFrame, baseline: str, judges: Sequence[str] | None = None, by: Sequence[str] = ("task",)
 ) -> pd.DataFrame:
     """Every model's score minus the baseline's on the same prompts and noise: model, the columns of `by`,
     judge, mean, low, high (95 %), n prompts.
@@ -67,7 +70,7 @@ def paired_differences(
     """
     if baseline not in set(table["model"]):
         raise ValueError(f"no model {baseline!r} in the table; it has {', '.join(table['model'].unique())}")
-    judges = [name for name in judges if name in table]
+    judges = judges_in(table) if judges is None else [name for name in judges if name in table]
     keys = list(dict.fromkeys([*by, "task", "prompt"]))
     scores = table.groupby(["model", *keys], sort=False)[judges].mean()
     rows = []
@@ -96,8 +99,10 @@ def paired_differences(
     return pd.DataFrame(rows)
 
 
-# What the paper's Average adds up, each over its full scale: (judge, task of the prompts, scale).
-AVERAGE = (
+# A judge, the task on whose prompts its score counts, and its full scale: what an Average adds up.
+Home = Sequence[tuple[str, str, float]]
+# the paper's; a `World` has its own
+AVERAGE: Home = (
     ("GenEval", "geneval", 1.0),
     ("OCR", "ocr", 1.0),
     ("DeQA", "pickscore", 5.0),
@@ -105,18 +110,18 @@ AVERAGE = (
 )
 
 
-def paper_average(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Flow-OPD's Average, (GenEval + OCR + DeQA/5 + PickScore/26) / 4, by model: mean, low, high (95 %,
-    prompts drawn within their task).
-
-    GenEval and OCR on their own prompts, DeQA and PickScore on the preference prompts. Raises ValueError if
-    one is missing.
+def paper_average(
+    table: pd.DataFrame, home: Home = AVERAGE, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """The Average, each judge on its own prompts over its full scale, by model: mean, low, high (95 %,
+    prompts drawn within their task). Flow-OPD's is (GenEval + OCR + DeQA/5 + PickScore/26) / 4, DeQA and
+    PickScore on the preference prompts. Raises ValueError if one is missing.
     """
     rows = []
     for model, group in table.groupby("model", sort=False):
         rng, total, draws = np.random.default_rng(seed), 0.0, np.zeros(resamples)
         drawn: dict[str, np.ndarray] = {}
-        for judge, task, scale in AVERAGE:
+        for judge, task, scale in home:
             part = group[group["task"] == task]
             if judge not in part or part[judge].isna().all():
                 raise ValueError(
@@ -125,8 +130,8 @@ def paper_average(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> 
             values = part.groupby("prompt", sort=False)[judge].mean().to_numpy() / scale
             if task not in drawn:  # DeQA and PickScore judge the same pictures: they are drawn together
                 drawn[task] = rng.integers(len(values), size=(resamples, len(values)))
-            total += values.mean() / len(AVERAGE)
-            draws += values[drawn[task]].mean(1) / len(AVERAGE)
+            total += values.mean() / len(home)
+            draws += values[drawn[task]].mean(1) / len(home)
         low, high = np.percentile(draws, (2.5, 97.5))
         rows.append(
             {
@@ -141,25 +146,25 @@ def paper_average(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> 
     return pd.DataFrame(rows)
 
 
-def home_scores(table: pd.DataFrame) -> pd.DataFrame:
+def home_scores(table: pd.DataFrame, home: Home = AVERAGE) -> pd.DataFrame:
     """The same table with each score on its own prompts only: PickScore and DeQA, which can judge any, on the
     preference prompts."""
     return table.assign(
-        **{judge: table[judge].where(table["task"] == task) for judge, task, _ in AVERAGE if judge in table}
+        **{judge: table[judge].where(table["task"] == task) for judge, task, _ in home if judge in table}
     )
 
 
-def model_scores(table: pd.DataFrame) -> pd.DataFrame:
-    """What the paper's tables show: every model's four scores, each on its own prompts, and the Average:
+def model_scores(table: pd.DataFrame, home: Home = AVERAGE) -> pd.DataFrame:
+    """What the paper's tables show: every model's scores, each on its own prompts, and the Average:
     model, judge, mean, low, high, n prompts.
 
     A prompt's repeats, and several trainings under one name, are averaged first: they are no new prompts.
     """
-    judges = [judge for judge, _, _ in AVERAGE if judge in table]
+    judges = [judge for judge, _, _ in home if judge in table]
     by_prompt = (
-        home_scores(table).groupby(["model", "task", "prompt"], sort=False)[judges].mean().reset_index()
+        home_scores(table, home).groupby(["model", "task", "prompt"], sort=False)[judges].mean().reset_index()
     )
-    return pd.concat([summary(by_prompt, ["model"]), paper_average(table)], ignore_index=True)
+    return pd.concat([summary(by_prompt, ["model"]), paper_average(table, home)], ignore_index=True)
 
 
 def gain_kept(
@@ -167,6 +172,7 @@ def gain_kept(
     student: str,
     experts: Mapping[str, str],
     base: str = "base",
+    home: Home = AVERAGE,
     resamples: int = 5000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -178,7 +184,7 @@ def gain_kept(
     there is no share of nothing.
     """
     rows = []
-    for judge, task, _ in AVERAGE:
+    for judge, task, _ in home:
         if judge not in experts:
             continue
         part = table[table["task"] == task]

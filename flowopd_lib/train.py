@@ -207,6 +207,31 @@ class _Run:
         return norm
 
 
+def mean_of_processes(metrics: dict[str, float]) -> dict[str, float]:
+    """Each mean over the processes that have it: one without prompts of a task has none."""
+    from accelerate.utils import gather_object
+
+    every = gather_object([metrics])
+    return {
+        name: sum(told) / len(told)
+        for name in sorted({name for m in every for name in m})
+        for told in [[m[name] for m in every if name in m and not math.isnan(m[name])] or [math.nan]]
+    }
+
+
+def share_of(accelerator: Accelerator) -> Share:
+    """This process's share; processes may have unequal parts to gather."""
+
+    def gather(values: torch.Tensor) -> torch.Tensor:
+        sizes = accelerator.gather(torch.tensor([len(values)], device=accelerator.device)).tolist()
+        padded = values.new_zeros(max(sizes), *values.shape[1:])
+        padded[: len(values)] = values
+        every = accelerator.gather(padded.to(accelerator.device)).unflatten(0, (len(sizes), -1))
+        return torch.cat([part[:size] for part, size in zip(every, sizes)]).to(values.device)
+
+    return Share(accelerator.process_index, accelerator.num_processes, gather, accelerator.wait_for_everyone)
+
+
 def train(
     policy: FlowPolicy,
     objective: Objective,
@@ -269,7 +294,7 @@ def _updates(
     if accelerator.is_main_process:
         kept = log.read_text().splitlines()[: run.iteration] if log.exists() else []
         write_whole(log, "".join(line + "\n" for line in kept))
-    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.gather)
+    share = share_of(accelerator)
     saved = time.time()
     began = saved - run.seconds
     while run.iteration < config.iterations and run.seconds < config.max_seconds:
@@ -294,9 +319,7 @@ def _updates(
             last = update == objective.updates - 1
             metrics = objective.metrics(data) if last else {}
             if last and accelerator.num_processes > 1:
-                names = sorted(metrics)
-                every = accelerator.gather(torch.tensor([[metrics[n] for n in names]], device=policy.device))
-                metrics = dict(zip(names, every.nanmean(0).tolist()))
+                metrics = mean_of_processes(metrics)
             metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
             run.seconds = time.time() - began
             info = StepInfo(run.iteration, update, loss, norm, run.seconds, metrics)
@@ -355,9 +378,13 @@ def fit(
     probe: Callable[[str], pd.DataFrame] | None = None,
     every: int = 0,
     shown: bool = True,
+    accelerator: Accelerator | None = None,
+    told: Callable[[StepInfo], bool | None] | None = None,
+    during: Callable[[Iterator[StepInfo]], Iterator[StepInfo]] = lambda updates: updates,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`train` to the end, in one process: its metrics, a row an iteration, and what `probe(adapter)` told on
-    the way.
+    """`train` to the end: its metrics, a row an iteration, and what `probe(adapter)`, asked in all processes,
+    told on the way. `told` hears of every iteration and may end the training there, with a checkpoint, by
+    returning True; `during` may do something between two updates.
 
     The probe is asked before the first iteration, after every `every` and after the last (then about the
     averaged weights); its rows get
@@ -367,18 +394,24 @@ def fit(
     folder = Path(folder)
     log = folder / "probes.jsonl"
     asked = set(read_lines(log).get("iteration", []))
+    main = accelerator is None or accelerator.is_main_process
 
     def ask(iteration: int, seconds: float) -> None:
         if probe is not None and iteration not in asked:
             rows = probe(adapter).assign(iteration=iteration, seconds=seconds)
-            # one write, so that a kill leaves all of a probe's rows or none
-            append_lines(log, rows.to_json(orient="records", lines=True))
+            if main:  # one write, so that a kill leaves all of a probe's rows or none
+                append_lines(log, rows.to_json(orient="records", lines=True))
 
     ask(0, 0.0)
     by_time = config.max_seconds < math.inf
-    with progress(config.max_seconds if by_time else config.iterations, f"train {adapter}", shown) as advance:
+    total = config.max_seconds if by_time else config.iterations
+    ended = True
+    with (
+        progress(total, f"train {adapter}", shown and main) as advance,
+        contextlib.closing(during(train(policy, objective, folder, config, adapter, accelerator))) as updates,
+    ):
         before = 0.0
-        for info in train(policy, objective, folder, config, adapter):
+        for info in updates:
             done = info.iteration + 1
             if not info.metrics:
                 continue
@@ -387,6 +420,12 @@ def fit(
             before = now
             if every and done % every == 0 and done < config.iterations and info.seconds < config.max_seconds:
                 ask(done, info.seconds)
+            if told is not None and told(info):
+                ended = False
+                break
     curve = read_lines(folder / "metrics.jsonl")
-    ask(len(curve), curve["seconds"].iloc[-1])
+    if ended:
+        ask(len(curve), curve["seconds"].iloc[-1])
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
     return curve, read_lines(log)

@@ -32,16 +32,16 @@ from ..inputs import read_yaml
 from ..objectives import GRPO, OPD
 from ..policy import FlowPolicy
 from ..precision import NAMES, resolve
-from ..prompts import TASKS, load_prompts
 from ..rollout import Sampler, sample, trajectory
 from ..schedule import Schedule
 from ..sde import velocity_weight
 from ..studies.compare import our_update
-from ..worlds import tiny
+from ..worlds import load_world
 from .stand_in import write_sd35
 
 # Three teachers; the anchor is a fourth adapter, which no prompt is routed to.
-TEACHERS = {task: task for task in TASKS}
+WORLD = load_world()
+TASKS, TEACHERS = WORLD.own, {task: task for task in WORLD.own}
 SAMPLER = Sampler(10, "sde")
 MAR = 0.04
 CASES = ("student", "ours", "recipe", "public", "grpo", "rollout")
@@ -83,15 +83,15 @@ def setting(
     model: str, device: str, dtype: torch.dtype, images: int, adapters: Sequence[str]
 ) -> tuple[FlowPolicy, Schedule]:
     """A policy with a student and `adapters` beside it, and a schedule of mixed prompts."""
-    policy = FlowPolicy(model or tiny.BASE, device, dtype)
+    policy = FlowPolicy(model or WORLD.base, device, dtype)
     for name in ("student", *adapters):
         add_random_adapter(policy, name)
-    return policy, Schedule({t: load_prompts(tiny.PROMPTS, t, "train") for t in TASKS}, images)
+    return policy, Schedule({t: WORLD.prompts(t, "train") for t in TASKS}, images)
 
 
 def whole_copy(model: str, device: str, dtype: torch.dtype, name: str) -> torch.nn.Module:
     """A backbone of its own with one adapter merged into the weights."""
-    policy = FlowPolicy(model or tiny.BASE, device, dtype)
+    policy = FlowPolicy(model or WORLD.base, device, dtype)
     add_random_adapter(policy, name)
     return policy.peft.merge_and_unload(adapter_names=[name]).requires_grad_(False)
 
@@ -168,14 +168,14 @@ def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int
         )
     elif case == "public":
         copies = {name: whole_copy(model, device, dtype, name) for name in (*TASKS, "deqa")}
-        step = public_update(policy, copies, schedule, {} if model else tiny.judges(), optimizer)
+        step = public_update(policy, copies, schedule, {} if model else WORLD.judges(), optimizer)
     elif case == "grpo":
         grouped = Schedule({"ocr": schedule.prompts["ocr"]}, images // 8, 8)
         step = our_update(
             policy,
             GRPO(
                 grouped,
-                {"OCR": brightness} if model else tiny.judges(),
+                {"OCR": brightness} if model else WORLD.judges(),
                 {"OCR": 1.0},
                 SAMPLER,
                 updates=1,

@@ -4,7 +4,7 @@ benchmarks where no weights can be had.
 As in the real one: attention twice in the first 13 blocks, rms norm of queries and keys, 16 latent channels,
 shift 3, three text encoders of which the third gives 128 tokens here (Flow-GRPO's length), pictures of 512
 pixels at a side. The text encoders are one layer deep, whatever the size: their outputs are cached, so what
-they cost is not measured, and their tokenizers are the small world's.
+they cost is not measured, and their tokenizers are those of the shipped world.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..quiet import quiet
-from ..worlds import tiny
+from ..worlds import load_world
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def write_sd35(
             T5Config,
             T5EncoderModel,
         )
-    tokenizers = [AutoTokenizer.from_pretrained(tiny.BASE / f"tokenizer{n}") for n in ("", "_2", "_3")]
+    tokenizers = [
+        AutoTokenizer.from_pretrained(Path(load_world().base) / f"tokenizer{n}") for n in ("", "_2", "_3")
+    ]
     for tokenizer, tokens in zip(tokenizers, (77, 77, size.tokens)):
         tokenizer.model_max_length = tokens
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import subprocess
-import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +22,16 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from ..evaluate import JUDGES, evaluate
+from ..evaluate import evaluate
 from ..files import locked, read_lines, write_whole
 from ..objectives import Objective
 from ..policy import FlowPolicy
 from ..prompts import Prompt
-from ..rewards import Reward
+from ..rewards import Reward, attribute
 from ..rollout import Sampler
 from ..schedule import Schedule
 from ..train import StepInfo, TrainConfig, train
+from .launchers import load_launcher
 
 STOPPED = "stopped after iteration"
 
@@ -53,8 +55,7 @@ class Look:
             )
 
     def __call__(self, policy: FlowPolicy, adapter: str, folder: Path, iteration: int) -> None:
-        # some are for training only
-        judges = {name: judge for name, judge in self.judges.items() if name in JUDGES}
+        judges = {n: j for n, j in self.judges.items() if not attribute(j, "training")}
         rows = evaluate(
             policy,
             self.prompts,
@@ -164,48 +165,36 @@ class InProcess:
 
 
 class Launched:
-    """A recipe (see `recipes`) trained in `processes` of their own, with a look every `look` iterations (0:
-    none), in `precision` (see
-    `recipes`). It is asked to stop when this process ends. Several processes have the 30 s that torchrun
-    gives them for the iteration they are at."""
+    """A job (see `work`) in the processes of a launcher (see `launchers`), a training with a look every
+    `look` iterations (0: none), in `precision`. It is asked to stop when this process ends. Several processes
+    have the 30 s that torchrun gives them for the iteration they are at."""
 
     def __init__(
-        self, recipe: Mapping, folder: str | Path, processes: int = 1, look: int = 0, precision: str = "auto"
+        self,
+        spec: Mapping,
+        folder: str | Path,
+        launcher: str,
+        look: int = 0,
+        precision: str = "auto",
+        notes: Path | None = None,
     ):
-        if processes < 1:
-            raise ValueError(f"a training needs at least one process, not {processes}")
-        self.recipe, self.folder, self.iterations = dict(recipe), Path(folder), recipe["train"]["iterations"]
-        # Not `accelerate launch`, which without a GPU or MPI starts one process, whatever it is asked for.
-        several = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            if processes > 1
-            else []
-        )
-        self.command = [
-            sys.executable,
-            *several,
-            "-m",
-            "flowopd_lib.jobs",
-            str(self.folder / "asked.yaml"),
-            "--folder",
-            str(self.folder),
-            "--look",
-            str(look),
-            "--precision",
-            precision,
-        ]
-        self._environment = {**os.environ, "FLOWOPD_HEADLESS": "1"}
+        self.spec, self.folder = dict(spec), Path(folder)
+        self.notes = notes or self.folder  # for what was asked, and what it printed
+        self.iterations = (spec.get("train") or {}).get("iterations", 0)
+        launched, self._environment = load_launcher(launcher)
+        asked = [str(self.notes / "asked.yaml"), "--folder", str(self.folder)]
+        self.command = [*launched, *asked, "--look", str(look), "--precision", precision]
         self._process: subprocess.Popen | None = None
         self._since = 0  # where in the log the present start begins
 
     def start(self) -> None:
-        """Begin, or go on from the checkpoint in the folder."""
+        """Begin, or go on from what is in the folder."""
         if self.state == "running":
-            raise RuntimeError(f"the training in {self.folder} is running already")
-        with locked(self.folder, "a start of a training"):
-            write_whole(self.folder / "asked.yaml", yaml.safe_dump(self.recipe, sort_keys=False))
+            raise RuntimeError(f"the job in {self.folder} is running already")
+        with locked(self.notes, "a start of a job"):
+            write_whole(self.notes / "asked.yaml", yaml.safe_dump(self.spec, sort_keys=False))
         # a session of its own: interrupting the kernel does not interrupt it
-        with (self.folder / "log.txt").open("a") as log:
+        with (self.notes / "log.txt").open("a") as log:
             self._since = log.tell()
             self._process = subprocess.Popen(
                 self.command,
@@ -219,7 +208,7 @@ class Launched:
     @property
     def _said(self) -> list[str]:
         """The lines it printed since the present start."""
-        with (self.folder / "log.txt").open(errors="replace") as log:
+        with (self.notes / "log.txt").open(errors="replace") as log:
             log.seek(self._since)
             return log.read().strip().splitlines() or ["it printed nothing"]
 
@@ -235,18 +224,35 @@ class Launched:
 
     @property
     def error(self) -> str:
-        return self._said[-1] if self.state == "failed" else ""
+        """What it failed by: the first process that says so, or else its last lines."""
+        if self.state != "failed":
+            return ""
+        told = [line for line in self._said if line.startswith("error")]
+        return told[0] if told else "\n".join(self._said[-8:])
 
     def stop(self) -> None:
-        """Ask it to end after this iteration, with a checkpoint."""
+        """Ask all its processes to end, a training after this iteration with a checkpoint."""
         if self.state == "running":
-            self._process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGTERM)
 
-    def wait(self) -> None:
-        """Until it has ended. Raises RuntimeError with what it failed by."""
-        if self._process is not None:
-            self._process.wait()
+    def wait(self, shown: bool = False) -> None:
+        """Until it has ended; with `shown`, its lines are printed as they come. Raises RuntimeError with what
+        it failed by."""
+        told = 0
+        while self._process is not None and self._process.poll() is None:
+            time.sleep(0.2)
+            lines = self._lines(told) if shown else []
+            told += len(lines)
+            for line in lines:
+                print(line, flush=True)
         if self.state == "failed":
             raise RuntimeError(
-                f"the training in {self.folder} failed: {self.error} (all of it: {self.folder / 'log.txt'})"
+                f"the job in {self.folder} failed: {self.error} (all of it: {self.notes / 'log.txt'})"
             )
+
+    def _lines(self, after: int) -> list[str]:
+        """The whole lines after the first so many."""
+        with (self.notes / "log.txt").open(errors="replace") as log:
+            log.seek(self._since)
+            return [line.rstrip() for line in log.readlines() if line.endswith("\n")][after:]

@@ -3,19 +3,37 @@ half size."""
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
+
+from ..stats import judges_in
+from ..thumbnails import read_thumbnail
+
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-COLORS = {"GenEval": "#0072B2", "OCR": "#D55E00", "PickScore": "#009E73", "DeQA": "#CC79A7"}
+class JudgeColors(dict):
+    """A colour for every judge: the paper's four have theirs, another the next of the palette."""
+
+    def __missing__(self, judge: str) -> str:
+        import seaborn as sns
+
+        palette = sns.color_palette("dark").as_hex()
+        self[judge] = palette[(len(self) - 4) % len(palette)]
+        return self[judge]
+
+
+COLORS = JudgeColors(GenEval="#0072B2", OCR="#D55E00", PickScore="#009E73", DeQA="#CC79A7")
 MODEL_COLORS = {"base": "#666666", "merged": "#E69F00", "student": "#56B4E9", "GRPO-Mix": "#882255"}
-# the paper's Average divides by these
+# the paper's Average divides by these; a `World` has its own
 FULL_SCALE = {"GenEval": 1.0, "OCR": 1.0, "PickScore": 26.0, "DeQA": 5.0}
 
 
@@ -65,17 +83,28 @@ def image_grid(images: torch.Tensor, captions: Sequence[str], columns: int = 6, 
     return figure
 
 
+def pictures_of(table: pd.DataFrame, folder: str | Path) -> torch.Tensor:
+    """(N, 3, H, W) in [0, 1]: the thumbnails of a table of samples that lies in `folder`."""
+    pictures = [Image.open(io.BytesIO(read_thumbnail(folder, place))) for place in table["picture"]]
+    pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
 def captions_of(table: pd.DataFrame) -> list[str]:
     """A prompt and its scores, for each row of a table of samples: the task's own judge first, the looks
     below."""
 
+    judges = judges_in(table)
+    looks = [name for name in judges if table[name].max() > 1]
+
     def line(row, names, digits):
-        return "  ".join(f"{n} {row[n]:.{digits}f}" for n in names if n in row and not np.isnan(row[n]))
+        return "  ".join(f"{n} {row[n]:.{digits}f}" for n in names if not np.isnan(row[n]))
 
     return [
         "\n".join(
             filter(
-                None, (row["prompt"], line(row, ("GenEval", "OCR"), 2), line(row, ("PickScore", "DeQA"), 1))
+                None,
+                (row["prompt"], line(row, [n for n in judges if n not in looks], 2), line(row, looks, 1)),
             )
         )
         for _, row in table.iterrows()
@@ -88,25 +117,26 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
     return summary.drop(columns=["mean", "low", "high"]).assign(**{"mean [95 % interval]": text})
 
 
-def score_bars(summary: pd.DataFrame, label: str, title: str) -> Figure:
+def score_bars(
+    summary: pd.DataFrame, label: str, title: str, scales: Mapping[str, float] = FULL_SCALE
+) -> Figure:
     """A bar per row of a summary, as a share of each judge's full scale, with its interval; `label` names the
     column."""
     figure, axis = plt.subplots(figsize=(9, 0.42 * len(summary) + 1.3))
-    scale = summary["judge"].map(FULL_SCALE)
+    scale = summary["judge"].map(lambda judge: scales.get(judge, 1.0))
     mean, low, high = (summary[c] / scale for c in ("mean", "low", "high"))
+    told = [f"{judge} {scales.get(judge, 1.0):g}" for judge in summary["judge"].unique()]
     names = [f"{r[label]} · {r['judge']} (n={r['n']})" for _, r in summary.iterrows()]
     axis.barh(
         names,
         mean,
         xerr=[mean - low, high - mean],
-        color=summary["judge"].map(COLORS),
+        color=[COLORS[judge] for judge in summary["judge"]],
         height=0.7,
         error_kw=dict(lw=1.6, capsize=3),
     )
     axis.set(
-        xlim=(0, 1.02),
-        xlabel="mean score / full scale (GenEval 1, OCR 1, PickScore 26, DeQA 5), 95 % interval",
-        title=title,
+        xlim=(0, 1.02), xlabel=f"mean score / full scale ({', '.join(told)}), 95 % interval", title=title
     )
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)

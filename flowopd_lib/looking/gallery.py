@@ -21,11 +21,11 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..evaluate import JUDGES, evaluate
-from ..files import write_table
+from ..files import write_table, write_whole
 from ..policy import FlowPolicy
 from ..prompts import Prompt
 from ..rollout import Sampler, sample
+from ..stats import judges_in
 from ..thumbnails import read_thumbnail
 
 TEACHER = "its teacher"  # as `Query.against`: the model that a prompt's task is routed to
@@ -83,7 +83,7 @@ class Samples:
                 ~again, table["model"] + "#" + table["train_seed"].astype(str)
             )
         self.table, self.folder, self.about = table, Path(folder), dict(about or {})
-        self.models, self.judges = list(table["model"].unique()), [j for j in JUDGES if j in table]
+        self.models, self.judges = list(table["model"].unique()), judges_in(table)
         keys = pd.MultiIndex.from_frame(table[["task", "prompt", "seed"]])
         row, keys = keys.factorize()
         column = table["model"].map({m: i for i, m in enumerate(self.models)}).to_numpy()
@@ -179,33 +179,16 @@ def load_samples(folder: str | Path) -> Samples:
         raise ValueError(f"{folder / 'samples.parquet'}: {error}") from error
 
 
-def draw_samples(
-    policy: FlowPolicy,
-    prompts: Mapping[str, Sequence[Prompt]],
-    judges: Mapping,
-    folder: str | Path,
-    models: Mapping[str, str | None],
-    sampler: Sampler = Sampler(),
-    seed: int = 0,
-    repeats: int = 1,
-) -> Samples:
-    """Samples of prompts (by split) drawn now from loaded models, kept in `folder` like a run's; `evaluate`
-    says what the rest is."""
+def with_splits(tables: Mapping[str, pd.DataFrame], folder: str | Path) -> Samples:
+    """The samples of several splits, each evaluated with pictures into a folder of its own in `folder`, as one,
+    kept there like a run's."""
     folder = Path(folder)
-    table = evaluate(
-        policy,
-        [p for part in prompts.values() for p in part],
-        judges,
-        seed,
-        sampler,
-        models,
-        repeats,
-        pictures=folder / "pictures",
-        into=folder / "drawn.parquet",
-    )
-    split = {(p.task, p.text): name for name, part in prompts.items() for p in part}
-    table["split"] = [split[key] for key in zip(table["task"], table["prompt"])]
-    write_table(folder / "samples.parquet", table)
+    parts = []
+    for split, table in tables.items():
+        parts.append(table.assign(split=split, picture=f"{split}/" + table["picture"]))
+        about = folder / split / "pictures" / "about.json"
+    write_whole(folder / "pictures" / "about.json", about.read_text())
+    write_table(folder / "samples.parquet", pd.concat(parts, ignore_index=True))
     return load_samples(folder)
 
 

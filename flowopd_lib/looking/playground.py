@@ -13,12 +13,13 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..evaluate import JUDGES_OF_TASK, score
+from ..evaluate import score
 from ..policy import FlowPolicy
-from ..prompts import TASKS, Prompt, load_prompts
-from ..rewards import Detection, Reward
+from ..prompts import Prompt
+from ..rewards import Detection, Reward, attribute, can_judge
 from ..rewards.base import as_uint8
 from ..rollout import Sampler, sample
+from ..worlds import World
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,22 @@ class Trial:
         )
 
 
-def known_prompts(
-    folder: str | Path, splits: Sequence[str] = ("test", "ood", "val", "train")
-) -> list[Prompt]:
-    """The prompts of all files there are of these splits: what a typed prompt is looked up in."""
-    found = []
-    for task in TASKS:
-        for split in splits:
-            try:
-                found += load_prompts(folder, task, split)
-            except FileNotFoundError:
-                continue  # not every world has every split
-    return found
+def known_prompts(world: World, splits: Sequence[str] = ("test", "ood", "val", "train")) -> list[Prompt]:
+    """The prompts of those of these splits that there are: what a typed prompt is looked up in."""
+    return [
+        p
+        for task in world.own
+        for split in splits
+        if split in world.splits(task)
+        for p in world.prompts(task, split)
+    ]
 
 
-def prompt_of(text: str, known: Sequence[Prompt] = ()) -> tuple[Prompt, str]:
+def _judged_by(prompt: Prompt, judges: Mapping[str, Reward]) -> str:
+    return ", ".join(name for name, judge in judges.items() if can_judge(judge, prompt)) or "nobody"
+
+
+def prompt_of(text: str, judges: Mapping[str, Reward], known: Sequence[Prompt] = ()) -> tuple[Prompt, str]:
     """What a typed text is judged as, and a sentence that says so: a known prompt with its metadata; a sign,
     if there is a text in double quotes; else only a picture to be liked. Raises ValueError for an empty
     text."""
@@ -71,21 +73,20 @@ def prompt_of(text: str, known: Sequence[Prompt] = ()) -> tuple[Prompt, str]:
         raise ValueError("there is no prompt; type one, such as: a photo of two red stars")
     for prompt in known:
         if prompt.text.lower() == text.lower():
-            return (
-                prompt,
-                f"A known {prompt.task} prompt: judged by {', '.join(JUDGES_OF_TASK[prompt.task])}.",
-            )
+            return (prompt, f"A known {prompt.task} prompt: judged by {_judged_by(prompt, judges)}.")
     quoted = text.split('"')
-    if len(quoted) > 2 and quoted[1].strip():
+    reads = next((j for j in judges.values() if hasattr(j, "read")), None)
+    if reads is not None and len(quoted) > 2 and quoted[1].strip():
+        prompt = Prompt(text, (attribute(reads, "tasks") or ("",))[0])
         return (
-            Prompt(text, "ocr"),
-            f"A prompt with a text in double quotes: judged by {', '.join(JUDGES_OF_TASK['ocr'])}; "
+            prompt,
+            f"A prompt with a text in double quotes: judged by {_judged_by(prompt, judges)}; "
             f"“{quoted[1]}” has to be read.",
         )
-    return Prompt(text, "pickscore"), (
-        f"Judged by {', '.join(JUDGES_OF_TASK['pickscore'])} only: OCR needs a text in double quotes, "
-        "GenEval a prompt of its "
-        "file, which says what must be seen."
+    prompt = Prompt(text, "own")
+    return prompt, (
+        f"Judged by {_judged_by(prompt, judges)} only: OCR needs a text in double quotes, GenEval a prompt "
+        "of its file, which says what must be seen."
     )
 
 
@@ -104,7 +105,8 @@ def try_prompt(
     images = torch.cat([sample(policy, [prompt], [seed], sampler, adapter) for adapter in models.values()])
     prompts = [prompt] * len(images)
     table = score(images, prompts, judges)
-    ocr, geneval = judges.get("OCR"), judges.get("GenEval")
+    ocr = next((j for j in judges.values() if hasattr(j, "read")), None)
+    geneval = next((j for j in judges.values() if hasattr(j, "detector")), None)
     read = ocr.read(images, prompts) if ocr else [""] * len(images)
     seen = (
         geneval.detector(as_uint8(images, prompts, "the detector", geneval.detector.size))
@@ -113,7 +115,7 @@ def try_prompt(
     )
     verdicts = (
         [why for _, why in geneval.explain(images, prompts)]
-        if geneval and "GenEval" in JUDGES_OF_TASK[prompt.task]
+        if geneval and can_judge(geneval, prompt)
         else [""] * len(images)
     )
     least = geneval.detector.threshold if geneval else 0.0

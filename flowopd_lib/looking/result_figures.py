@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..stats import mean_interval, model_scores
 from ..studies.claims import HOME, Missing, Run
-from ..worlds import tiny
+from ..worlds import World
 
 TEACHERS = {
     "GenEval": "geneval expert",
@@ -94,15 +95,18 @@ def surpassing(table: pd.DataFrame, student: str = "student") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def cost(run: Run) -> pd.DataFrame:
+def cost(run: Run, world: World) -> pd.DataFrame:
     """Training time of every stage, one run each: stage, minutes, measured where. What has not been run has
     no minutes."""
     rows = []
-    for path in sorted(tiny.EXPERTS.glob("*/manifest.json")):
+    for name in world.experts:
+        path = Path(world.adapter(name)) / "manifest.json"
+        if not path.is_file():  # trained by others
+            continue
         manifest = json.loads(path.read_text())
         rows.append(
             {
-                "stage": f"{path.parent.name} expert",
+                "stage": f"{name} expert",
                 "minutes": manifest["seconds"] / 60,
                 "measured": f"its manifest: {manifest['machine']}",
             }

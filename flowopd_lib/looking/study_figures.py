@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,7 +29,12 @@ def judge_figure(tests: pd.DataFrame, graded: pd.DataFrame) -> Figure:
         capsize=4,
     )
     left.scatter(
-        tests["value"], rows, c=tests["judge"].map(COLORS), s=70, zorder=3, label="measured, 95 % interval"
+        tests["value"],
+        rows,
+        c=[COLORS[judge] for judge in tests["judge"]],
+        s=70,
+        zorder=3,
+        label="measured, 95 % interval",
     )
     left.scatter(tests["aim"], rows, marker="|", s=300, c="k", label="aim")
     names = [textwrap.fill(f"{r['judge']} {r['test']} (n={r['n']})", 34) for _, r in tests.iterrows()]
@@ -102,30 +107,34 @@ def walk_figure(walk: Walk, title: str, columns: int = 8) -> Figure:
     return figure
 
 
-def kl_figure(curve: pd.DataFrame, sigmas: Sequence[float], title: str) -> Figure:
+def kl_figure(curve: pd.DataFrame, steps: int, title: str) -> Figure:
     """How a student nears its teachers while it is distilled: the velocities' squared difference by task, and
-    the KL by step of its walk (`sigmas`: the sampler's grid). Where steps are drawn at random, an iteration
+    the KL by step of its walk of so many `steps`. Where steps are drawn at random, an iteration
     tells of those it drew."""
     import seaborn as sns
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
-    names = {"gap_geneval": "GenEval", "gap_ocr": "OCR", "gap_pickscore": "PickScore", "gap_deqa": "DeQA"}
+    gaps = [c for c in curve if c.startswith("gap_")]
+    colors = dict(zip(gaps, [*COLORS.values(), *sns.color_palette("dark").as_hex()]))
 
     def line(axis, column: str, window: int, **style) -> None:
         told = curve[["iteration", column]].dropna()
         axis.plot(told["iteration"], told[column].rolling(window, min_periods=1, center=True).mean(), **style)
 
-    steps = sorted([c for c in curve if c.startswith("kl_step_")], key=lambda c: int(c.split("_")[-1]))
+    number, steps = (
+        steps,
+        sorted([c for c in curve if c.startswith("kl_step_")], key=lambda c: int(c.split("_")[-1])),
+    )
     # where steps are drawn: all of them, about twice
     window = 2 * len(steps) if curve[steps].isna().any(axis=None) else 5
-    for column in [c for c in curve if c.startswith("gap_")]:
+    for column in gaps:
         line(
             left,
             column,
             window,
             lw=2,
-            color=COLORS.get(names.get(column)),
-            label=f"to the {names.get(column, column)} teacher",
+            color=colors[column],
+            label=f"to the teacher of {column.removeprefix('gap_')}",
         )
     for column, color in zip(steps, sns.color_palette("viridis", len(steps))):
         line(
@@ -135,7 +144,7 @@ def kl_figure(curve: pd.DataFrame, sigmas: Sequence[float], title: str) -> Figur
             lw=1.6,
             marker=".",
             color=color,
-            label=f"σ {sigmas[int(column.split('_')[-1])]:.2f}",
+            label=f"step {int(column.split('_')[-1]) + 1} of {number}",
         )
     left.set(
         yscale="log", xlabel="iteration", ylabel="mean squared difference of velocities", title="by teacher"
@@ -186,7 +195,7 @@ def steps_figure(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def gain_matrix(differences: pd.DataFrame, title: str) -> Figure:
+def gain_matrix(differences: pd.DataFrame, title: str, scales: Mapping[str, float] = FULL_SCALE) -> Figure:
     """Models (rows) by judges (columns): the change against the baseline with its interval, coloured by its
     share of the full scale.
 
@@ -194,7 +203,7 @@ def gain_matrix(differences: pd.DataFrame, title: str) -> Figure:
     """
     models, judges = list(differences["model"].unique()), list(differences["judge"].unique())
     cells = differences.set_index(["model", "judge"])
-    share = np.array([[cells.loc[(m, j), "mean"] / FULL_SCALE[j] for j in judges] for m in models])
+    share = np.array([[cells.loc[(m, j), "mean"] / scales.get(j, 1.0) for j in judges] for m in models])
     figure, axis = plt.subplots(figsize=(2.3 * len(judges) + 1.5, 0.75 * len(models) + 1.2))
     limit = max(np.abs(share).max(), 1e-6)
     picture = axis.imshow(share, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")

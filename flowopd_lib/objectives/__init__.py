@@ -1,7 +1,7 @@
 """What is optimised: GRPO (the experts, and the baselines), SFT (a cold start), OPD (the method)."""
 
 from .base import Objective, Share, trained_steps
-from .grpo import GRPO, advantages, grpo_mix, task_rewards
+from .grpo import GRPO, advantages
 from .opd import ESTIMATORS, OPD
 from .sft import SFT, teacher_samples
 
@@ -13,8 +13,6 @@ __all__ = [
     "Objective",
     "Share",
     "advantages",
-    "grpo_mix",
-    "task_rewards",
     "teacher_samples",
     "trained_steps",
 ]

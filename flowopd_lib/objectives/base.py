@@ -17,21 +17,18 @@ from ..sde import REDUCTIONS
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of every iteration: items `rank::world` of it, and a way to see everybody's
-    numbers."""
+    """One process's part of every iteration: items `rank::world` of it, a way to see everybody's numbers, and
+    one to wait for the others."""
 
     rank: int = 0
     world: int = 1
     gather: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda values: values)
+    wait: Callable[[], None] = field(default=lambda: None)
 
     def of(self, batch: Batch, group: int = 1) -> Batch:
-        """Whole groups of `group` neighbours (the samples of one prompt) go to one process."""
-        groups, rest = divmod(len(batch), group)
-        if rest or groups % self.world:
-            raise ValueError(
-                f"{groups} prompts cannot be shared out evenly among {self.world} processes; "
-                "make the prompts per batch a multiple of the processes"
-            )
+        """Whole groups of `group` neighbours (the samples of one prompt) go to one process. Where they are no
+        multiple of the processes, some have one less, or none: the batch is what the iteration says."""
+        groups = len(batch) // group
         rows = [g * group + i for g in range(self.rank, groups, self.world) for i in range(group)]
         return Batch([batch.prompts[r] for r in rows], [batch.seeds[r] for r in rows])
 

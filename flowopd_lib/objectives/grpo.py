@@ -16,14 +16,12 @@ import torch
 
 from ..policy import FlowPolicy
 from ..prompts import Prompt
-from ..rewards import Reward
+from ..rewards import Reward, attribute
 from ..rollout import Sampler, Step, trajectory
 from ..schedule import Batch, Schedule
 from ..sde import log_prob, transition, velocity_weight
 from .base import Share, check_settings, mean_of, trained_steps
 
-# the paper divides by these before it adds; GenEval and OCR lie in [0, 1]
-SCALES = {"PickScore": 26.0, "DeQA": 5.0}
 NORMALISATIONS = ("batch", "group", "gdpo", "none")
 
 
@@ -48,11 +46,11 @@ def advantages(
     if normalise not in NORMALISATIONS:
         raise ValueError(f"unknown normalisation {normalise!r}: choose one of {', '.join(NORMALISATIONS)}")
     if normalise == "gdpo":
-        grouped = rewards.unflatten(0, (-1, group))
+        grouped = rewards.unflatten(0, (len(rewards) // group, group))
         rewards = (
             (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True, correction=0) + 1e-4)
         ).flatten(0, 1)
-    total = (rewards * weights).sum(1).unflatten(0, (-1, group))
+    total = (rewards * weights).sum(1).unflatten(0, (len(rewards) // group, group))
     centred = total - total.mean(1, keepdim=True)
     if normalise == "none":
         return centred.flatten()
@@ -62,21 +60,6 @@ def advantages(
         else share.gather(total.flatten()).std(correction=0)
     )
     return (centred / (spread + 1e-4)).flatten().clamp(-limit, limit)
-
-
-def task_rewards(judges: Mapping[str, Reward], deqa: float = 0.0) -> dict[str, dict[str, float]]:
-    """Each task's own reward, (1 - deqa) of it, beside DeQA. GenEval counts half as partial credit where the
-    judges give any."""
-    parts = ("GenEval", "GenEvalPartial") if "GenEvalPartial" in judges else ("GenEval",)
-    own = {
-        "geneval": {name: 1 / len(parts) for name in parts},
-        "ocr": {"OCR": 1.0},
-        "pickscore": {"PickScore": 1.0},
-    }
-    return {
-        task: {**{name: (1 - deqa) * w for name, w in weights.items()}, **({"DeQA": deqa} if deqa else {})}
-        for task, weights in own.items()
-    }
 
 
 @dataclass(frozen=True)
@@ -143,6 +126,12 @@ class GRPO:
                     f"the rewards of {task} name {', '.join(sorted(unknown)) or 'nothing'}; the judges are "
                     f"{', '.join(self.judges)}"
                 )
+            for name in self.weights_of(task):
+                if attribute(self.judges[name], "unseen"):
+                    raise ValueError(
+                        f"{name} is an unseen judge, by which nothing may be trained; the rewards of {task} "
+                        "name it"
+                    )
 
     def weights_of(self, task: str) -> dict[str, float]:
         nested = any(isinstance(w, Mapping) for w in self.rewards.values())
@@ -198,8 +187,8 @@ class GRPO:
     def score(
         self, images: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        """Rewards (B, R) divided by `SCALES`, weights (B, R), and each judge's mean in its own units. A judge
-        that fails raises."""
+        """Rewards (B, R) divided by the judges' scales, weights (B, R), and each judge's mean in its own
+        units. A judge that fails raises."""
         names = sorted({name for p in batch.prompts for name in self.weights_of(p.task)})
         rewards, weights, seen = torch.zeros(len(batch), len(names)), torch.zeros(len(batch), len(names)), {}
         for column, name in enumerate(names):
@@ -211,7 +200,7 @@ class GRPO:
                 raise ValueError(
                     f"{name} gave a reward that is not a number; a failure is never turned into a reward"
                 )
-            rewards[rows, column] = values / SCALES.get(name, 1.0)
+            rewards[rows, column] = values / attribute(self.judges[name], "scale")
             weights[rows, column] = torch.tensor(
                 [float(self.weights_of(batch.prompts[i].task)[name]) for i in rows]
             )
@@ -259,27 +248,3 @@ class GRPO:
 
     def metrics(self, data: Collected) -> dict[str, float]:
         return {**data.rewards, **mean_of(data.records)}
-
-
-def grpo_mix(
-    prompts: Mapping[str, list[Prompt]],
-    judges: Mapping[str, Reward],
-    prompts_per_batch: int = 12,
-    images_per_prompt: int = 12,
-    seed: int = 0,
-    sampler: Sampler = Sampler(8, "sde", noisy=4),
-    **options,
-) -> GRPO:
-    """The paper's baseline GRPO-Mix: the sets of prompts take turns, GenEval : OCR : PickScore = 3 : 1 : 1,
-    each with 0.8 of its own reward and 0.2 DeQA."""
-    schedule = Schedule(
-        prompts, prompts_per_batch, images_per_prompt, {"geneval": 3, "ocr": 1, "pickscore": 1}, True, seed
-    )
-    micro = -(-prompts_per_batch // 2) * images_per_prompt
-    return GRPO(
-        schedule,
-        judges,
-        task_rewards(judges, 0.2),
-        sampler,
-        **{"beta": 0.0, "clip": 2e-4, "micro": micro, **options},
-    )

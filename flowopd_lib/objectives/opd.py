@@ -189,18 +189,17 @@ class OPD:
                 )
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Walks:
+        images = self.schedule.size * self.schedule.repeats
         batch = share.of(self.schedule.draw(iteration))
         trained = trained_steps(self.sampler, self.steps, iteration, self.schedule.seed)
-        data = Walks(batch, trained, len(batch) * share.world, None)
+        data = Walks(batch, trained, images, None)
         apart = self.readings == ["pathwise"] and isinstance(self.steps, int)
         if self.readings == ["pathwise"] and self.updates == 1 and not apart:
             return data
         visit = self._states if apart else self._visit
         data.visits = [
             (update, rows, images, visit(policy, adapter, batch.prompts[rows], batch.seeds[rows], trained))
-            for update, rows, images in share.updates_of(
-                len(batch) * share.world, 1, self.updates, self.micro
-            )
+            for update, rows, images in share.updates_of(images, 1, self.updates, self.micro)
         ]
         return data
 

@@ -22,25 +22,28 @@ def teacher_samples(
     teachers: Mapping[str, str | None],
     sampler: Sampler = Sampler(),
     batch: int = 64,
+    share: Share = Share(),
 ) -> torch.Tensor:
-    """Latents (N, C, H, W) at sigma 0: each prompt sampled by its own task's teacher."""
+    """Latents (N, C, H, W) at sigma 0: each prompt sampled by its own task's teacher; several processes deal
+    the batches out among themselves."""
     unknown = {p.task for p in prompts} - set(teachers)
     if unknown:
         raise ValueError(
             f"no teacher for the task {', '.join(sorted(unknown))}; there are teachers for "
             f"{', '.join(teachers)}"
         )
-    latents = torch.empty(len(prompts), *policy.latent_shape, device=policy.device)
+    latents = torch.zeros(len(prompts), *policy.latent_shape, device=policy.device)
+    parts = []
     for task, adapter in teachers.items():
         rows = [i for i, p in enumerate(prompts) if p.task == task]
-        for i in range(0, len(rows), batch):
-            part = rows[i : i + batch]
-            for step in trajectory(
-                policy, [prompts[r] for r in part], [seeds[r] for r in part], sampler, adapter
-            ):
-                pass
-            latents[part] = step.x_next
-    return latents
+        parts += [(adapter, rows[i : i + batch]) for i in range(0, len(rows), batch)]
+    for adapter, part in parts[share.rank :: share.world]:
+        for step in trajectory(
+            policy, [prompts[r] for r in part], [seeds[r] for r in part], sampler, adapter
+        ):
+            pass
+        latents[part] = step.x_next
+    return share.gather(latents).unflatten(0, (share.world, -1)).sum(0)
 
 
 @dataclass
@@ -89,10 +92,6 @@ class SFT:
         }
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Examples:
-        if self.batch % share.world:
-            raise ValueError(
-                f"a batch of {self.batch} cannot be shared out evenly among {share.world} processes"
-            )
         g = generator((self.seed + 1 << 40) + iteration)
         epoch, place = divmod(iteration * self.batch, len(self.prompts))
         order = [

@@ -13,12 +13,27 @@ from ..prompts import Prompt
 
 class Reward(Protocol):
     """Scores pictures for prompts: images (B, 3, H, W) in [0, 1] and B prompts give (B,) float32, higher is
-    better."""
+    better. What a judge may have beside is told by `attribute`."""
 
     name: str
     range: tuple[float, float]
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray: ...
+
+
+# What a judge that does not say it otherwise is: `tasks` whose prompts it can judge (None: all), `scale` that
+# its scores are divided by where rewards are added up, `unseen` by every training, or for `training` only.
+PLAIN = {"tasks": None, "scale": 1.0, "unseen": False, "training": False}
+
+
+def attribute(judge: Reward, name: str):
+    """One of `PLAIN`."""
+    return getattr(judge, name, PLAIN[name])
+
+
+def can_judge(judge: Reward, prompt: Prompt) -> bool:
+    tasks = attribute(judge, "tasks")
+    return tasks is None or prompt.task in tasks
 
 
 def as_uint8(

@@ -25,7 +25,7 @@ class DeQA:
     `trust_remote_code=True`.
     """
 
-    name, range = "DeQA", (1.0, 5.0)
+    name, range, scale = "DeQA", (1.0, 5.0), 5.0
 
     def __init__(
         self, model_id: str | Path, device: str = "cpu", batch: int = 256, trust_remote_code: bool = False

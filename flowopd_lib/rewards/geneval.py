@@ -148,10 +148,10 @@ class GenEval:
     """1 if the picture shows what the prompt's metadata asks for, else 0. With `partial`, the share of it
     (see `credit`): to train on, never to report."""
 
-    name, range = "GenEval", (0.0, 1.0)
+    name, range, tasks = "GenEval", (0.0, 1.0), ("geneval",)
 
     def __init__(self, detector: Detector, partial: bool = False):
-        self.detector, self.partial = detector, partial
+        self.detector, self.partial, self.training = detector, partial, partial
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         least = self.detector.threshold, self.detector.counting_threshold

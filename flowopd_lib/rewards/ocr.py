@@ -27,7 +27,7 @@ class OCR:
     of images of `size` (height, width) is recognised as one line; without, text is detected and recognised on
     the whole picture, of any size."""
 
-    name, range = "OCR", (0.0, 1.0)
+    name, range, tasks = "OCR", (0.0, 1.0), ("ocr",)
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ class PickScore:
     `yuvalkirstain/PickScore_v1` with the processor of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
     """
 
-    name = "PickScore"
+    name, scale = "PickScore", 26.0  # the paper divides by it before it adds
 
     def __init__(
         self,

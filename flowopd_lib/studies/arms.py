@@ -16,11 +16,18 @@ from scipy import stats
 
 from ..files import RUNS
 from ..inputs import check_keys, read_yaml
-from ..prompts import FILES, TASKS
-from ..stats import gain_kept, home_scores, mean_interval, paired_differences, paper_average, summary
-
-# The judge that each expert was trained for.
-EXPERTS = {"GenEval": "geneval", "OCR": "ocr", "PickScore": "pickscore", "DeQA": "deqa"}
+from ..stats import (
+    AVERAGE,
+    Home,
+    gain_kept,
+    home_scores,
+    mean_interval,
+    paired_differences,
+    paper_average,
+    summary,
+)
+from ..worlds import World, load_world
+from ..worlds.world import DEFAULT
 
 
 def load_study(path: Path) -> dict[str, dict]:
@@ -39,31 +46,40 @@ def load_study(path: Path) -> dict[str, dict]:
     return arms
 
 
+def world_of(recipe: Mapping) -> World:
+    return load_world(recipe.get("world", DEFAULT))
+
+
 def tasks_of(recipe: Mapping) -> list[str]:
     """Whose prompts students of it are judged on."""
-    return [task for task in TASKS if FILES[task] in [FILES[t] for t in recipe["schedule"]["tasks"]]]
+    world = world_of(recipe)
+    asked = {world.tasks[task].home for task in recipe["schedule"]["tasks"]}
+    return [task for task in world.own if task in asked]
 
 
 def teachers_of(recipe: Mapping, task: str) -> list[str]:
-    return [name for t, name in recipe.get("opd", {}).get("teachers", {}).items() if FILES[t] == FILES[task]]
+    world, teachers = world_of(recipe), recipe.get("opd", {}).get("teachers", {})
+    return [name for t, name in teachers.items() if world.tasks[t].home == world.tasks[task].home]
 
 
-def scores_of(table: pd.DataFrame) -> pd.DataFrame:
+def scores_of(table: pd.DataFrame, home: Home = AVERAGE) -> pd.DataFrame:
     """Each score on its own prompts and, where all of them are there, the paper's Average: model, judge,
     mean, low, high, n."""
-    rows = summary(home_scores(table), ["model"])
-    if not set(TASKS) <= set(table["task"]):
+    rows = summary(home_scores(table, home), ["model"])
+    if not {task for _, task, _ in home} <= set(table["task"]):
         return rows
-    return pd.concat([rows, paper_average(table)], ignore_index=True)
+    return pd.concat([rows, paper_average(table, home)], ignore_index=True)
 
 
-def reached(looks: Sequence[Mapping], reference: pd.DataFrame, share: float) -> float:
-    """The iteration of the first look at which the experts' gains are kept to `share`, in the mean over the
-    judges; NaN if none is. A look is the rows of `scores_of` and their iteration."""
+def reached(
+    looks: Sequence[Mapping], reference: pd.DataFrame, share: float, experts: Mapping[str, str]
+) -> float:
+    """The iteration of the first look at which the gains of the `experts` (by judge) are kept to `share`, in
+    the mean over the judges; NaN if none is. A look is the rows of `scores_of` and their iteration."""
     means = {
         name: summary(home_scores(t)).set_index("judge")["mean"] for name, t in reference.groupby("model")
     }
-    taught = {judge: name for judge, name in EXPERTS.items() if name in means}
+    taught = {judge: name for judge, name in experts.items() if name in means}
     seen = pd.DataFrame(looks).pivot(index="iteration", columns="judge", values="mean").sort_index()
     base = pd.Series({judge: means["base"][judge] for judge in taught})
     best = pd.Series({judge: means[name][judge] for judge, name in taught.items()})
@@ -98,14 +114,15 @@ def tell(
     distance to the teachers' pictures. The arm `start` is the student before it is trained.
     """
     first, rows = next(iter(arms)), []
-    taught = {judge: name for judge, name in EXPERTS.items() if name in set(reference["model"])}
+    world = world_of(arms[first])
+    taught = {judge: name for judge, name in world.experts_of.items() if name in set(reference["model"])}
     start = reference[reference["model"] == "start"]
     of = {
         "start": [start],
         **{arm: [t.assign(model=arm) for (a, _), t in tables.items() if a == arm] for arm in arms},
     }
     every = pd.concat([t for some in of.values() for t in some], ignore_index=True)
-    judges = [judge for judge in EXPERTS if judge in every]
+    judges = [judge for judge, _, _ in world.home if judge in every]
     by_prompt = every.groupby(["model", "task", "prompt"], sort=False)[judges].mean().reset_index()
     scores = {arm: [scores_of(t).set_index("judge")["mean"] for t in some] for arm, some in of.items()}
 

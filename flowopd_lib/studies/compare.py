@@ -32,8 +32,8 @@ from ..objectives import Share
 from ..policy import FlowPolicy
 from ..rollout import Sampler
 from ..train import TrainConfig, fit
-from ..worlds import tiny
-from .arms import load_study, reached, scores_of, tasks_of, teachers_of, tell
+from ..worlds import load_world
+from .arms import load_study, reached, scores_of, tasks_of, teachers_of, tell, world_of
 
 SEED = 1 << 20  # of the samples judged
 SHARE = 0.9  # of the experts' gains, kept in the mean over the judges: when a look first sees it is told
@@ -82,10 +82,11 @@ def judged(
     into: Path | None = None,
 ) -> pd.DataFrame:
     """Scores and pictures of the tasks' first `n` prompts, `repeats` of each. The tasks are neighbours in
-    `TASKS`, so that a prompt has its noise whichever others are asked with it."""
-    every = tiny.first_prompts(split, n)
+    the world's, so that a prompt has its noise whichever others are asked with it."""
+    world = load_world()
+    every = world.first_prompts(split, n)
     prompts = [p for p in every if p.task in tasks]
-    seed, judges = SEED + every.index(prompts[0]), tiny.judges()
+    seed, judges = SEED + every.index(prompts[0]), world.judges()
     how = {"repeats": repeats, "embed": pixels, "progress": False, "into": into}
     return evaluate(policy, prompts, judges, seed, Sampler(20), models, **how)
 
@@ -204,7 +205,11 @@ def main() -> None:
         told.loc[told["arm"] == arm, "seconds an iteration"] = paces[arm]
         if args.looks and teachers:
             looked = others[others["repeat"] == 0]
-            first = [reached(read_lines(folders[arm, s] / "probes.jsonl"), looked, SHARE) for s in args.seeds]
+            experts = world_of(arms[arm]).experts_of
+            first = [
+                reached(read_lines(folders[arm, s] / "probes.jsonl"), looked, SHARE, experts)
+                for s in args.seeds
+            ]
             told.loc[told["arm"] == arm, f"seconds to {SHARE:.0%}"] = np.mean(first) * paces[arm]
     cells = [f"{r.mean:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in told.itertuples()]
     table = (

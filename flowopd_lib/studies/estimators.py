@@ -26,37 +26,49 @@ import pandas as pd
 import torch
 
 from ..files import write_json
+from ..jobs.site import Site
 from ..merge import merge
 from ..objectives import ESTIMATORS, OPD, Share
 from ..policy import FlowPolicy
 from ..progress import progress
-from ..prompts import TASKS, load_prompts
-from ..rollout import Sampler
 from ..schedule import Schedule
-from ..worlds import tiny
+from ..worlds import load_world
+from ..worlds.world import DEFAULT
+from .interference import Gradients
 
 
 def gradients(
-    policy: FlowPolicy, adapter: str, objectives: Mapping[str, OPD], batches: int
+    policy: FlowPolicy,
+    adapter: str,
+    objectives: Mapping[str, OPD],
+    batches: int,
+    kept: Gradients | None = None,
+    share: Share = Share(),
 ) -> dict[str, torch.Tensor]:
     """By objective, (batches, P) float32: the loss's gradient by the adapter's weights. The objectives,
     readings of one distillation, share the rollouts of each iteration and the teachers' velocities there,
-    which the first that is not `pathwise` alone collects."""
-    parameters, found = policy.train_adapter(adapter), {name: [] for name in objectives}
+    which the first that is not `pathwise` alone collects. `kept` and `share`: see `interference`."""
+    parameters, kept = policy.train_adapter(adapter), kept or Gradients()
     collector = next(
         (o for o in objectives.values() if o.readings != ["pathwise"]), next(iter(objectives.values()))
     )
-    with progress(batches * len(objectives), f"gradients of {len(objectives)} readings") as advance:
-        for iteration in range(batches):
-            data = collector.collect(policy, adapter, iteration, Share())
-            for name, objective in objectives.items():
-                for loss in objective.losses(policy, adapter, data, 0):
-                    loss.backward()
-                found[name].append(torch.cat([p.grad.flatten() for p in parameters]).cpu())
-                for p in parameters:
-                    p.grad = None
-                advance(1)
-    return {name: torch.stack(rows) for name, rows in found.items()}
+    mine = range(share.rank, batches, share.world)
+    shown = share.rank == 0
+    with progress(len(mine) * len(objectives), f"gradients of {len(objectives)} readings", shown) as advance:
+        for iteration in mine:
+            if not kept.has(adapter, iteration):
+                data, found = collector.collect(policy, adapter, iteration, Share()), {}
+                for name, objective in objectives.items():
+                    for loss in objective.losses(policy, adapter, data, 0):
+                        loss.backward()
+                    found[name] = torch.cat([p.grad.flatten() for p in parameters]).cpu()
+                    for p in parameters:
+                        p.grad = None
+                    advance(1)
+                kept.put(adapter, iteration, found)
+    share.wait()
+    rows = [kept.get(adapter, iteration) for iteration in range(batches)]
+    return {name: torch.stack([found[name] for found in rows]) for name in objectives}
 
 
 def compare_estimators(gradients_of: dict[str, torch.Tensor]) -> pd.DataFrame:
@@ -98,24 +110,30 @@ def compare_estimators(gradients_of: dict[str, torch.Tensor]) -> pd.DataFrame:
 
 
 def measure(
+    site: Site,
+    adapter: str = "merged",
     batches: int = 24,
     images: int = 12,
     seed: int = 0,
     estimators: Sequence[str] = ESTIMATORS,
     distance: float = 1.0,
+    folder: Path | None = None,
 ) -> pd.DataFrame:
-    """The table for the small world's experts and their merged student; the teachers lie at `distance` (a
-    share) of the way from the student to an expert."""
-    policy, teachers = (
-        tiny.merged_policy(dtype="float32"),
-        {task: task if distance == 1 else f"near {task}" for task in TASKS},
-    )
-    for task, name in teachers.items():
-        if name != task:
-            merge(policy, ["merged", task], name, "cat", [1 - distance, distance])
-    schedule = Schedule({t: load_prompts(tiny.PROMPTS, t, "train") for t in TASKS}, images, seed=seed)
-    readings = {name: OPD(schedule, teachers, Sampler(10, "sde"), name, mar=0.0) for name in estimators}
-    return compare_estimators(gradients(policy, "merged", readings, batches))
+    """The table for a student and the experts that its prompts are routed to; the teachers lie at `distance`
+    (a share) of the way from the student to an expert."""
+    world, policy = site.world, site.policy
+    teachers = {task: world.teachers[task] for task in world.own if task in world.teachers}
+    site.adapters(teachers.values())
+    if distance != 1:
+        for task, name in teachers.items():
+            near = f"near_{name}_{distance:g}".replace(".", "p")
+            if near not in policy.adapters:
+                merge(policy, [adapter, name], near, "cat", [1 - distance, distance])
+            teachers[task] = near
+    schedule = Schedule({t: world.prompts(t, "train") for t in teachers}, images, seed=seed)
+    readings = {n: OPD(schedule, teachers, world.distillation, n, mar=0.0) for n in estimators}
+    found = gradients(policy, adapter, readings, batches, Gradients(folder), site.share)
+    return compare_estimators(found)
 
 
 def main() -> None:
@@ -124,6 +142,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--world", default=DEFAULT, help="a world's name, or its YAML file")
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--images", type=int, default=12, help="in a batch")
     parser.add_argument(
@@ -141,7 +160,10 @@ def main() -> None:
     if not 0 < args.distance <= 1:
         parser.error(f"--distance is a share in (0, 1], not {args.distance}")
     torch.set_num_threads(os.cpu_count())
-    table = measure(args.batches, args.images, distance=args.distance)
+    world = load_world(args.world)
+    site = Site(world, "float32")
+    site.adapter("merged", world.average())
+    table = measure(site, "merged", args.batches, args.images, distance=args.distance)
     print(table.round(4).to_string(index=False))
     if args.out:
         write_json(args.out, table)

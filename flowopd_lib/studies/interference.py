@@ -14,14 +14,16 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
 
+from ..checkpoint import load_state, save_state
 from ..objectives import GRPO, OPD, Share
 from ..policy import FlowPolicy
 from ..progress import progress
@@ -169,21 +171,30 @@ def interference(
     adapter: str,
     batches: int = 8,
     gradients_of: Callable = reward_gradients,
+    kept: Gradients | None = None,
+    share: Share = Share(),
 ) -> Interference:
     """Gradients of every task at the adapter's present weights, of the reward or (`pull_gradients`) of
-    distillation. Raises ValueError for fewer than three batches."""
+    distillation. `kept`: a folder for them, out of which it goes on; several processes (`share`) deal the
+    batches out among themselves by way of it. Raises ValueError for fewer than three batches."""
     if batches < 3:
         raise ValueError(f"pairs of batches and a jackknife need at least three batches, not {batches}")
+    kept = kept or Gradients()
+    asked = [(task, b) for task in objectives for b in range(batches)]
+    mine = asked[share.rank :: share.world]
+    with progress(len(mine), f"gradients of {len(objectives)} tasks", share.rank == 0) as advance:
+        for task, b in mine:
+            if not kept.has(task, b):
+                kept.put(task, b, gradients_of(policy, objectives[task], adapter, b))
+            advance(1)
+    share.wait()
     levels: dict[float | str, list[torch.Tensor]] = {}
-    with progress(len(objectives) * batches, f"gradients of {len(objectives)} tasks") as advance:
-        for objective in objectives.values():
-            for b in range(batches):
-                found = gradients_of(policy, objective, adapter, b)
-                levels.setdefault(ALL, []).append(sum(found.values()))
-                for sigma, gradient in found.items():
-                    # half the memory; a batch's noise drowns the rounding
-                    levels.setdefault(sigma, []).append(gradient.bfloat16())
-                advance(1)
+    for task, b in asked:
+        found = kept.get(task, b)
+        levels.setdefault(ALL, []).append(sum(found.values()))
+        for sigma, gradient in found.items():
+            # half the memory; a batch's noise drowns the rounding
+            levels.setdefault(sigma, []).append(gradient.bfloat16())
     grams = {}
     for sigma, vectors in levels.items():
         for block, columns in block_slices(policy, adapter).items():
@@ -198,6 +209,29 @@ def interference(
     )
 
 
+class Gradients:
+    """Gradients by name and batch, by noise level each: in memory or, so that a cut costs one batch and
+    processes can share them, in a folder."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder, self._held = folder, {}
+
+    def _file(self, name: str, batch: int) -> Path:
+        return self.folder / f"{name}_{batch}.safetensors"
+
+    def has(self, name: str, batch: int) -> bool:
+        return (name, batch) in self._held if self.folder is None else self._file(name, batch).is_file()
+
+    def put(self, name: str, batch: int, found: dict) -> None:
+        if self.folder is None:
+            self._held[name, batch] = found
+        else:
+            save_state(self._file(name, batch), found)
+
+    def get(self, name: str, batch: int) -> dict:
+        return self._held[name, batch] if self.folder is None else load_state(self._file(name, batch))
+
+
 def taylor_check(
     policy: FlowPolicy,
     objectives: Mapping[str, GRPO],
@@ -205,14 +239,16 @@ def taylor_check(
     size: float,
     gradients: Mapping[str, torch.Tensor],
     images: int = 256,
+    only: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Predicted against measured change of every task's mean reward after a real step of length `size` along
     each task's gradient.
 
     Of `gradients`, an `Interference`'s, the first half of the batches gives the direction, the other the
     prediction; the change is measured on new prompts and seeds, the same before and after (paired), `images`
-    a task. A row per pair: predicted and measured with 95 % intervals, over batches and over the
-    `n` prompts measured; NaN, with a warning, for a task whose rewards never varied, which has no direction.
+    a task. A row per pair: predicted and measured with 95 % intervals, over batches and over the `n` prompts
+    measured (`only`: along some of the tasks' gradients); NaN, with a warning, for a task whose rewards never
+    varied, which has no direction.
     """
     batches = min(map(len, gradients.values()))
     if batches < 4 or batches % 2:
@@ -224,8 +260,8 @@ def taylor_check(
     parameters_before = [p.detach().clone() for p in parameters]
     before = {task: _rewards(policy, o, adapter, batches, images) for task, o in objectives.items()}
     rows = []
-    for task, rows_of_gradient in gradients.items():
-        direction = rows_of_gradient[: batches // 2].mean(0)
+    for task in gradients if only is None else only:
+        direction = gradients[task][: batches // 2].mean(0)
         if not direction.any():
             warnings.warn(
                 f"no prompt's samples differ in {task}'s reward, so it has no direction; take more prompts, "

@@ -18,11 +18,11 @@ from ..evaluate import score
 from ..files import write_whole
 from ..policy import FlowPolicy
 from ..progress import progress
-from ..prompts import Prompt, load_prompts
+from ..prompts import Prompt
 from ..rewards import Reward
 from ..rollout import Sampler, walk
 from ..stats import gain_kept, mean_interval
-from ..worlds import tiny
+from ..worlds import load_world
 
 TEACHERS = {"PickScore": "0", "DeQA": "1"}  # by judge, DeQA's share at which its expert is alone
 SEED, BATCH = 1 << 20, 64
@@ -92,10 +92,11 @@ def main() -> None:
         parser.error(
             "--n must be at least 12, and --shares lie in [0, 1] with 0 and 1, the teachers, among them"
         )
-    policy = FlowPolicy(tiny.BASE)
-    tiny.load_experts(policy)
-    prompts = load_prompts(tiny.PROMPTS, "pickscore", "val")[: args.n]
-    judges = {name: judge for name, judge in tiny.judges().items() if name in TEACHERS}
+    world = load_world()
+    policy = world.policy()
+    world.load_experts(policy)
+    prompts = world.prompts("pickscore", "val")[: args.n]
+    judges = {name: judge for name, judge in world.judges().items() if name in TEACHERS}
     told = kept(of_average(policy, prompts, judges, args.shares), args.shares)
     print(told.round(3).to_string(index=False))
     if args.out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,9 @@ from ..schedule import Schedule
 from ..sde import velocity_weight
 from ..stats import mean_interval
 from ..train import TrainConfig, fit
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 SHOWN = ("kl", "ode", "uniform_v")  # weightings
 
@@ -59,13 +63,15 @@ def worth_of_steps(
     iterations: int,
     sampler: Sampler,
     seed: int = 0,
+    walk: Sampler | None = None,
+    accelerator: Accelerator | None = None,
 ) -> pd.DataFrame:
-    """A row a step of the walks of OPD's default: sigma, KL in nats, the share of the loss by weighting, and
-    by how much pictures of `prompts`, drawn by `sampler`, are nearer their teachers' after `iterations`
-    updates on that step alone, from `start`, equally many for every step: nearer, low, high (95 % over
+    """A row a step of the walks (`walk`; None: OPD's default): sigma, KL in nats, the share of the loss by
+    weighting, and by how much pictures of `prompts`, drawn by `sampler`, are nearer their teachers' after
+    `iterations` updates on that step alone, from `start`, equally many for every step: nearer, low, high (95 % over
     prompts), n.
     """
-    objective = OPD(schedule, teachers, mar=0.0)
+    objective = OPD(schedule, teachers, *([walk] if walk else []), mar=0.0)
     walks, walk = objective.collect(policy, start, 0, Share()), objective.sampler
     for _ in objective.losses(policy, start, walks, 0):
         pass
@@ -78,12 +84,14 @@ def worth_of_steps(
     theirs = teacher_pictures(policy, prompts, teachers, sampler, seed)
     before, rows = picture_distance(policy, start, prompts, theirs, sampler, seed), []
     config = TrainConfig(iterations, 1e-3, warmup=3, ema=0.0)
-    with progress(len(walk.window), "each step alone") as advance:
+    shown = accelerator is None or accelerator.is_main_process
+    with progress(len(walk.window), "each step alone", shown) as advance:
         for k in walk.window:
             name = f"step_{k}"
-            policy.copy_adapter(start, name)
+            if name not in policy.adapters:
+                policy.copy_adapter(start, name)
             alone = OPD(schedule, teachers, walk, weighting="uniform_v", mar=0.0, steps=(k,))
-            fit(policy, alone, Path(folder) / name, config, name, shown=False)
+            fit(policy, alone, Path(folder) / name, config, name, shown=False, accelerator=accelerator)
             nearer = before - picture_distance(policy, name, prompts, theirs, sampler, seed)
             shares = {f"share {name}": losses[k] / sum(losses) for name, losses in lost.items()}
             of_step = {"step": k, "sigma": grid[k], "kl": kl[f"kl_step_{k}"], **shares}

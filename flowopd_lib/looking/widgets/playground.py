@@ -52,7 +52,7 @@ class Playground:
             self._show()
 
     def _try(self, text: str, seed: int, models: Sequence[str], steps: int) -> None:
-        prompt, self.judged = prompt_of(text, self.known)
+        prompt, self.judged = prompt_of(text, self.judges, self.known)
         s = self.sampler
         self.trials: list[Trial] = try_prompt(
             self.policy,

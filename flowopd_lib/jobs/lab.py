@@ -1,0 +1,111 @@
+"""What a notebook computes with: a world, and one way to ask for a job, in its own process or by a
+launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..files import read_lines
+from ..policy import FlowPolicy
+from ..worlds import load_world
+from .launch import Launched
+from .launchers import load_launcher
+from .site import Site
+from .work import check_spec, run_job
+
+
+class Lab:
+    """`world` and `launcher` by their names, `out` the folder for results. With a launcher this process loads
+    no model: every job runs in the launcher's processes and leaves its tables in `out`.
+
+    `sources`: what the adapters that jobs name come from, beside the world's experts (see `site.SOURCES`);
+    a training adds its own.
+    """
+
+    def __init__(self, world: str, launcher: str, out: Path):
+        self.world, self.launcher, self.out = load_world(world), launcher, Path(out)
+        self.sources: dict[str, Any] = {}
+        self.site = Site(self.world)
+        if launcher:
+            load_launcher(launcher)  # tells of one that is not there
+
+    @property
+    def policy(self) -> FlowPolicy:
+        """The model in this process. Raises RuntimeError where a launcher computes."""
+        if self.launcher:
+            raise RuntimeError(
+                f"the launcher {self.launcher} computes: this process holds no model; leave launcher empty"
+            )
+        return self.site.policy
+
+    def run(self, job: str, folder: str = "", **spec: Any) -> Path:
+        """Do a job, or go on with it, in `out/folder`; that folder. `work` says what there is."""
+        spec = {k: v for k, v in {"job": job, "world": self.world.place, **spec}.items() if v is not None}
+        named = [*spec.get("models", {}).values(), spec.get("adapter")]
+        sources = {n: self.sources[n] for n in named if n in self.sources}
+        if sources:
+            spec["adapters"] = sources | spec.get("adapters", {})
+        check_spec(spec)
+        into = self.out / folder
+        if not self.launcher:
+            run_job(spec, into, self.site)
+            return into
+        asked = self.out / ".jobs" / (f"{folder or 'here'}_{job}_{spec.get('file', '')}".replace("/", "_"))
+        launched = Launched(spec, into, self.launcher, notes=asked)
+        launched.start()
+        try:
+            launched.wait(shown=True)
+        finally:
+            launched.stop()
+        return into
+
+    def train(
+        self, name: str, recipe: Mapping, probe: Mapping | None = None
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The adapter `name` trained by a recipe in `out/name`: its metrics, a row an iteration, and what
+        `probe` ({every, n, split, steps}) told on the way."""
+        spec = {k: v for k, v in recipe.items() if k != "world"}
+        folder = self.run("train", name, **spec, name=name, probe=probe)
+        self.sources[name] = str((folder / "adapter").resolve())
+        return read_lines(folder / "metrics.jsonl"), read_lines(folder / "probes.jsonl")
+
+    def evaluate(
+        self, models: Mapping[str, str | None], file: str = "samples.parquet", **how
+    ) -> pd.DataFrame:
+        """The table of `evaluate` for the first `n` prompts of each task of a `split`, in `out`."""
+        return pd.read_parquet(self.run("evaluate", models=dict(models), file=file, **how) / file)
+
+    def table(self, job: str, file: str, **spec) -> pd.DataFrame:
+        """The table that a job leaves in `out`."""
+        return pd.read_parquet(self.run(job, file=file, **spec) / file)
+
+    def load(self, names: Sequence[str]) -> FlowPolicy:
+        """The model in this process with these adapters."""
+        self.site.adapters(names, self.sources)
+        return self.policy
+
+    def code(self, names: Sequence[str], about: Mapping) -> str:
+        """Code that makes `policy`, with the adapters of these names, as it drew samples (`about`: what their
+        about.json says): what a gallery's `code_of` begins with."""
+        dtype = about.get("dtype", "auto").removeprefix("torch.")
+        sources = {name: self.sources[name] for name in names if name in self.sources}
+        return "\n".join(
+            [
+                "from flowopd_lib.jobs.site import Site",
+                f"site = Site({self.world.place!r}, {dtype!r})",
+                f"site.adapters({list(names)!r}, {sources!r})",
+                "policy = site.policy",
+            ]
+        )
+
+    def live(self, make: Callable[[], Any]) -> Any:
+        """Something that draws with the model in this process, such as a widget; a sentence where a launcher
+        computes."""
+        if self.launcher:
+            print("Drawn by a model in the notebook's own process: leave launcher empty to see it.")
+            return None
+        return make()

@@ -1,0 +1,104 @@
+"""Where a job runs: a world's model with the adapters it names, in this process or in one of several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..inputs import check_keys, check_value, list_of, one_of
+from ..merge import METHODS, merge
+from ..objectives import Share
+from ..policy import FlowPolicy
+from ..train import share_of
+from ..worlds import World, load_world
+
+# What an adapter may come from: an expert of the world, a folder or a hub id by its name, or one of these.
+SOURCES = {
+    "merge": {
+        "merge": one_of(*METHODS),
+        "adapters": list_of(str),
+        "weights": list[float] | None,
+        "rank": int | None,
+        "density": float,
+    },
+    "load": {"load": str},
+    "rank": {"rank": int, "alpha": float | None, "targets": list[str], "seed": int},
+}
+
+
+def check_source(where: str, source: Any) -> None:
+    """Raises ValueError for what names no adapter."""
+    if isinstance(source, str) and source:
+        return
+    kind = next((k for k in SOURCES if isinstance(source, Mapping) and k in source), None)
+    if kind is None:
+        raise ValueError(
+            f"{where} must be an expert, a folder or a hub id by its name, or have one of "
+            f"{', '.join(SOURCES)}, not be {source!r}"
+        )
+    check_keys(where, source, SOURCES[kind])
+    for name, value in source.items():
+        check_value(f"{where}.{name}", value, SOURCES[kind][name])
+
+
+class Site:
+    """`world` on a device (the accelerator's, or what there is), in `dtype` (see `precision`). The model is
+    loaded when it is first asked for."""
+
+    def __init__(
+        self,
+        world: World | str,
+        dtype: str | torch.dtype = "auto",
+        accelerator: Accelerator | None = None,
+        policy: FlowPolicy | None = None,
+    ):
+        self.world = load_world(world) if isinstance(world, str) else world
+        self.accelerator, self._dtype = accelerator, dtype
+        if policy is not None:
+            self.policy = policy
+
+    @cached_property
+    def policy(self) -> FlowPolicy:
+        return self.world.policy(self._dtype, self.accelerator.device if self.accelerator else "")
+
+    @property
+    def device(self) -> str:
+        if self.accelerator is not None:
+            return str(self.accelerator.device)
+        return str(self.policy.device) if "policy" in self.__dict__ else self.world.device
+
+    @cached_property
+    def share(self) -> Share:
+        return share_of(self.accelerator) if self.accelerator else Share()
+
+    @property
+    def main(self) -> bool:
+        return self.share.rank == 0
+
+    def adapter(self, name: str, source: Any = None) -> None:
+        """See that the policy has this adapter: it is made of `source` (None: the world's expert of that
+        name) unless it is there."""
+        if name in self.policy.adapters:
+            return
+        source = name if source is None else source
+        check_source(f"the adapter {name}", source)
+        if isinstance(source, str) or "load" in source:
+            place = source if isinstance(source, str) else source["load"]
+            world = self.world
+            self.policy.load_adapter(name, world.adapter(place) if place in world.experts else place)
+        elif "merge" in source:
+            how = {k: v for k, v in source.items() if k not in ("merge", "adapters")}
+            self.adapters(source["adapters"])
+            merge(self.policy, source["adapters"], name, source["merge"], **how)
+        else:
+            alpha = source.get("alpha") or 2 * source["rank"]
+            targets = tuple(source.get("targets", self.world.targets))
+            self.policy.add_adapter(name, source["rank"], alpha, targets, source.get("seed", 0))
+
+    def adapters(self, names: Iterable[str], sources: Mapping[str, Any] = {}) -> None:
+        for name in names:
+            self.adapter(name, sources.get(name))

@@ -1,0 +1,145 @@
+"""The jobs: everything that takes long, as functions of a plain specification and a folder, that leave tables
+there and go on where they were cut off. They run in a notebook's own process or in those of a launcher.
+
+    train         a recipe (see `recipes`); beside it `probe`: {every, n, split, steps}, scores on the way
+    evaluate      models: {label: adapter or null}, split and n (prompts a task), ... -> samples.parquet
+    interference  gradients of every task, of the reward or of distillation, and Taylor's check -> *.parquet
+    estimators    the readings of the OPD loss compared -> estimators.parquet
+    steps         what each step of a walk is worth -> steps.parquet
+
+`adapters` says what those that are named and are not the world's experts come from: see `site.SOURCES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from ..evaluate import evaluate, probe_of
+from ..files import write_whole
+from ..inputs import SEED, check_keys, check_value, nearest
+from ..precision import decide
+from ..studies.jobs import JOBS as STUDIES
+from ..train import StepInfo, fit
+from .recipes import KEYS, build
+from .site import Site
+
+WHOLE = Annotated[int, Field(ge=1)]
+SOME = {"world": str, "adapters": dict[str, Any], "seed": SEED}
+SPLIT = Literal["train", "val", "test", "ood"]
+PROBE = {"every": WHOLE, "n": WHOLE, "split": SPLIT, "steps": WHOLE, "seed": SEED}
+PROBE_SEED = 1 << 20
+
+
+def train_job(
+    spec: Mapping,
+    folder: Path,
+    site: Site,
+    told: Callable[[StepInfo], bool | None] | None = None,
+    during: Callable | None = None,
+    shown: bool = True,
+) -> None:
+    """The adapter `name` (student) trained by a recipe into a folder."""
+    recipe = {k: v for k, v in spec.items() if k in KEYS}
+    policy, objective, config = build(recipe, site=site, name=spec.get("name", "student"))
+    asked, probe = spec.get("probe"), None
+    if asked is not None:
+        check_keys("probe", asked, PROBE)
+        for key, value in asked.items():
+            check_value(f"probe.{key}", value, PROBE[key])
+        world = site.world
+        prompts = world.first_prompts(asked.get("split", "val"), asked.get("n", 24))
+        sampler = world.sampler(asked.get("steps", world.evaluation.steps))
+        judges, seed = world.judges(site.device), asked.get("seed", PROBE_SEED)
+        into = folder / "probe.parquet" if site.share.world > 1 else None
+        probe = probe_of(policy, prompts, judges, sampler, seed, world.home, into, site.share)
+
+    def heard(info: StepInfo) -> bool | None:
+        # only now: a recipe that the folder's training refused must not take the place of its own
+        if site.main and not heard.kept:
+            write_whole(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+            decide(folder, policy.dtype, policy.device)
+            heard.kept = True
+        return told(info) if told else None
+
+    heard.kept = False
+    how = {"accelerator": site.accelerator, "told": heard, "shown": shown}
+    every = asked.get("every", 0) if asked else 0
+    start = {"during": lambda updates: during(updates, site, objective)} if during else {}
+    fit(policy, objective, folder, config, spec.get("name", "student"), probe, every, **how, **start)
+
+
+EVALUATE = {
+    **SOME,
+    "models": Annotated[dict[str, str | None], Field(min_length=1)],
+    "split": SPLIT,
+    "n": WHOLE,
+    "tasks": list[str],
+    "judges": list[str],
+    "steps": WHOLE,
+    "repeats": WHOLE,
+    "embed": bool,
+    "pictures": bool,
+    "file": str,
+    "batch": WHOLE,
+}
+
+
+def evaluate_job(spec: Mapping, folder: Path, site: Site) -> None:
+    """`file` (samples.parquet): the first `n` prompts of each task of a split, or of some `tasks`, sampled
+    under every model and judged."""
+    world, policy = site.world, site.policy
+    site.adapters([a for a in spec["models"].values() if a], spec.get("adapters", {}))
+    prompts = world.first_prompts(spec.get("split", "test"), spec.get("n", 60))
+    prompts = [p for p in prompts if p.task in spec.get("tasks", world.own)]
+    every = world.every_judge(site.device)
+    for name in spec.get("judges", []):
+        if name not in every:
+            raise ValueError(f"judges names {name!r}{nearest(name, every)}; there are {', '.join(every)}")
+    judges = {n: every[n] for n in spec["judges"]} if "judges" in spec else world.judges(site.device)
+    evaluate(
+        policy,
+        prompts,
+        judges,
+        spec.get("seed", 0),
+        world.sampler(spec["steps"]) if "steps" in spec else world.evaluation,
+        spec["models"],
+        spec.get("repeats", 1),
+        world.embedder(site.device) if spec.get("embed") else None,
+        spec.get("batch", 64),
+        pictures=folder / "pictures" if spec.get("pictures") else None,
+        into=folder / spec.get("file", "samples.parquet"),
+        guidance=world.guidance,
+        share=site.share,
+    )
+
+
+def check_spec(spec: Any) -> str:
+    """The job's name. Raises ValueError for a specification that is none."""
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"a job is a mapping of names to values, not {spec!r}")
+    job = spec.get("job", "train")
+    if job not in JOBS:
+        raise ValueError(f"there is no job {job!r}{nearest(str(job), JOBS)}; there are {', '.join(JOBS)}")
+    keys = {"job": str, **JOBS[job][1]}
+    check_keys(f"the {job} job", spec, keys)
+    for key, value in spec.items():
+        check_value(key, value, keys[key])
+    return job
+
+
+def run_job(spec: Mapping, folder: str | Path, site: Site, **how) -> None:
+    """Do what a specification says, into a folder."""
+    job = check_spec(spec)
+    JOBS[job][0](spec, Path(folder), site, **how)
+
+
+JOBS: dict[str, tuple[Callable, dict]] = {
+    "train": (train_job, {**KEYS, "name": str, "probe": dict}),
+    "evaluate": (evaluate_job, EVALUATE),
+    **STUDIES,
+}

@@ -1,0 +1,167 @@
+"""The jobs of the studies: gradients and their interference, the readings of the OPD loss, the worth of
+steps."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+from pydantic import Field
+
+from ..files import set_aside, write_table
+from ..identity import describe, sha256_of
+from ..inputs import SEED
+from ..jobs.site import Site
+from ..objectives import ESTIMATORS, GRPO, OPD
+from ..parts import keep, read_of
+from ..schedule import Schedule
+from .estimators import measure
+from .interference import Gradients, interference, pull_gradients, reward_gradients, taylor_check
+from .steps import worth_of_steps
+
+WHOLE = Annotated[int, Field(ge=1)]
+SOME = {"world": str, "adapters": dict[str, Any], "seed": SEED, "adapter": str, "file": str}
+OF_GRADIENTS = {
+    **SOME,
+    "of": Literal["reward", "pull"],
+    "batches": Annotated[int, Field(ge=3)],
+    "prompts_per_batch": WHOLE,
+    "images_per_prompt": Annotated[int, Field(ge=2)],
+    "step_size": Annotated[float, Field(gt=0)],
+    "images": WHOLE,
+}
+
+
+def reward_objectives(site: Site, prompts: int, images: int, seed: int) -> dict[str, GRPO]:
+    """By task, the plain reward of its judge on its own prompts; where a task shares another's prompts, on
+    those of all."""
+    world, judges = site.world, site.world.judges(site.device)
+    found = {}
+    for name, task in world.tasks.items():
+        on = world.own if task.like else (name,)
+        schedule = Schedule({t: world.prompts(t, "train") for t in on}, prompts, images, seed=seed)
+        plain = {"updates": 1, "normalise": "none", "reduction": "sum", "clip": 1e9, "beta": 0.0}
+        sampler = replace(world.exploration, noisy=None, last=None, slide=0, branch=False)
+        found[name] = GRPO(schedule, judges, {task.judge: 1.0}, sampler, micro=prompts * images, **plain)
+    return found
+
+
+def pull_objectives(site: Site, prompts: int, seed: int, but: str) -> dict[str, OPD]:
+    """By expert, the distillation to it on its own prompts."""
+    world, found = site.world, {}
+    for task, expert in world.teachers.items():
+        if expert != but:
+            site.adapter(expert)
+            schedule = Schedule({task: world.prompts(task, "train")}, prompts, 1, seed=seed)
+            found[expert] = OPD(schedule, {task: expert}, world.distillation, mar=0.0)
+    return found
+
+
+def _begin(target: Path, spec: Mapping, site: Site) -> tuple[bool, str, Path]:
+    """Whether the table is there, made of the same specification, weights and base (one that was not is moved
+    into `earlier/`); the hash of all that; and a folder for what is computed on the way."""
+    policy, name = site.policy, spec["adapter"]
+    site.adapter(name, spec.get("adapters", {}).get(name))
+    asked = {k: v for k, v in spec.items() if k not in ("world", "adapters")}
+    of = sha256_of(describe({**asked, "weights": policy.adapter(name).sha256, "base": policy.base_hash}))
+    there = target.is_file() and read_of(target) == of
+    site.share.wait()
+    if site.main and not there:
+        set_aside(target.parent, target)
+    site.share.wait()
+    return there, of, target.parent / f".{target.stem}_{of[:12]}"
+
+
+def _end(target: Path, of: str, way: Path, table: pd.DataFrame, site: Site) -> None:
+    site.policy.train_adapter(None)
+    site.share.wait()
+    if site.main:
+        keep(target, of, table)
+        shutil.rmtree(way, ignore_errors=True)
+    site.share.wait()
+
+
+def interference_job(spec: Mapping, folder: Path, site: Site) -> None:
+    """`file` (interference.parquet): inner products and cosines of the tasks' gradients at `adapter`; with
+    `step_size`, taylor.parquet: predicted and measured changes of a real step of that length."""
+    target, check = folder / spec.get("file", "interference.parquet"), folder / "taylor.parquet"
+    there, of, way = _begin(target, spec, site)
+    if there:
+        return
+    name, seed, prompts = spec["adapter"], spec.get("seed", 0), spec["prompts_per_batch"]
+    if spec.get("of", "reward") == "reward":
+        objectives, how = reward_objectives(site, prompts, spec["images_per_prompt"], seed), reward_gradients
+    else:
+        objectives, how = pull_objectives(site, prompts, seed, name), pull_gradients
+    found = interference(site.policy, objectives, name, spec["batches"], how, Gradients(way), site.share)
+    if "step_size" in spec:
+        parts = {task: way / f"taylor_{task}.parquet" for task in found.tasks}
+        for task in found.tasks[site.share.rank :: site.share.world]:
+            if not parts[task].is_file():
+                rows = taylor_check(
+                    site.policy, objectives, name, spec["step_size"], found.gradients, spec["images"], [task]
+                )
+                write_table(parts[task], rows)
+        site.share.wait()
+        if site.main:
+            write_table(check, pd.concat(map(pd.read_parquet, parts.values()), ignore_index=True))
+    _end(target, of, way, found.table().astype({"sigma": str}), site)
+
+
+OF_ESTIMATORS = {
+    **SOME,
+    "batches": Annotated[int, Field(ge=3)],
+    "images": WHOLE,
+    "distance": Annotated[float, Field(gt=0, le=1)],
+    "estimators": list[Literal[ESTIMATORS]],
+}
+
+
+def estimators_job(spec: Mapping, folder: Path, site: Site) -> None:
+    """`file` (estimators.parquet): the readings of the OPD loss at `adapter`, see `estimators`."""
+    target = folder / spec.get("file", "estimators.parquet")
+    there, of, way = _begin(target, spec, site)
+    if there:
+        return
+    how = {k: spec[k] for k in ("batches", "images", "seed", "distance", "estimators") if k in spec}
+    _end(target, of, way, measure(site, spec["adapter"], folder=way, **how), site)
+
+
+OF_STEPS = {**SOME, "iterations": WHOLE, "prompts_per_batch": WHOLE, "n": WHOLE, "steps": WHOLE}
+
+
+def steps_job(spec: Mapping, folder: Path, site: Site) -> None:
+    """`file` (steps.parquet): what each step of a walk is worth to a student that starts at `adapter`."""
+    world = site.world
+    target = folder / spec.get("file", "steps.parquet")
+    there, of, way = _begin(target, spec, site)
+    if there:
+        return
+    teachers = {t: world.teachers[t] for t in world.own if t in world.teachers}
+    site.adapters(teachers.values())
+    seed, train = spec.get("seed", 0), {t: world.prompts(t, "train") for t in teachers}
+    table = worth_of_steps(
+        site.policy,
+        spec["adapter"],
+        Schedule(train, spec["prompts_per_batch"], seed=seed),
+        teachers,
+        [p for t in teachers for p in world.prompts(t, "val")[: spec["n"]]],
+        way,
+        spec["iterations"],
+        world.sampler(spec["steps"]),
+        seed,
+        world.distillation,
+        site.accelerator,
+    )
+    _end(target, of, way, table, site)
+
+
+JOBS = {
+    "interference": (interference_job, OF_GRADIENTS),
+    "estimators": (estimators_job, OF_ESTIMATORS),
+    "steps": (steps_job, OF_STEPS),
+}

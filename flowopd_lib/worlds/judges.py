@@ -1,0 +1,76 @@
+"""A judge out of a world's file: its class by name, and its settings, which may be objects of their own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import rewards
+from ..inputs import check_keys, check_options, nearest
+from .read import JUDGE, expanded
+
+VALUES = (str, int, float, bool, list, type(None))
+
+
+def build_judge(name: str, spec: Mapping[str, Any], folder: Path, device: str) -> rewards.Reward:
+    """The judge, and what the file says of it beside its settings (`rewards.base.PLAIN`) as attributes."""
+    settings = {k: v for k, v in spec.items() if k in ("class",) or k not in JUDGE}
+    judge = _build(f"judges.{name}", settings, folder, device)
+    for key in ("tasks", "unseen", "scale"):
+        if key in spec:
+            setattr(judge, key, spec[key])
+    return judge
+
+
+def _build(where: str, spec: Mapping[str, Any], folder: Path, device: str) -> Any:
+    kind = _class(where, spec["class"], folder)
+    known = inspect.signature(kind).parameters
+    settings = {}
+    check_keys(where, {k: None for k in spec if k != "class"}, known)
+    for key, value in spec.items():
+        if isinstance(value, Mapping) and "class" in value:
+            settings[key] = _build(f"{where}.{key}", value, folder, device)
+        elif key != "class":
+            settings[key] = _placed(value, folder)
+    plain = {k: v for k, v in settings.items() if isinstance(v, VALUES)}
+    settings |= check_options(where, plain, kind)
+    if "device" in known:
+        settings.setdefault("device", device)
+    lacking = [k for k, p in known.items() if p.default is p.empty and k not in settings]
+    if lacking:
+        raise ValueError(f"{where} lacks {lacking[0]}, which {spec['class']} needs")
+    return kind(**settings)
+
+
+def _placed(value: Any, folder: Path) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = expanded(value)
+    return str(folder / text) if text and (folder / text).exists() else text
+
+
+def _class(where: str, name: str, folder: Path) -> type:
+    """`Name` is one of ours, `package.module:Name` and `file.py:Name` (as seen from the world's folder)
+    anybody's."""
+    source, _, own = name.rpartition(":")
+    if not source:
+        if not hasattr(rewards, name):
+            raise ValueError(
+                f"{where}.class {name!r} is none of ours{nearest(name, rewards.__all__)}: "
+                f"{', '.join(rewards.__all__)}; another's is written module:Name or file.py:Name"
+            )
+        return getattr(rewards, name)
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, folder / source)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        return getattr(module, own)
+    except (OSError, ImportError, AttributeError) as error:
+        raise ValueError(f"{where}.class {name!r} cannot be loaded: {error}") from error
