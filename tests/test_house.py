@@ -10,11 +10,22 @@ from flowopd_lib.files import ROOT
 
 LIBRARY = ROOT / "flowopd_lib"
 ROWS = (
-    {"files", "inputs", "identity", "precision", "progress", "prompts", "quiet", "parts", "thumbnails"},
-    {"sde", "adapters", "texts", "policy", "rollout", "schedule"},
+    {
+        "files",
+        "inputs",
+        "identity",
+        "precision",
+        "progress",
+        "prompts",
+        "quiet",
+        "parts",
+        "records",
+        "thumbnails",
+    },
+    {"sde", "adapters", "pipelines", "texts", "policy", "rollout", "schedule"},
     {"rewards"},
     {"objectives"},
-    {"train", "checkpoint", "merge"},
+    {"train", "checkpoint", "fit", "merge"},
     {"evaluate", "stats"},
     {"worlds"},
     {"export", "jobs"},
