@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .evaluate import evaluate, probe_of, score
 from .files import read_lines, write_json, write_table
+from .fit import fit
 from .inputs import SEED, begin, counts_of, list_of, one_of, some_of, within
 from .jobs.launch import InProcess, Launched, Look, some_prompts
 from .looking.figures import (
@@ -47,7 +48,7 @@ from .stats import (
     paper_average,
     summary,
 )
-from .train import StepInfo, TrainConfig, TrainingDiverged, fit, train
+from .train import StepInfo, TrainConfig, TrainingDiverged, train
 from .worlds import tiny as tinyworld  # noqa: E402
 
 __all__ = [

@@ -14,11 +14,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from .fit import fit
 from .objectives import SFT, teacher_samples
 from .policy import FlowPolicy
 from .prompts import Prompt
 from .rollout import Sampler
-from .train import TrainConfig, fit
+from .train import TrainConfig
 
 METHODS = ("cat", "svd", "ties", "dare", "factor_wise")
 

@@ -11,20 +11,18 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 
 from .checkpoint import load_state, save_state
-from .files import append_lines, locked, read_lines, write_whole
+from .files import append_lines, locked, write_whole
 from .identity import describe, differences
 from .objectives import Objective, Share
 from .policy import FlowPolicy
-from .progress import progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -344,49 +342,3 @@ def _updates(
     if accelerator.is_main_process:
         policy.save_adapter(adapter, folder / "adapter")
     accelerator.wait_for_everyone()
-
-
-def fit(
-    policy: FlowPolicy,
-    objective: Objective,
-    folder: str | Path,
-    config: TrainConfig,
-    adapter: str = "student",
-    probe: Callable[[str], pd.DataFrame] | None = None,
-    every: int = 0,
-    shown: bool = True,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`train` to the end, in one process: its metrics, a row an iteration, and what `probe(adapter)` told on
-    the way.
-
-    The probe is asked before the first iteration, after every `every` and after the last (then about the
-    averaged weights); its rows get
-    `iteration` (how many were done) and `seconds` of training. They are kept in `folder/probes.jsonl`, so a
-    resumed training has them all.
-    """
-    folder = Path(folder)
-    log = folder / "probes.jsonl"
-    asked = set(read_lines(log).get("iteration", []))
-
-    def ask(iteration: int, seconds: float) -> None:
-        if probe is not None and iteration not in asked:
-            rows = probe(adapter).assign(iteration=iteration, seconds=seconds)
-            # one write, so that a kill leaves all of a probe's rows or none
-            append_lines(log, rows.to_json(orient="records", lines=True))
-
-    ask(0, 0.0)
-    by_time = config.max_seconds < math.inf
-    with progress(config.max_seconds if by_time else config.iterations, f"train {adapter}", shown) as advance:
-        before = 0.0
-        for info in train(policy, objective, folder, config, adapter):
-            done = info.iteration + 1
-            if not info.metrics:
-                continue
-            now = min(info.seconds, config.max_seconds) if by_time else done
-            advance(now - before)
-            before = now
-            if every and done % every == 0 and done < config.iterations and info.seconds < config.max_seconds:
-                ask(done, info.seconds)
-    curve = read_lines(folder / "metrics.jsonl")
-    ask(len(curve), curve["seconds"].iloc[-1])
-    return curve, read_lines(log)

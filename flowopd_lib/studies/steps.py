@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..fit import fit
 from ..objectives import OPD, Share
 from ..policy import FlowPolicy
 from ..progress import progress
@@ -18,7 +19,7 @@ from ..rollout import Sampler, sample
 from ..schedule import Schedule
 from ..sde import velocity_weight
 from ..stats import mean_interval
-from ..train import TrainConfig, fit
+from ..train import TrainConfig
 
 SHOWN = ("kl", "ode", "uniform_v")  # weightings
 
