@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .evaluate import evaluate, probe_of, score
 from .files import read_lines, write_json, write_table
+from .fit import fit
 from .inputs import SEED, SHARES, begin, check_value, list_of, one_of, some_of, within
 from .jobs.lab import Lab
 from .jobs.launch import InProcess, Launched, Look, some_prompts
@@ -51,7 +52,7 @@ from .stats import (
     paper_average,
     summary,
 )
-from .train import StepInfo, TrainConfig, TrainingDiverged, fit, train
+from .train import StepInfo, TrainConfig, TrainingDiverged, train
 from .worlds import World, load_world
 
 __all__ = [

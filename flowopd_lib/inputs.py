@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import inspect
 import tempfile
@@ -22,7 +23,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-SHARES = dict[str, Annotated[int, Field(ge=1)]]  # whole numbers above 0 by name
+# What settings may be: `check_fields` reads it off the fields of a dataclass, `check_options` off arguments.
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+SHARES = dict[str, Count]  # whole numbers above 0 by name
 SEED = Annotated[int, Field(ge=0, lt=1 << 31)]
 INJECTED = "# Parameters\n"  # how the cell begins that papermill puts behind the parameters
 
@@ -155,7 +162,7 @@ def _wanted(fault: Mapping) -> str:
 def check_options(where: str, given: Any, kind: Any, left_out: Iterable[str] = ()) -> dict[str, Any]:
     """`given`, checked against the arguments of `kind` and their types; lists become tuples where the
     argument takes one."""
-    hints = typing.get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
+    hints = typing.get_type_hints(kind.__init__ if inspect.isclass(kind) else kind, include_extras=True)
     known = [n for n in inspect.signature(kind).parameters if n not in left_out]
     check_keys(where, given, known)
     checked = {}
@@ -164,6 +171,44 @@ def check_options(where: str, given: Any, kind: Any, left_out: Iterable[str] = (
             value = tuple(value)
         checked[name] = check_value(f"{where}.{name}", value, hints[name]) if name in hints else value
     return checked
+
+
+@cache
+def _limited(kind: type) -> dict[str, Any]:
+    """The fields of a dataclass that say a range or choices, and what they say."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {
+        field.name: hint
+        for field in dataclasses.fields(kind)
+        for hint in [hints[field.name]]
+        if any(typing.get_origin(h) in (Annotated, Literal) for h in (hint, *typing.get_args(hint)))
+    }
+
+
+def check_fields(given: Any) -> None:
+    """Raises ValueError for a field of a dataclass that is not what its annotation says, where that is a
+    range or choices."""
+    for name, kind in _limited(type(given)).items():
+        value = getattr(given, name)
+        if isinstance(value, list) and "tuple" in str(kind):
+            value = tuple(value)
+        check_value(name, value.item() if hasattr(value, "item") else value, kind)
+
+
+def check_tracker(name: str | None) -> None:
+    """Raises ValueError for one that accelerate does not know or find: it would leave it out, and say
+    nothing."""
+    if name is None:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name not in map(str, LOGGER_TYPE_TO_CLASS):
+        raise ValueError(
+            f"log_with names no tracker of accelerate's: {name!r}; there are "
+            f"{', '.join(map(str, LOGGER_TYPE_TO_CLASS))}"
+        )
+    if name not in map(str, get_available_trackers()):
+        raise ValueError(f"the tracker {name} is not installed; pip install {name}, or leave log_with out")
 
 
 def read_yaml(path: str | Path) -> Any:

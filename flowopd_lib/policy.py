@@ -7,9 +7,7 @@ alone.
 
 from __future__ import annotations
 
-import hashlib
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -21,11 +19,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapters import ATTENTION, MLP, Lora, linear_places, read_adapter, write_peft
-from .identity import sha256_of
+from .pipelines import load_pipeline, weights_hash
 from .precision import resolve
 from .prompts import Prompt
 from .quiet import quiet
-from .texts import TextEmbedding, unread
+from .texts import Reading, TextEmbedding
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -60,36 +58,9 @@ class FlowPolicy:
         resolution: int | None = None,
         text_length: int | None = None,
     ):
-        with quiet():  # on import transformers recommends torchvision, which we do not use
-            from diffusers import StableDiffusion3Pipeline
         dtype = resolve(dtype, device)
-        if isinstance(model_id, Path) or Path(model_id).is_absolute() or str(model_id).startswith("."):
-            if not (Path(model_id) / "model_index.json").is_file():
-                raise FileNotFoundError(
-                    f"{model_id} is not a diffusers pipeline folder (it has no model_index.json); "
-                    "give such a folder or a hub id"
-                )
-        try:
-            with quiet():
-                self.pipeline = StableDiffusion3Pipeline.from_pretrained(
-                    model_id, dtype=dtype, use_safetensors=True
-                ).to(device)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"{str(model_id)!r} is neither a diffusers pipeline folder nor a hub id that can be "
-                f"loaded with safetensors weights ({error})"
-            ) from error
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = load_pipeline(model_id, device, dtype)
         self.transformer, self.vae = self.pipeline.transformer, self.pipeline.vae
-        for module in (
-            self.transformer,
-            self.vae,
-            self.pipeline.text_encoder,
-            self.pipeline.text_encoder_2,
-            self.pipeline.text_encoder_3,
-        ):
-            if module is not None:
-                module.eval().requires_grad_(False)
         self.device, self.dtype, self._turn = torch.device(device), dtype, threading.RLock()
         # T5 positions are not masked, so their number is part of the model: the tokenizer's, or the
         # pipeline's default.
@@ -110,7 +81,7 @@ class FlowPolicy:
         # is then an error.
         self.strict = bool(getattr(tokenizer, "init_kwargs", {}).get("strict", False))
         self._texts: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
-        self._checked: set[str] = set()
+        self._reading = Reading(self.pipeline, self.max_sequence_length)
         self.peft: PeftModel | None = None
         self._used: str | None = None  # the adapter of the forward under way
         self._switched: str | None = None  # PEFT's own
@@ -124,7 +95,7 @@ class FlowPolicy:
         """Embed prompts; each different text is encoded once and kept. See `check_prompts` for texts that the
         model cannot read whole."""
         new = [t for t in dict.fromkeys(texts) if t not in self._texts]
-        self._check(new, "the prompts")
+        self._reading.check(new, "the prompts", self.strict)
         # always so many, filled up with empty ones: rounding that followed their number would differ in a
         # resumed training
         for i in range(0, len(new), TEXTS):
@@ -153,21 +124,7 @@ class FlowPolicy:
         A model with a closed vocabulary (`strict`) raises ValueError; any other cuts them off and warns, once
         a task.
         """
-        for task in dict.fromkeys(p.task for p in prompts):
-            self._check(list(dict.fromkeys(p.text for p in prompts if p.task == task)), f"the {task} prompts")
-
-    def _check(self, texts: Sequence[str], whose: str) -> None:
-        texts = [t for t in texts if t not in self._checked]
-        if not texts:
-            return
-        self._checked.update(texts)
-        for error, message, comes_of_it, mend in unread(
-            self.pipeline, self.max_sequence_length, texts, whose
-        ):
-            if self.strict and error:
-                self._checked.difference_update(texts)
-                raise ValueError(message + mend)
-            warnings.warn(message + comes_of_it, stacklevel=3)
+        self._reading.check_prompts(prompts, self.strict)
 
     @property
     def adapters(self) -> list[str]:
@@ -245,20 +202,7 @@ class FlowPolicy:
     @cached_property
     def base_hash(self) -> str:
         """sha256 of the weights of transformer, VAE and text encoders, without adapters."""
-        parts = {
-            "vae": self.vae,
-            "transformer": self.transformer,
-            **{n: getattr(self.pipeline, n) for n in ("text_encoder", "text_encoder_2", "text_encoder_3")},
-        }
-        digest = hashlib.sha256()
-        for part, module in parts.items():
-            for key, weight in (module.state_dict() if module is not None else {}).items():
-                if ".lora_" not in key:
-                    digest.update(
-                        f"{part} {key.removeprefix('base_model.model.').replace('.base_layer.', '.')} "
-                        f"{sha256_of(weight)}".encode()
-                    )
-        return digest.hexdigest()
+        return weights_hash(self.pipeline)
 
     def _add(self, name: str, lora: Lora) -> None:
         """A new adapter with the places, ranks, scales and weights of `lora`."""

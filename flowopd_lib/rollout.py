@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .inputs import Count, NotNegative, Whole, check_fields, one_of
 from .policy import FlowPolicy
 from .prompts import Prompt
 from .sde import KINDS, log_prob, predict_x0, transition
@@ -56,27 +57,20 @@ class Sampler:
     start).
     """
 
-    steps: int = 40
-    kind: str = "ode"
-    noise_level: float = 0.7
-    guidance: float = 1.0
+    steps: Count = 40
+    kind: one_of(*KINDS) = "ode"
+    noise_level: NotNegative = 0.7
+    guidance: NotNegative = 1.0  # 1 is none
     noisy: int | None = None
     first: int = 0
     last: int | None = None
-    slide: int = 0
+    slide: Whole = 0  # iterations
     branch: bool = False
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"a trajectory needs at least one step, not {self.steps}")
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown sampler {self.kind!r}: choose one of {', '.join(KINDS)}")
-        if not self.noise_level >= 0:
-            raise ValueError(f"the noise level must be at least 0, not {self.noise_level}")
+        check_fields(self)
         if self.kind == "cps" and self.noise_level > 1:
             raise ValueError(f"the noise level of CPS lies in [0, 1], not at {self.noise_level}")
-        if not self.guidance >= 0:
-            raise ValueError(f"guidance must be at least 0 (1 is none), not {self.guidance}")
         if self.noisy is not None and not 1 <= self.noisy < self.steps:
             raise ValueError(
                 f"of {self.steps} steps, between 1 and {self.steps - 1} can have noise, not {self.noisy}"
@@ -91,16 +85,18 @@ class Sampler:
                 f"none, begins at a step from 0 to {latest}, "
                 f"not {self.first}" + (f" to {self.last}" if self.last is not None else "")
             )
-        if self.slide < 0 or (self.slide and self.last is None):
-            raise ValueError(
-                "slide is a number of iterations, at least 0, and needs last, where the window turns back; "
-                f"not {self.slide}"
-            )
-        if self.branch and (self.kind == "ode" or self.noise_level == 0):
+        if self.slide and self.last is None:
+            raise ValueError(f"slide ({self.slide} iterations) needs last, where the window turns back")
+        if self.branch and not self.explores:
             raise ValueError(
                 "branch lets the images of a prompt part by noise: sample with sde or cps at a positive "
                 "noise level"
             )
+
+    @property
+    def explores(self) -> bool:
+        """Whether there is noise in a walk: actions then have probabilities."""
+        return self.kind != "ode" and self.noise_level > 0
 
     @property
     def window(self) -> range:
@@ -118,6 +114,11 @@ class Sampler:
             else random.Random(f"window/{seed}/{iteration}").choice(places)
         )
         return replace(self, first=first, last=None, slide=0)
+
+    def step(self, x: torch.Tensor, v: torch.Tensor, index: int, grid: Sequence[float]):
+        """`transition` at a step of the grid: by noise in the window, by the ODE elsewhere."""
+        kind = self.kind if index in self.window else "ode"
+        return transition(x, v, grid[index], grid[index + 1], kind, self.noise_level)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -193,9 +194,7 @@ def walk(
         if shared > 1:
             x = x[::shared].repeat_interleave(shared, 0)
         v = velocity(x[::shared], sigma, index).detach().repeat_interleave(shared, 0)
-        mean, std = transition(
-            x, v, sigma, sigma_next, sampler.kind if index in sampler.window else "ode", sampler.noise_level
-        )
+        mean, std = sampler.step(x, v, index, grid)
         x_next = mean + std * noise.draw() if std else mean
         yield Step(index, sigma, sigma_next, x, v, x_next, mean, std, shared)
         x = x_next
@@ -212,29 +211,17 @@ def states(
 ) -> Iterator[tuple[int, list[int], torch.Tensor]]:
     """(step, rows, x): the states in which the steps `wanted` of each walk begin. A walk ends there at the
     last of its own; those of `trajectory` go on."""
-    text, noise, grid = (
-        policy.encode([p.text for p in prompts]),
-        NoiseStreams(policy, seeds),
-        policy.sigmas(sampler.steps),
-    )
+    text = policy.encode([p.text for p in prompts])
+    noise, grid = NoiseStreams(policy, seeds), policy.sigmas(sampler.steps)
     x, last = noise.draw(), [max(steps) for steps in wanted]
     for index in range(max(last) + 1):
-        here, on = (
-            [i for i, steps in enumerate(wanted) if index in steps],
-            [i for i, end in enumerate(last) if end > index],
-        )
+        here = [i for i, steps in enumerate(wanted) if index in steps]
+        on = [i for i, end in enumerate(last) if end > index]
         if here:
             yield index, here, x[here]
         if on:
             v = policy.velocity(x[on], grid[index], text[on], sampler.guidance, adapter)
-            mean, std = transition(
-                x[on],
-                v,
-                grid[index],
-                grid[index + 1],
-                sampler.kind if index in sampler.window else "ode",
-                sampler.noise_level,
-            )
+            mean, std = sampler.step(x[on], v, index, grid)
             x[on] = mean + std * noise.draw()[on] if std else mean
 
 

@@ -11,20 +11,19 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 
 from .checkpoint import load_state, save_state
-from .files import append_lines, locked, read_lines, write_whole
+from .files import append_lines, locked, write_whole
 from .identity import describe, differences
+from .inputs import BelowOne, Count, NotNegative, Positive, Whole, check_fields, check_tracker, within
 from .objectives import Objective, Share
 from .policy import FlowPolicy
-from .progress import progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,59 +47,27 @@ class TrainConfig:
     wandb, that is told of every iteration too. `cooldown`: the share of the iterations, at the end, over
     which `lr` falls to zero."""
 
-    iterations: int
-    lr: float = 3e-4
-    warmup: int = 0  # updates
-    cooldown: float = 0.0
-    ema: float = 0.95  # of the adapter, per update; 0 keeps none
-    clip_norm: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    save_every: int = 20
-    save_seconds: float = 120.0
-    max_seconds: float = math.inf
+    iterations: Count
+    lr: Positive = 3e-4
+    warmup: Whole = 0  # updates
+    cooldown: within(0.0, 1.0) = 0.0
+    ema: BelowOne = 0.95  # of the adapter, per update; 0 keeps none
+    clip_norm: Positive = 1.0
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
+    weight_decay: NotNegative = 0.0
+    save_every: Count = 20
+    save_seconds: Positive = 120.0
+    max_seconds: Positive = math.inf
     log_with: str | None = None
 
     def __post_init__(self):
-        if self.iterations < 1 or self.save_every < 1:
-            raise ValueError("a training needs at least one iteration, and one between checkpoints")
-        if not self.max_seconds > 0:
-            raise ValueError(f"max_seconds must be positive, not {self.max_seconds}")
-        if not self.lr > 0 or not self.clip_norm > 0 or not 0 <= self.ema < 1:
+        check_fields(self)
+        if self.cooldown and self.max_seconds < math.inf:
             raise ValueError(
-                f"lr {self.lr} and clip_norm {self.clip_norm} must be positive and ema {self.ema} in [0, 1)"
+                "cooldown is a share of the iterations and needs to know how many there are: not "
+                f"{self.cooldown} with max_seconds {self.max_seconds}"
             )
-        if (
-            self.warmup < 0
-            or self.weight_decay < 0
-            or not self.save_seconds > 0
-            or not all(0 <= b < 1 for b in self.betas)
-        ):
-            raise ValueError(
-                f"warmup {self.warmup} and weight_decay {self.weight_decay} must be at least 0, "
-                f"save_seconds {self.save_seconds} positive "
-                f"and betas {self.betas} in [0, 1)"
-            )
-        if not 0 <= self.cooldown <= 1 or (self.cooldown and self.max_seconds < math.inf):
-            raise ValueError(
-                "cooldown is a share of the iterations, from 0 to 1, and needs to know how many there are: "
-                f"not {self.cooldown} with max_seconds "
-                f"{self.max_seconds}"
-            )
-        # accelerate leaves out a tracker it does not find, and says nothing
-        if self.log_with is not None:
-            from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-            if self.log_with not in map(str, LOGGER_TYPE_TO_CLASS):
-                raise ValueError(
-                    f"log_with names no tracker of accelerate's: {self.log_with!r}; there are "
-                    f"{', '.join(map(str, LOGGER_TYPE_TO_CLASS))}"
-                )
-            if self.log_with not in map(str, get_available_trackers()):
-                raise ValueError(
-                    f"the tracker {self.log_with} is not installed; pip install {self.log_with}, or leave "
-                    "log_with out"
-                )
+        check_tracker(self.log_with)
 
 
 @dataclass(frozen=True)
@@ -130,13 +97,10 @@ class _Run:
         )
         self.iteration = self.updates = 0
         self.seconds = 0.0
+        may_change = set(MAY_CHANGE) - ({"iterations"} if config.cooldown else set())
         self.follows_from = {
             "objective": describe(objective),
-            "train": {
-                k: v
-                for k, v in describe(config).items()
-                if k not in MAY_CHANGE or (k == "iterations" and config.cooldown)
-            },
+            "train": {k: v for k, v in describe(config).items() if k not in may_change},
             "base": policy.base_hash,
             "precision": str(policy.dtype),
             "start": policy.start_hash(adapter, folder),
@@ -192,10 +156,9 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm).item()
         if not math.isfinite(norm):
             return norm
+        warmed = min(1.0, (self.updates + 1) / max(self.config.warmup, 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = (
-                self.config.lr * min(1.0, (self.updates + 1) / max(self.config.warmup, 1)) * self._cooled
-            )
+            group["lr"] = self.config.lr * warmed * self._cooled
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
@@ -307,14 +270,14 @@ def _updates(
             loss = accelerator.reduce(total, "sum").item()
             norm = run.step(accelerator)
             if not math.isfinite(loss) or not math.isfinite(norm):
+                where = (
+                    f"The last good state is in {run.state}"
+                    if run.state.exists()
+                    else "No checkpoint had been written yet"
+                )
                 raise TrainingDiverged(
                     f"iteration {run.iteration}: loss {loss}, gradient norm {norm}; lower lr (now "
-                    f"{config.lr}) or raise the KL or anchor weight. "
-                    + (
-                        f"The last good state is in {run.state}"
-                        if run.state.exists()
-                        else "No checkpoint had been written yet"
-                    )
+                    f"{config.lr}) or raise the KL or anchor weight. {where}"
                 )
             last = update == objective.updates - 1
             metrics = objective.metrics(data) if last else {}
@@ -325,28 +288,16 @@ def _updates(
             info = StepInfo(run.iteration, update, loss, norm, run.seconds, metrics)
             if last:
                 run.iteration += 1
+                told = {"loss": loss, "grad_norm": norm}
                 if accelerator.log_with:
-                    accelerator.log({"loss": loss, "grad_norm": norm, **metrics}, step=info.iteration)
+                    accelerator.log({**told, **metrics}, step=info.iteration)
                 if accelerator.is_main_process:
-                    append_lines(
-                        log,
-                        json.dumps(
-                            {
-                                "iteration": info.iteration,
-                                "loss": loss,
-                                "grad_norm": norm,
-                                "seconds": round(info.seconds, 2),
-                                **metrics,
-                            }
-                        )
-                        + "\n",
-                    )
+                    seconds = round(info.seconds, 2)
+                    line = {"iteration": info.iteration, **told, "seconds": seconds, **metrics}
+                    append_lines(log, json.dumps(line) + "\n")
                     over = run.iteration == config.iterations or run.seconds >= config.max_seconds
-                    if (
-                        run.iteration % config.save_every == 0
-                        or time.time() - saved > config.save_seconds
-                        or over
-                    ):
+                    due = run.iteration % config.save_every == 0 or time.time() - saved > config.save_seconds
+                    if over or due:
                         run.save()
                         saved = time.time()
             paused = time.time()
@@ -367,65 +318,3 @@ def _updates(
     if accelerator.is_main_process:
         policy.save_adapter(adapter, folder / "adapter")
     accelerator.wait_for_everyone()
-
-
-def fit(
-    policy: FlowPolicy,
-    objective: Objective,
-    folder: str | Path,
-    config: TrainConfig,
-    adapter: str = "student",
-    probe: Callable[[str], pd.DataFrame] | None = None,
-    every: int = 0,
-    shown: bool = True,
-    accelerator: Accelerator | None = None,
-    told: Callable[[StepInfo], bool | None] | None = None,
-    during: Callable[[Iterator[StepInfo]], Iterator[StepInfo]] = lambda updates: updates,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`train` to the end: its metrics, a row an iteration, and what `probe(adapter)`, asked in all processes,
-    told on the way. `told` hears of every iteration and may end the training there, with a checkpoint, by
-    returning True; `during` may do something between two updates.
-
-    The probe is asked before the first iteration, after every `every` and after the last (then about the
-    averaged weights); its rows get
-    `iteration` (how many were done) and `seconds` of training. They are kept in `folder/probes.jsonl`, so a
-    resumed training has them all.
-    """
-    folder = Path(folder)
-    log = folder / "probes.jsonl"
-    asked = set(read_lines(log).get("iteration", []))
-    main = accelerator is None or accelerator.is_main_process
-
-    def ask(iteration: int, seconds: float) -> None:
-        if probe is not None and iteration not in asked:
-            rows = probe(adapter).assign(iteration=iteration, seconds=seconds)
-            if main:  # one write, so that a kill leaves all of a probe's rows or none
-                append_lines(log, rows.to_json(orient="records", lines=True))
-
-    ask(0, 0.0)
-    by_time = config.max_seconds < math.inf
-    total = config.max_seconds if by_time else config.iterations
-    ended = True
-    with (
-        progress(total, f"train {adapter}", shown and main) as advance,
-        contextlib.closing(during(train(policy, objective, folder, config, adapter, accelerator))) as updates,
-    ):
-        before = 0.0
-        for info in updates:
-            done = info.iteration + 1
-            if not info.metrics:
-                continue
-            now = min(info.seconds, config.max_seconds) if by_time else done
-            advance(now - before)
-            before = now
-            if every and done % every == 0 and done < config.iterations and info.seconds < config.max_seconds:
-                ask(done, info.seconds)
-            if told is not None and told(info):
-                ended = False
-                break
-    curve = read_lines(folder / "metrics.jsonl")
-    if ended:
-        ask(len(curve), curve["seconds"].iloc[-1])
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    return curve, read_lines(log)

@@ -59,16 +59,19 @@ RECIPES = {
     "lr as YAML's text": (put(train__lr="3e-4"), "train.lr must be a number, not '3e-4'"),
     "iterations in quotes": (put(train__iterations="1"), "train.iterations must be a whole number, not '1'"),
     "half an iteration": (put(train__iterations=1.5), "train.iterations must be a whole number, not 1.5"),
-    "no iterations": (put(train__iterations=0), "at least one iteration"),
+    "no iterations": (put(train__iterations=0), "train.iterations must be at least 1, not 0"),
     "iterations missing": (without("train__iterations"), "train lacks iterations"),
-    "a negative rate": (put(train__lr=-1e-3), "must be positive"),
-    "a negative warmup": (put(train__warmup=-1), "must be at least 0"),
-    "more than all of it cooled down": (put(train__cooldown=1.5), "cooldown is a share of the iterations"),
+    "a negative rate": (put(train__lr=-1e-3), "train.lr must be more than 0, not -0.001"),
+    "a negative warmup": (put(train__warmup=-1), "train.warmup must be at least 0, not -1"),
+    "more than all of it cooled down": (
+        put(train__cooldown=1.5),
+        "train.cooldown must be at most 1, not 1.5",
+    ),
     "a cooldown to no known end": (
         put(train__cooldown=0.5, train__max_seconds=60.0),
         "needs to know how many there are",
     ),
-    "ema of 1": (put(train__ema=1.0), "in [0, 1)"),
+    "ema of 1": (put(train__ema=1.0), "train.ema must be less than 1, not 1.0"),
     "one beta": (put(train__betas=[0.9]), "train.betas"),
     "teachers as a list": (
         put(opd__teachers=["ocr"]),
@@ -84,15 +87,21 @@ RECIPES = {
         put(opd__guidance={"ocrr": 4.5}),
         "guidance names 'ocrr', which is no teacher",
     ),
-    "negative guidance of a teacher": (put(opd__guidance={"ocr": -1.0}), "must be at least 0"),
+    "negative guidance of a teacher": (
+        put(opd__guidance={"ocr": -1.0}),
+        "opd.guidance['ocr'] must be at least 0",
+    ),
     "a negative anchor": (put(opd__mar=-1), "mar must be at least 0"),
     "an unknown reading": (put(opd__estimator="pathwize"), "unknown estimator pathwize"),
     "a misspelt option": (put(opd__estimater="paper"), "did you mean 'estimator'"),
     "more updates than prompts": (put(opd__updates=5), "5 updates need as many prompts"),
     "one step": (put(sampler__steps=1), "take at least 2 steps"),
-    "no steps": (put(sampler__steps=0), "at least one step"),
+    "no steps": (put(sampler__steps=0), "sampler.steps must be at least 1, not 0"),
     "steps as a text": (put(sampler__steps="4"), "sampler.steps must be a whole number"),
-    "an unknown sampler": (put(sampler__kind="ddim"), "unknown sampler 'ddim'"),
+    "an unknown sampler": (
+        put(sampler__kind="ddim"),
+        "sampler.kind must be one of ode, sde, cps, not 'ddim'",
+    ),
     "negative guidance": (put(sampler__guidance=-1), "guidance must be at least 0"),
     "too much noise for cps": (
         put(sampler__kind="cps", sampler__noise_level=2.0),
@@ -121,8 +130,11 @@ RECIPES = {
     "a misspelt section": (put(scedule={}), "did you mean 'schedule'"),
     "a reward of no judge": (grpo(rewards={"OCRR": 1.0}), "name OCRR; the judges are"),
     "a weight as a text": (grpo(rewards={"OCR": "1"}), "grpo.rewards['OCR'] must be a number"),
-    "a clip of 0": (grpo(clip=0.0), "clip must be positive"),
-    "an unknown normalisation": (grpo(normalise="z"), "unknown normalisation 'z'"),
+    "a clip of 0": (grpo(clip=0.0), "grpo.clip must be more than 0, not 0.0"),
+    "an unknown normalisation": (
+        grpo(normalise="z"),
+        "grpo.normalise must be one of batch, group, gdpo, none, not 'z'",
+    ),
 }
 
 

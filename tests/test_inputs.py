@@ -1,12 +1,15 @@
 """What a user gives is checked before anything long: types, ranges, names; one sentence each."""
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
 
 import bad_inputs
 import nbformat
+import numpy as np
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
@@ -14,7 +17,12 @@ from nbformat.v4 import new_code_cell, new_notebook
 from flowopd_lib import load_prompts
 from flowopd_lib.inputs import (
     SEED,
+    BelowOne,
+    Count,
+    NotNegative,
+    Positive,
     begin,
+    check_fields,
     check_value,
     counts_of,
     kinds_of,
@@ -79,6 +87,38 @@ def test_a_value_of_another_kind_is_told_in_one_sentence(value, kind, message):
 )
 def test_a_value_of_its_kind_is_taken_as_it_is(value, kind):
     assert check_value("x", value, kind) == value
+
+
+@dataclasses.dataclass
+class Settings:
+    n: Count = 1
+    rate: Positive | None = None
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
+    kind: one_of("ode", "sde") = "ode"
+    names: Mapping[str | None, NotNegative] = dataclasses.field(default_factory=dict)
+    free: object = None
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(n=0), "n must be at least 1, not 0"),
+        (dict(n=1.0), "n must be a whole number, not 1.0"),
+        (dict(rate=math.nan), "rate must be more than 0, not nan"),
+        (dict(betas=(0.9, 1.0)), r"betas\[1\] must be less than 1, not 1.0"),
+        (dict(kind="sdee"), r"kind must be one of ode, sde, not 'sdee' \(did you mean 'sde'\?\)"),
+        (dict(names={"a": -1}), r"names\['a'\] must be at least 0, not -1"),
+    ],
+)
+def test_a_field_that_is_not_what_its_annotation_says_is_told(given, message):
+    with pytest.raises(ValueError, match=message):
+        check_fields(Settings(**given))
+
+
+def test_fields_as_their_annotations_say_are_taken_also_as_lists_and_numpys():
+    check_fields(Settings())
+    check_fields(Settings(np.int64(3), np.float32(0.5), [0.0, 0.5], "sde", {None: 0, "a": 1.5}, -1))
+    check_fields(Settings(rate=math.inf))
 
 
 def test_yaml_that_is_none_names_the_line(tmp_path):

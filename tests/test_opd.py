@@ -230,10 +230,10 @@ def test_drawn_steps_of_all_kinds_of_walks_are_those_of_whole_walks_and_a_walk_e
     "options, message",
     [
         (dict(steps=1, estimator="return_to_go"), "one drawn step says nothing"),
-        (dict(draw="prompt"), "unknown draw"),
-        (dict(max_weight=0.0), "max_weight must be positive"),
+        (dict(draw="prompt"), "draw must be one of walk, iteration"),
+        (dict(max_weight=0.0), "max_weight must be more than 0"),
         (dict(estimator="gkd"), "unknown estimator gkd"),
-        (dict(weighting="snr"), "unknown weighting"),
+        (dict(weighting="snr"), "weighting must be one of kl, as_coded"),
         (dict(steps=(4,)), "the others are deterministic"),
         (dict(steps=9), "between 1 and 4"),
         (dict(sampler=Sampler(5, "ode"), estimator="paper"), "probabilities of actions"),

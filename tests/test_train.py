@@ -18,9 +18,10 @@ import yaml
 from flowopd_lib import FlowPolicy, Look, Sampler, files, load_prompts, sft_start, some_prompts, tinyworld
 from flowopd_lib.checkpoint import load_state
 from flowopd_lib.files import RUNS
+from flowopd_lib.fit import fit
 from flowopd_lib.jobs.recipes import build
 from flowopd_lib.objectives import SFT
-from flowopd_lib.train import TrainConfig, TrainingDiverged, fit, train
+from flowopd_lib.train import TrainConfig, TrainingDiverged, train
 
 OPD = {
     "student": {"rank": 4, "alpha": 8},

@@ -21,10 +21,11 @@ from pydantic import Field
 
 from ..evaluate import evaluate, probe_of
 from ..files import write_whole
+from ..fit import fit
 from ..inputs import SEED, check_keys, check_value, nearest
 from ..precision import decide
 from ..studies.jobs import JOBS as STUDIES
-from ..train import StepInfo, fit
+from ..train import StepInfo
 from .recipes import KEYS, build
 from .site import Site
 

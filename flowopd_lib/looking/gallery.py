@@ -180,8 +180,8 @@ def load_samples(folder: str | Path) -> Samples:
 
 
 def with_splits(tables: Mapping[str, pd.DataFrame], folder: str | Path) -> Samples:
-    """The samples of several splits, each evaluated with pictures into a folder of its own in `folder`, as one,
-    kept there like a run's."""
+    """The samples of several splits, each evaluated with pictures into a folder of its own in `folder`, as
+    one, kept there like a run's."""
     folder = Path(folder)
     parts = []
     for split, table in tables.items():

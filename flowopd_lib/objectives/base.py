@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from ..inputs import check_fields
 from ..policy import FlowPolicy
-from ..rollout import Sampler
-from ..schedule import Batch, Schedule
-from ..sde import REDUCTIONS
+from ..rollout import Sampler, Step
+from ..schedule import Batch
+from ..sde import log_prob, transition
 
 
 @dataclass(frozen=True)
@@ -108,19 +109,42 @@ def trained_steps(
     return sorted(which)
 
 
-def check_settings(updates: int, micro: int, clip: float, reduction: str, schedule: Schedule) -> None:
-    """What GRPO and OPD have in common. Raises ValueError, naming the setting."""
-    if updates < 1 or micro < 1:
-        raise ValueError(f"updates must be at least 1 and micro at least 1, not {updates} and {micro}")
-    if updates > schedule.size:
+def check_settings(objective: Any) -> None:
+    """What GRPO and OPD have in common: fields as their annotations say, and a prompt at least for each
+    update. Raises ValueError, naming the setting."""
+    check_fields(objective)
+    if objective.updates > objective.schedule.size:
         raise ValueError(
-            f"{updates} updates need as many prompts in an iteration, not {schedule.size}; lower updates or "
-            "raise prompts_per_batch"
+            f"{objective.updates} updates need as many prompts in an iteration, not "
+            f"{objective.schedule.size}; lower updates or raise prompts_per_batch"
         )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
-    if not clip > 0:
-        raise ValueError(f"clip must be positive, not {clip}")
+
+
+def check_teachers(tasks: Iterable[str], teachers: Mapping[str, str | None]) -> None:
+    """Raises ValueError for tasks that have none."""
+    missing = set(tasks) - set(teachers)
+    if missing:
+        raise ValueError(
+            f"no teacher for the task {', '.join(sorted(missing))}; there are teachers for "
+            f"{', '.join(teachers)}"
+        )
+
+
+def log_ratio(step: Step, v: torch.Tensor, sampler: Sampler, reduction: str) -> torch.Tensor:
+    """(B,): log-probability of the action taken under the policy of velocity `v`, less that under the one
+    that took it."""
+    mean, std = transition(step.x, v, step.sigma, step.sigma_next, sampler.kind, sampler.noise_level)
+    return log_prob(step.x_next, mean, std, reduction) - step.log_prob(reduction)
+
+
+def squared(v: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(B,): `||v - other||^2`."""
+    return (v - other).square().flatten(1).sum(1)
+
+
+def surrogate(reward: torch.Tensor, ratio: torch.Tensor, clip: float) -> torch.Tensor:
+    """`-min(rho r, clip(rho, 1 - c, 1 + c) r)`."""
+    return -torch.minimum(ratio * reward, ratio.clamp(1 - clip, 1 + clip) * reward)
 
 
 def chunks(n: int, size: int) -> list[slice]:

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from ..inputs import Count, NotNegative, Positive, one_of
 from ..policy import FlowPolicy
 from ..prompts import Prompt
 from ..rewards import Reward, attribute
 from ..rollout import Sampler, Step, trajectory
 from ..schedule import Batch, Schedule
-from ..sde import log_prob, transition, velocity_weight
-from .base import Share, check_settings, mean_of, trained_steps
+from ..sde import REDUCTIONS, velocity_weight
+from .base import Share, check_settings, log_ratio, mean_of, squared, surrogate, trained_steps
 
 NORMALISATIONS = ("batch", "group", "gdpo", "none")
 
@@ -96,17 +97,18 @@ class GRPO:
     judges: Mapping[str, Reward]
     rewards: Mapping[str, float | Mapping[str, float]]
     sampler: Sampler = Sampler(10, "sde")
-    updates: int = 2
-    normalise: str = "batch"
-    reduction: str = "mean"
-    clip: float = 1e-4
-    beta: float = 0.04
+    updates: Count = 2
+    normalise: one_of(*NORMALISATIONS) = "batch"
+    reduction: one_of(*REDUCTIONS) = "mean"
+    clip: Positive = 1e-4
+    beta: NotNegative = 0.04
     reference: str | None = None
     steps: int | tuple[int, ...] | None = None
-    micro: int = 64
+    micro: Count = 64
 
     def __post_init__(self):
-        if self.sampler.kind == "ode" or self.sampler.noise_level == 0:
+        check_settings(self)
+        if not self.sampler.explores:
             raise ValueError("GRPO explores by noise: sample with sde or cps at a positive noise level")
         if self.schedule.repeats < 2:
             raise ValueError("GRPO compares the images of a prompt: images_per_prompt must be at least 2")
@@ -115,10 +117,6 @@ class GRPO:
             raise ValueError(
                 "the window moves, so its steps cannot be trained by their numbers; leave steps out, or last"
             )
-        check_settings(self.updates, self.micro, self.clip, self.reduction, self.schedule)
-        advantages(torch.zeros(2, 1), torch.ones(2, 1), 2, self.normalise)
-        if self.beta < 0:
-            raise ValueError(f"beta must be at least 0, not {self.beta}")
         for task in self.schedule.prompts:
             unknown = set(self.weights_of(task)) - set(self.judges)
             if unknown or not self.weights_of(task):
@@ -153,29 +151,20 @@ class GRPO:
         }
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Collected:
-        batch = share.of(self.schedule.draw(iteration), self.schedule.repeats)
+        repeats = self.schedule.repeats
+        batch = share.of(self.schedule.draw(iteration), repeats)
         sampler = self.sampler.at(iteration, self.schedule.seed)
         keep = trained_steps(sampler, self.steps, iteration, self.schedule.seed)
         walks, images = [], []
         # Images that share a walk stay together.
-        micro = (
-            max(self.micro // self.schedule.repeats, 1) * self.schedule.repeats
-            if sampler.branch
-            else self.micro
-        )
-        pieces = share.updates_of(self.schedule.size, self.schedule.repeats, self.updates, micro)
+        micro = max(self.micro // repeats, 1) * repeats if sampler.branch else self.micro
+        pieces = share.updates_of(self.schedule.size, repeats, self.updates, micro)
         for _, rows, _ in pieces:
-            steps = list(
-                trajectory(
-                    policy, batch.prompts[rows], batch.seeds[rows], sampler, adapter, self.schedule.repeats
-                )
-            )
+            steps = [*trajectory(policy, batch.prompts[rows], batch.seeds[rows], sampler, adapter, repeats)]
             images.append(policy.decode(steps[-1].x_next).cpu())
             walks.append([steps[k] for k in keep])
         rewards, weights, seen = self.score(torch.cat(images), batch)
-        advantage = advantages(rewards, weights, self.schedule.repeats, self.normalise, share).to(
-            policy.device
-        )
+        advantage = advantages(rewards, weights, repeats, self.normalise, share).to(policy.device)
         return Collected(
             [
                 Rollout(batch.prompts[rows], steps, advantage[rows], update, n)
@@ -213,20 +202,17 @@ class GRPO:
         for part in (p for p in data.parts if p.update == update):
             text = policy.encode([p.text for p in part.prompts])
             for step in part.steps:
-                yield self._loss(policy, adapter, text, step, part.advantages, data.records).sum() / (
-                    part.images * len(part.steps)
-                )
+                loss = self._loss(policy, adapter, text, step, part.advantages, data.records)
+                yield loss.sum() / (part.images * len(part.steps))
 
     def _loss(self, policy, adapter, text, step: Step, advantage, records) -> torch.Tensor:
         """(B,): the clipped surrogate and the penalty of one step."""
         s, size = self.sampler, step.x[0].numel()
         one = slice(None, None, step.shared)  # where images part they have one state
-        v = policy.velocity(step.x[one], step.sigma, text[one], s.guidance, adapter).repeat_interleave(
-            step.shared, 0
-        )
-        mean, std = transition(step.x, v, step.sigma, step.sigma_next, s.kind, s.noise_level)
-        ratio = (log_prob(step.x_next, mean, std, self.reduction) - step.log_prob(self.reduction)).exp()
-        loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
+        asked = step.x[one], step.sigma, text[one], s.guidance
+        v = policy.velocity(*asked, adapter).repeat_interleave(step.shared, 0)
+        ratio = log_ratio(step, v, s, self.reduction).exp()
+        loss = surrogate(advantage, ratio, self.clip)
         with torch.no_grad():
             records.append(
                 {
@@ -236,12 +222,9 @@ class GRPO:
             )
         if self.beta:
             with torch.no_grad():
-                reference = policy.velocity(
-                    step.x[one], step.sigma, text[one], s.guidance, self.reference
-                ).repeat_interleave(step.shared, 0)
-            kl = velocity_weight(step.sigma, step.sigma_next, "kl", s.kind, s.noise_level) * (
-                v - reference
-            ).square().flatten(1).sum(1)
+                reference = policy.velocity(*asked, self.reference).repeat_interleave(step.shared, 0)
+            weight = velocity_weight(step.sigma, step.sigma_next, "kl", s.kind, s.noise_level)
+            kl = weight * squared(v, reference)
             records[-1]["kl"] = kl.detach().mean()
             loss = loss + self.beta * (kl / size if self.reduction == "mean" else kl)
         return loss

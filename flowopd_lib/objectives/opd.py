@@ -28,13 +28,24 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..inputs import Count, NotNegative, Positive, one_of
 from ..policy import FlowPolicy
 from ..prompts import Prompt
 from ..rollout import NoiseStreams, Sampler, Step, states, trajectory, walk
 from ..schedule import Batch, Schedule
-from ..sde import log_prob, transition, velocity_weight
+from ..sde import REDUCTIONS, WEIGHTINGS, velocity_weight
 from ..texts import TextEmbedding
-from .base import Share, check_settings, chunks, mean_of, trained_steps
+from .base import (
+    Share,
+    check_settings,
+    check_teachers,
+    chunks,
+    log_ratio,
+    mean_of,
+    squared,
+    surrogate,
+    trained_steps,
+)
 
 DRAWS = ("walk", "iteration")
 ESTIMATORS = ("pathwise", "paper", "as_coded", "log_ratio", "return_to_go")
@@ -92,19 +103,20 @@ class OPD:
     teachers: Mapping[str, str | None]
     sampler: Sampler = Sampler(10, "sde")
     estimator: str = "pathwise"
-    weighting: str = "kl"
-    max_weight: float | None = None
-    mar: float = 0.04
+    weighting: one_of(*WEIGHTINGS) = "kl"
+    max_weight: Positive | None = None
+    mar: NotNegative = 0.04
     anchor: str | None = None
-    guidance: Mapping[str | None, float] = field(default_factory=dict)
+    guidance: Mapping[str | None, NotNegative] = field(default_factory=dict)
     steps: int | tuple[int, ...] | None = None
-    draw: str = "walk"
-    updates: int = 1
-    reduction: str = "sum"
-    clip: float = 1e-4
-    micro: int = 64
+    draw: one_of(*DRAWS) = "walk"
+    updates: Count = 1
+    reduction: one_of(*REDUCTIONS) = "sum"
+    clip: Positive = 1e-4
+    micro: Count = 64
 
     def __post_init__(self):
+        check_settings(self)
         self.readings = self.estimator.split("+")
         unknown = set(self.readings) - set(ESTIMATORS)
         if unknown:
@@ -112,17 +124,12 @@ class OPD:
                 f"unknown estimator {', '.join(sorted(unknown))}: choose among {', '.join(ESTIMATORS)}, "
                 "joined by +"
             )
-        if self.readings != ["pathwise"] and (self.sampler.kind == "ode" or self.sampler.noise_level == 0):
+        if self.readings != ["pathwise"] and not self.sampler.explores:
             raise ValueError(
                 f"{self.estimator} needs the probabilities of actions: sample with sde or cps, or use "
                 "pathwise"
             )
-        missing = set(self.schedule.prompts) - set(self.teachers)
-        if missing:
-            raise ValueError(
-                f"no teacher for the task {', '.join(sorted(missing))}; there are teachers for "
-                f"{', '.join(self.teachers)}"
-            )
+        check_teachers(self.schedule.prompts, self.teachers)
         if self.sampler.branch or self.sampler.last is not None:
             raise ValueError(
                 "branch and a window that moves are for GRPO; OPD learns from the steps that `steps` says"
@@ -134,35 +141,22 @@ class OPD:
                 "return_to_go weighs a step by the KL at later ones, so one drawn step says nothing of it; "
                 "draw at least 2, or name the steps"
             )
-        if self.draw not in DRAWS:
-            raise ValueError(
-                f"unknown draw {self.draw!r}: steps are drawn for every {' or every '.join(DRAWS)}"
-            )
         # Of N steps k are drawn: one is seen in k/N of the draws, and with it a later one in (k - 1) / (N -
         # 1) of these.
         drawn = self.steps if isinstance(self.steps, int) else noisy
         self._seen, self._seen_later = drawn / noisy, (drawn - 1) / (noisy - 1) if drawn > 1 else 1.0
-        velocity_weight(0.5, 0.4, self.weighting)
-        if self.max_weight is not None and not self.max_weight > 0:
-            raise ValueError(f"max_weight must be positive, not {self.max_weight}; leave it out for none")
-        check_settings(self.updates, self.micro, self.clip, self.reduction, self.schedule)
-        if self.mar < 0:
-            raise ValueError(f"mar must be at least 0, not {self.mar}")
         guided = {*self.teachers.values()}
-        for name, scale in self.guidance.items():
-            if name not in guided:
-                raise ValueError(
-                    f"guidance names {name!r}, which is no teacher; the teachers are "
-                    f"{', '.join(map(str, guided))}"
-                )
-            if not scale >= 0:
-                raise ValueError(f"the guidance of {name} must be at least 0, not {scale}")
+        unguided = [name for name in self.guidance if name not in guided]
+        if unguided:
+            raise ValueError(
+                f"guidance names {unguided[0]!r}, which is no teacher; the teachers are "
+                f"{', '.join(map(str, guided))}"
+            )
 
     @property
     def adapters(self) -> set[str]:
-        return (
-            {self.teachers[task] for task in self.schedule.prompts} | ({self.anchor} if self.mar else set())
-        ) - {None}
+        teachers = {self.teachers[task] for task in self.schedule.prompts}
+        return (teachers | ({self.anchor} if self.mar else set())) - {None}
 
     @torch.no_grad()
     def check(self, policy: FlowPolicy, adapter: str) -> None:
@@ -175,10 +169,8 @@ class OPD:
                 f"{adapter!r} is in training, so it can be no teacher and no anchor; copy it first"
             )
         batch, sigma = self.schedule.draw(0), policy.sigmas(self.sampler.steps)[1]
-        x, text = (
-            NoiseStreams(policy, batch.seeds[:4]).draw(),
-            policy.encode([p.text for p in batch.prompts[:4]]),
-        )
+        x = NoiseStreams(policy, batch.seeds[:4]).draw()
+        text = policy.encode([p.text for p in batch.prompts[:4]])
         base = policy.velocity(x, sigma, text)
         for name in sorted(self.adapters):
             if torch.equal(policy.velocity(x, sigma, text, adapter=name), base):
@@ -244,9 +236,8 @@ class OPD:
             if anchor is not None and name == self.anchor and scale == 1.0:
                 teacher[rows] = anchor[rows]
             else:
-                teacher[rows] = policy.velocity(
-                    x[rows], sigma[rows] if torch.is_tensor(sigma) else sigma, text[rows], scale, name
-                )
+                at = sigma[rows] if torch.is_tensor(sigma) else sigma
+                teacher[rows] = policy.velocity(x[rows], at, text[rows], scale, name)
         return teacher, anchor
 
     @property
@@ -269,9 +260,7 @@ class OPD:
 
     def _distance(self, step: Step, v: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """(B,): `w ||v - other||^2` at one step."""
-        return self._weight(step.sigma, step.sigma_next, v[0].numel()) * (v - other).square().flatten(1).sum(
-            1
-        )
+        return self._weight(step.sigma, step.sigma_next, v[0].numel()) * squared(v, other)
 
     def losses(self, policy: FlowPolicy, adapter: str, data: Walks, update: int) -> Iterator[torch.Tensor]:
         if data.visits is None:
@@ -284,9 +273,8 @@ class OPD:
             text = policy.encode([p.text for p in data.batch.prompts[rows]])
             for visit in visits:
                 v = policy.velocity(visit.step.x, visit.step.sigma, text, self.sampler.guidance, adapter)
-                yield self._loss(visit, v, data.records, data.batch.prompts[rows]).sum() / (
-                    images * self._seen
-                )
+                loss = self._loss(visit, v, data.records, data.batch.prompts[rows])
+                yield loss.sum() / (images * self._seen)
 
     def _learn(
         self, policy: FlowPolicy, adapter: str, found: States, images: int, records: list
@@ -296,10 +284,8 @@ class OPD:
         for rows in chunks(len(found.steps), self.micro):
             prompts, x = found.prompts[rows], found.x[rows]
             at = [(k, grid[k], grid[k + 1]) for k in found.steps[rows]]
-            sigma, text = (
-                torch.tensor([sigma for _, sigma, _ in at], device=x.device),
-                policy.encode([p.text for p in prompts]),
-            )
+            sigma = torch.tensor([sigma for _, sigma, _ in at], device=x.device)
+            text = policy.encode([p.text for p in prompts])
             teacher, anchor = self._targets(policy, x, sigma, text, prompts)
             v = policy.velocity(x, sigma, text, self.sampler.guidance, adapter)
             to_teacher, to_anchor = self._pulls(v, teacher, anchor, at, prompts, records)
@@ -324,7 +310,7 @@ class OPD:
         size, steps = v[0].numel(), [k for k, _, _ in at]
         nats = torch.tensor([self._nats(sigma, after) for _, sigma, after in at], device=v.device)
         weight = torch.tensor([self._weight(sigma, after, size) for _, sigma, after in at], device=v.device)
-        apart = (v - teacher).square().flatten(1).sum(1)
+        apart = squared(v, teacher)
         gap, kl = apart.detach() / size, nats * apart.detach()
         by_step = {f"kl_step_{k}": kl[[step == k for step in steps]].mean() for k in sorted(set(steps))}
         of = {task: [p.task == task for p in prompts] for task in self.schedule.prompts}
@@ -341,7 +327,7 @@ class OPD:
         )
         if not self.mar:
             return weight * apart, torch.zeros_like(apart)
-        to_anchor = weight * (v - anchor).square().flatten(1).sum(1)
+        to_anchor = weight * squared(v, anchor)
         records[-1]["mar"] = to_anchor.detach().mean()
         return weight * apart, self.mar * to_anchor
 
@@ -357,9 +343,8 @@ class OPD:
 
             for step in walk(policy, velocity, prompts, data.batch.seeds[rows], self.sampler):
                 if step.index in data.trained:
-                    visit = Visit(
-                        step, *self._targets(policy, step.x, step.sigma, text, prompts), torch.zeros(())
-                    )
+                    told = self._targets(policy, step.x, step.sigma, text, prompts)
+                    visit = Visit(step, *told, torch.zeros(()))
                     yield self._loss(visit, kept.pop(), data.records, prompts).sum() / data.images
                 if step.index == data.trained[-1]:
                     break
@@ -368,39 +353,22 @@ class OPD:
         """(B,): the chosen readings and the anchor at one step; `v` is the student's and carries the
         graph."""
         step = visit.step
-        kl, to_anchor = self._pulls(
-            v,
-            visit.teacher,
-            visit.anchor,
-            [(step.index, step.sigma, step.sigma_next)] * len(v),
-            prompts,
-            records,
-        )
+        at = [(step.index, step.sigma, step.sigma_next)] * len(v)
+        kl, to_anchor = self._pulls(v, visit.teacher, visit.anchor, at, prompts, records)
         loss = kl if "pathwise" in self.readings else torch.zeros_like(kl)
         if self.readings != ["pathwise"]:
-            s = self.sampler
-            mean, std = transition(step.x, v, step.sigma, step.sigma_next, s.kind, s.noise_level)
-            ratio = (log_prob(step.x_next, mean, std, self.reduction) - step.log_prob(self.reduction)).exp()
+            ratio = log_ratio(step, v, self.sampler, self.reduction).exp()
             for reading in self.readings:
                 if reading == "paper":
-                    loss = loss + self._surrogate(-kl.detach(), ratio)
+                    loss = loss + surrogate(-kl.detach(), ratio, self.clip)
                 elif reading == "as_coded":
-                    loss = loss + self._surrogate(-kl[:, None], ratio).mean(1)
+                    loss = loss + surrogate(-kl[:, None], ratio, self.clip).mean(1)
                 elif reading == "return_to_go":
-                    loss = loss + self._surrogate(-visit.later, ratio)
+                    loss = loss + surrogate(-visit.later, ratio, self.clip)
                 elif reading == "log_ratio":
-                    target, _ = transition(
-                        step.x, visit.teacher, step.sigma, step.sigma_next, s.kind, s.noise_level
-                    )
-                    loss = loss + self._surrogate(
-                        log_prob(step.x_next, target, std, self.reduction) - step.log_prob(self.reduction),
-                        ratio,
-                    )
+                    reward = log_ratio(step, visit.teacher, self.sampler, self.reduction)
+                    loss = loss + surrogate(reward, ratio, self.clip)
         return loss + to_anchor
-
-    def _surrogate(self, reward: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-        """`-min(rho r, clip(rho) r)`."""
-        return -torch.minimum(ratio * reward, ratio.clamp(1 - self.clip, 1 + self.clip) * reward)
 
     def metrics(self, data: Walks) -> dict[str, float]:
         return mean_of(data.records)

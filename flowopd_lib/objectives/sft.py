@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..inputs import Count, check_fields
 from ..policy import FlowPolicy
 from ..prompts import Prompt
 from ..rollout import Sampler, generator, trajectory
-from .base import Share, mean_of
+from .base import Share, check_teachers, mean_of
 
 
 def teacher_samples(
@@ -26,12 +27,7 @@ def teacher_samples(
 ) -> torch.Tensor:
     """Latents (N, C, H, W) at sigma 0: each prompt sampled by its own task's teacher; several processes deal
     the batches out among themselves."""
-    unknown = {p.task for p in prompts} - set(teachers)
-    if unknown:
-        raise ValueError(
-            f"no teacher for the task {', '.join(sorted(unknown))}; there are teachers for "
-            f"{', '.join(teachers)}"
-        )
+    check_teachers((p.task for p in prompts), teachers)
     latents = torch.zeros(len(prompts), *policy.latent_shape, device=policy.device)
     parts = []
     for task, adapter in teachers.items():
@@ -63,18 +59,17 @@ class SFT:
 
     latents: torch.Tensor
     prompts: Sequence[Prompt]
-    batch: int = 64
-    micro: int = 64
+    batch: Count = 64
+    micro: Count = 64
     seed: int = 0
     updates = 1
 
     def __post_init__(self):
+        check_fields(self)
         if len(self.latents) != len(self.prompts) or not len(self.prompts):
             raise ValueError(
                 f"SFT needs one prompt for every latent, not {len(self.prompts)} for {len(self.latents)}"
             )
-        if self.batch < 1 or self.micro < 1:
-            raise ValueError(f"batch and micro must be at least 1, not {self.batch} and {self.micro}")
 
     @property
     def adapters(self) -> set[str]:

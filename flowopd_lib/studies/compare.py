@@ -26,12 +26,13 @@ import torch
 
 from ..evaluate import evaluate
 from ..files import read_lines, write_json, write_whole
+from ..fit import fit
 from ..inputs import check_keys
 from ..jobs.recipes import build
 from ..objectives import Share
 from ..policy import FlowPolicy
 from ..rollout import Sampler
-from ..train import TrainConfig, fit
+from ..train import TrainConfig
 from ..worlds import load_world
 from .arms import load_study, reached, scores_of, tasks_of, teachers_of, tell, world_of
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..fit import fit
 from ..objectives import OPD, Share
 from ..policy import FlowPolicy
 from ..progress import progress
@@ -19,7 +20,7 @@ from ..rollout import Sampler, sample
 from ..schedule import Schedule
 from ..sde import velocity_weight
 from ..stats import mean_interval
-from ..train import TrainConfig, fit
+from ..train import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,8 +69,8 @@ def worth_of_steps(
 ) -> pd.DataFrame:
     """A row a step of the walks (`walk`; None: OPD's default): sigma, KL in nats, the share of the loss by
     weighting, and by how much pictures of `prompts`, drawn by `sampler`, are nearer their teachers' after
-    `iterations` updates on that step alone, from `start`, equally many for every step: nearer, low, high (95 % over
-    prompts), n.
+    `iterations` updates on that step alone, from `start`, equally many for every step: nearer, low, high
+    (95 % over prompts), n.
     """
     objective = OPD(schedule, teachers, *([walk] if walk else []), mar=0.0)
     walks, walk = objective.collect(policy, start, 0, Share()), objective.sampler
