@@ -1,9 +1,24 @@
 """The judges: one class each, the same for the small world and for full models."""
 
+from .aesthetic import Aesthetic
 from .base import Reward
+from .compbench import BLIPVQA, load_compbench
 from .deqa import DeQA
 from .geneval import Detection, Detector, GenEval
+from .mask2former import Mask2FormerDetector
 from .ocr import OCR
 from .pickscore import PickScore
 
-__all__ = ["DeQA", "Detection", "Detector", "GenEval", "OCR", "PickScore", "Reward"]
+__all__ = [
+    "Aesthetic",
+    "BLIPVQA",
+    "DeQA",
+    "Detection",
+    "Detector",
+    "GenEval",
+    "Mask2FormerDetector",
+    "OCR",
+    "PickScore",
+    "Reward",
+    "load_compbench",
+]
