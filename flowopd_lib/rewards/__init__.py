@@ -1,9 +1,26 @@
 """The judges: one class each, the same for the small world and for full models."""
 
+from .aesthetic import Aesthetic
 from .base import Reward, attribute, can_judge
+from .compbench import BLIPVQA, load_compbench
 from .deqa import DeQA
 from .geneval import Detection, Detector, GenEval
+from .mask2former import Mask2FormerDetector
 from .ocr import OCR
 from .pickscore import PickScore
 
-__all__ = ["attribute", "can_judge", "DeQA", "Detection", "Detector", "GenEval", "OCR", "PickScore", "Reward"]
+__all__ = [
+    "Aesthetic",
+    "BLIPVQA",
+    "DeQA",
+    "Detection",
+    "Detector",
+    "GenEval",
+    "Mask2FormerDetector",
+    "OCR",
+    "PickScore",
+    "Reward",
+    "attribute",
+    "can_judge",
+    "load_compbench",
+]

@@ -1,14 +1,17 @@
-"""What a judge is, and the one check all of them make before they look."""
+"""What a judge is, the checks all of them make before they look and before they answer, and how they load
+models."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..prompts import Prompt
+from ..quiet import quiet
 
 
 class Reward(Protocol):
@@ -71,3 +74,67 @@ def pixels_of(images: torch.Tensor, judge: str, size: tuple[int, int] | None = N
             f"{judge} takes pixels in [0, 1], not [{low:.2f}, {high:.2f}]; map [-1, 1] with x / 2 + 0.5"
         )
     return (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def finite(scores: torch.Tensor, judge: str) -> np.ndarray:
+    """Scores (B,) as float32 numpy; ValueError if one is NaN or infinite, which would pass for a score."""
+    out = scores.detach().float().cpu().numpy()
+    if not np.isfinite(out).all():
+        raise ValueError(
+            f"{judge} gave NaN or infinite scores for {int((~np.isfinite(out)).sum())} of {len(out)} images; "
+            "its weights are damaged or overflow on this device: load them anew and keep them in float32"
+        )
+    return out
+
+
+def load_frozen(kind: type, model_id: str | Path, judge: str, device: str = "cpu") -> torch.nn.Module:
+    """A transformers model of class `kind` from a folder or hub id, in float32, on `device`, never trained.
+
+    Raises FileNotFoundError where there are no safetensors, and ValueError where a parameter has no weights:
+    transformers would fill it with random numbers and only warn.
+    """
+    try:
+        with quiet():
+            model, told = kind.from_pretrained(
+                model_id, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no {judge} weights at {str(model_id)!r}; give a {kind.__name__} folder or hub id ({error})"
+        ) from error
+    missing = sorted(set(told["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if missing:
+        raise ValueError(
+            f"{judge}: {str(model_id)!r} holds no weights for {len(missing)} parameters of a "
+            f"{kind.__name__}, {missing[0]} the first; give a folder or hub id of that class"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_clip(model_id: str | Path, judge: str, device: str = "cpu", processor_id: str | Path | None = None):
+    """A CLIPModel and its CLIPProcessor (from `processor_id`, if that is given), which prepares pictures with
+    PIL even where torchvision is installed: scores are the same on every machine."""
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+    model, source = load_frozen(CLIPModel, model_id, judge, device), processor_id or model_id
+    try:
+        with quiet():
+            pictures = CLIPImageProcessorPil.from_pretrained(source)
+            texts = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no processor of {judge} at {str(source)!r}; give a folder or hub id with a CLIP's image "
+            f"processor and tokenizer ({error})"
+        ) from error
+    return model, CLIPProcessor(pictures, texts)
+
+
+def embed_pictures(model, processor, pictures: list, batch: int) -> torch.Tensor:
+    """(N, D): unit image embeddings of a CLIPModel, for pictures given as PIL images or (H, W, 3) uint8."""
+    found = []
+    for i in range(0, len(pictures), batch):
+        inputs = processor.image_processor(pictures[i : i + batch], return_tensors="pt").to(model.device)
+        # an object in transformers 5, a tensor before
+        z = model.get_image_features(**inputs)
+        found.append(torch.nn.functional.normalize(getattr(z, "pooler_output", z), dim=-1))
+    return torch.cat(found)

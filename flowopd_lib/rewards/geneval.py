@@ -31,9 +31,10 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects. `threshold` and `counting_threshold` are the confidences GenEval's rule takes from
-    it."""
+    """Finds objects. `threshold` and `counting_threshold` are the confidences GenEval's rule takes from it;
+    `name` is what a table of GenEval scores says they were found by."""
 
+    name: str
     threshold: float
     counting_threshold: float
     labels: Sequence[str]
@@ -146,7 +147,9 @@ def credit(
 
 class GenEval:
     """1 if the picture shows what the prompt's metadata asks for, else 0. With `partial`, the share of it
-    (see `credit`): to train on, never to report."""
+    (see `credit`): to train on, never to report.
+
+    The rule is GenEval's; scores are comparable with those of the same detector only (`detector.name`)."""
 
     name, range, tasks = "GenEval", (0.0, 1.0), ("geneval",)
 

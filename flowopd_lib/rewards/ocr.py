@@ -23,9 +23,10 @@ def ocr_reward(read: str, target: str) -> float:
 
 
 class OCR:
-    """rapidocr with the models inside its wheel. With `region` (left, top, right, bottom in pixels) that part
-    of images of `size` (height, width) is recognised as one line; without, text is detected and recognised on
-    the whole picture, of any size."""
+    """rapidocr with the models inside its wheel, which are PaddleOCR's, without the classifier of upside-down
+    lines, as Flow-GRPO uses it. With `region` (left, top, right, bottom in pixels) that part of images of
+    `size` (height, width) is recognised as one line; without, text is detected and recognised on the whole
+    picture, of any size, and the text of all its lines joined."""
 
     name, range, tasks = "OCR", (0.0, 1.0), ("ocr",)
 
@@ -49,7 +50,7 @@ class OCR:
                 f"{size[1]} wide"
             )
         self.region, self.size, self.upscale = region, size, upscale
-        options = {"Global.log_level": "error", "Rec.rec_batch_num": batch}
+        options = {"Global.log_level": "error", "Rec.rec_batch_num": batch, "Global.use_cls": False}
         # the recogniser pads narrower lines to this width; the default, 320, is mostly padding for a sign
         if region:
             width = 48 * (region[2] - region[0]) / (region[3] - region[1])
@@ -60,7 +61,7 @@ class OCR:
         """The text in each picture, "" where there is none."""
         pixels = as_uint8(images, prompts, self.name, self.size)[..., ::-1]  # the engine reads BGR
         if not self.region:
-            return ["".join(self.engine(np.ascontiguousarray(p)).txts or ()) for p in pixels]
+            return self._read_whole([np.ascontiguousarray(p) for p in pixels])
         from rapidocr.ch_ppocr_rec import TextRecInput
 
         left, top, right, bottom = self.region
@@ -75,6 +76,32 @@ class OCR:
             for p in pixels
         ]
         return list(self.engine._load_rec_model()(TextRecInput(img=crops)).txts)
+
+    def _read_whole(self, pictures: Sequence[np.ndarray]) -> list[str]:
+        """What the engine reads in each picture (H, W, 3) by itself, with the lines of many pictures
+        recognised together."""
+        from rapidocr.main import RapidOCRError
+
+        lines = []
+        for picture in pictures:
+            try:
+                lines.append(self.engine.detect_and_crop(*self.engine.preprocess_img(picture))[0])
+            except RapidOCRError:  # no text found
+                lines.append([])
+        # The recogniser pads all lines of a call to its widest, and padding can change what it reads: only
+        # pictures without a line wider than the least it pads to share a call.
+        _, height, width = self.engine._load_rec_model().rec_image_shape
+        narrow = [all(c.shape[1] * height <= width * c.shape[0] for c in crops) for crops in lines]
+        together = [i for i, crops in enumerate(lines) if crops and narrow[i]]
+        alone = [[i] for i, crops in enumerate(lines) if crops and not narrow[i]]
+        read = [""] * len(pictures)
+        for group in [together, *alone] if together else alone:
+            found = self.engine.recognize_txt([c for i in group for c in lines[i]])
+            owners = [i for i in group for _ in lines[i]]
+            for i, text, score in zip(owners, found.txts, found.scores):
+                if text.strip() and score >= self.engine.text_score:
+                    read[i] += text
+        return read
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         targets = [target_text(p.text) for p in prompts]

@@ -39,6 +39,7 @@ class ShapeDetector:
     """Detections of the world's shapes on plain backgrounds; confidence is the overlap (IoU) with the best
     template."""
 
+    name = "colour masks and shape templates"
     labels, colors, size = SHAPES, tuple(COLORS), (SIZE, SIZE)
     threshold = counting_threshold = 0.7
 
