@@ -12,19 +12,24 @@ os.environ.setdefault(
 # threads that wait by spinning starve those of the processes that tests start
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from flowopd_lib import FlowPolicy, load_prompts, tinyworld  # noqa: E402
+from flowopd_lib import load_world  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def policy():
-    return FlowPolicy(tinyworld.BASE)
+def world():
+    return load_world()
 
 
 @pytest.fixture(scope="session")
-def judges():
-    return tinyworld.judges()
+def policy(world):
+    return world.policy(device="cpu")
 
 
 @pytest.fixture(scope="session")
-def test_prompts():
-    return {task: load_prompts(tinyworld.PROMPTS, task, "test") for task in ("geneval", "ocr", "pickscore")}
+def judges(world):
+    return world.judges("cpu")
+
+
+@pytest.fixture(scope="session")
+def test_prompts(world):
+    return {task: world.prompts(task, "test") for task in world.own}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..quiet import quiet
-from ..worlds import tiny
+from ..worlds import load_world
 
 # COCO's classes in the order and the spelling of the published Mask2Former's config.
 COCO = tuple(
@@ -87,7 +87,7 @@ def write_clip(folder: str | Path, width: int = 32, seed: int = 0) -> Path:
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
     with _drawn(seed):
-        tokenizer = AutoTokenizer.from_pretrained(tiny.ASSETS / "pickscore")
+        tokenizer = AutoTokenizer.from_pretrained(load_world().folder / "pickscore")
         layers = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
         text = {
             "vocab_size": len(tokenizer),

@@ -100,12 +100,13 @@ def interference_job(spec: Mapping, folder: Path, site: Site) -> None:
     found = interference(site.policy, objectives, name, spec["batches"], how, Gradients(way), site.share)
     if "step_size" in spec:
         parts = {task: way / f"taylor_{task}.parquet" for task in found.tasks}
-        for task in found.tasks[site.share.rank :: site.share.world]:
-            if not parts[task].is_file():
-                rows = taylor_check(
-                    site.policy, objectives, name, spec["step_size"], found.gradients, spec["images"], [task]
-                )
-                write_table(parts[task], rows)
+        mine = [t for t in found.tasks[site.share.rank :: site.share.world] if not parts[t].is_file()]
+        if mine:
+            rows = taylor_check(
+                site.policy, objectives, name, spec["step_size"], found.gradients, spec["images"], mine
+            )
+            for task in mine:
+                write_table(parts[task], rows[rows["task"] == task])
         site.share.wait()
         if site.main:
             write_table(check, pd.concat(map(pd.read_parquet, parts.values()), ignore_index=True))
