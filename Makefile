@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Installed first; any release that pyproject.toml allows will do: make setup TORCH=torch
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-browser drill lab figures clean
+.PHONY: setup demo test test-browser test-nodes drill lab figures clean
 
 setup: .venv/done
 
@@ -33,6 +33,10 @@ test: setup
 test-browser: setup
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { apt-get update && apt-get install -y chromium chromium-driver; }
 	$(BIN)/python -m pytest -n 0 tests/test_browser.py -s
+
+# Two nodes on one machine, in two network namespaces, by the launcher for Slurm. Needs root and iproute2.
+test-nodes: setup
+	$(BIN)/python tests/nodes.py
 
 # Kills, full disks, two starters, lost ranks, bad inputs: an hour, more than half of it the notebooks. Filling a disk needs root.
 drill: setup

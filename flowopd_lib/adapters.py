@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .files import write_json, write_whole
+from .hub import hub_fault
 from .identity import sha256_of
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ def _files_of(source: str | Path) -> tuple[Path, Path | None]:
         except Exception as error:  # the hub's client has many kinds of its own
             raise FileNotFoundError(
                 f"{str(source)!r} is neither a folder here nor an adapter that the hub gives: "
-                f"{_first_line(error)}"
+                f"{hub_fault(str(source), error)}"
             ) from error
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -342,10 +343,6 @@ def _json(file: Path) -> dict:
     if not isinstance(record, dict):
         raise ValueError(f"{file} is not an adapter's config: it holds no names and values")
     return record
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def write_peft(lora: Lora, folder: str | Path) -> None:

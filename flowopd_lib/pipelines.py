@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .hub import hub_fault
 from .identity import sha256_of
 from .quiet import quiet
 
@@ -37,7 +38,7 @@ def load_pipeline(
     except OSError as error:
         raise FileNotFoundError(
             f"{str(model_id)!r} is neither a diffusers pipeline folder nor a hub id that can be "
-            f"loaded with safetensors weights ({error})"
+            f"loaded with safetensors weights: {hub_fault(str(model_id), error)}"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     for part in PARTS:

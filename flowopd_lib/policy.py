@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 TEXTS = 8  # encoded together
-# of text embeddings kept: some 400 prompts of SD3.5 in bf16, 35,000 of the small world
+# of text embeddings kept: some 400 prompts of SD3.5 in bf16, 35,000 of a small one
 CACHE_BYTES = 1 << 30
 
 

@@ -259,7 +259,7 @@ def bench(
             }
             process.join()
     told = {
-        "model": model or "tiny-sd3",
+        "model": model or WORLD.base_name,
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "dtype": str(dtype).removeprefix("torch."),
         "images": images,
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--model",
         default="",
-        help="a Stable Diffusion 3 folder or hub id (default: the small world's), or sd35-random: Stable "
+        help="a Stable Diffusion 3 folder or hub id (default: the shipped world's), or sd35-random: Stable "
         "Diffusion "
         "3.5 Medium's architecture with random weights at 512 px",
     )
@@ -306,7 +306,7 @@ def main() -> None:
             model = str(write_sd35(folder, dtype=dtype, device=args.device))
         result = {
             **bench(model, args.device, dtype, args.images, args.repeats, args.cases),
-            "model": args.model or "tiny-sd3",
+            "model": args.model or WORLD.base_name,
         }
     print(f"{'case':10} {'seconds':>8} {'MiB':>8} {'GFLOP':>8} {'of matmul peak':>15}")
     for case, row in result["cases"].items():

@@ -132,7 +132,10 @@ def _objective(kind: str, recipe: Mapping, world: World, seed: int, where) -> GR
     if kind == "opd":
         given = {"teachers": {t: world.teachers.get(t) for t in tasks}, **recipe["opd"]}
         own = check_options("opd", given, OPD, ("schedule", "sampler"))
-        guidance = {n: g for n, g in world.guidance.items() if n in own["teachers"].values()}
+        asked = {*own["teachers"].values(), own.get("anchor")}
+        guidance = {n: g for n, g in world.guidance.items() if n in asked}
+        if None in asked and sampler.guidance != 1.0:  # the base, as the student that is guided
+            guidance[None] = sampler.guidance
         return OPD(prompts, sampler=sampler, **{"guidance": guidance, **own})
     rewards = {t: world.rewards()[world.tasks[t].home] for t in tasks}
     own = check_options(
@@ -145,7 +148,7 @@ def _judges(world: World, rewards: Mapping, where) -> dict:
     """Those that a reward may name, and the unseen ones it does name, which GRPO refuses."""
     device = str(where.device) if where is not None else ""
     named = {n for k, v in rewards.items() for n in ([k] if not isinstance(v, Mapping) else v)}
-    unseen = [n for n in named & set(world.specs) if world.specs[n].get("unseen")]
+    unseen = sorted(n for n in named & set(world.specs) if world.judge_is(n, "unseen"))
     if unseen:
         raise ValueError(f"{unseen[0]} is an unseen judge, by which nothing may be trained")
     return world.training_judges(device)

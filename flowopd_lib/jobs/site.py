@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from ..inputs import check_keys, check_value, list_of, one_of
 from ..merge import METHODS, merge
@@ -15,6 +14,9 @@ from ..objectives import Share
 from ..policy import FlowPolicy
 from ..train import share_of
 from ..worlds import World, load_world
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # What an adapter may come from: an expert of the world, a folder or a hub id by its name, or one of these.
 SOURCES = {

@@ -97,11 +97,8 @@ def evaluate_job(spec: Mapping, folder: Path, site: Site) -> None:
     site.adapters([a for a in spec["models"].values() if a], spec.get("adapters", {}))
     prompts = world.first_prompts(spec.get("split", "test"), spec.get("n", 60))
     prompts = [p for p in prompts if p.task in spec.get("tasks", world.own)]
-    every = world.every_judge(site.device)
-    for name in spec.get("judges", []):
-        if name not in every:
-            raise ValueError(f"judges names {name!r}{nearest(name, every)}; there are {', '.join(every)}")
-    judges = {n: every[n] for n in spec["judges"]} if "judges" in spec else world.judges(site.device)
+    device = site.device
+    judges = world.some_judges(spec["judges"], device) if "judges" in spec else world.judges(device)
     evaluate(
         policy,
         prompts,

@@ -11,7 +11,7 @@ import io
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -335,14 +335,18 @@ def redraw(policy: FlowPolicy, samples: Samples, position: int) -> torch.Tensor:
     adapter = adapter_of(samples, model)
     if str(policy.dtype) != about["dtype"]:
         raise ValueError(f"these samples were drawn in {about['dtype']}, not in {policy.dtype}")
-    own = np.flatnonzero(samples.table["model"] == model)
+    drawn_with = samples.table["model"] == model
+    if "split" in samples.table:  # each split is an evaluation of its own
+        drawn_with &= samples.table["split"] == samples.table["split"].iat[position]
+    own = np.flatnonzero(drawn_with)
     place = int(np.searchsorted(own, position))
     start = place - place % about["batch"]
     batch = samples.table.iloc[own[start : start + about["batch"]]]
     prompts = [Prompt(r.prompt, r.task) for r in batch.itertuples()]
-    return sample(
-        policy, prompts, batch["seed"].tolist(), Sampler(**about["sampler"]), adapter, about["batch"]
-    )[place - start]
+    sampler = Sampler(**about["sampler"])
+    sampler = replace(sampler, guidance=about.get("guidance", {}).get(adapter, sampler.guidance))
+    images = sample(policy, prompts, batch["seed"].tolist(), sampler, adapter, about["batch"])
+    return images[place - start]
 
 
 def adapter_of(samples: Samples, model: str) -> str | None:

@@ -154,7 +154,7 @@ def conclusion(ledger: pd.DataFrame) -> str:
     """Markdown: how many claims got which verdict, and which."""
     kinds, tested = _colour(ledger), int((ledger["verdict"] != "not testable here").sum())
     lines = [
-        f"Of {len(ledger)} claims, {(kinds == 'reproduced').sum()} are reproduced on the small world, "
+        f"Of {len(ledger)} claims, {(kinds == 'reproduced').sum()} are reproduced here, "
         f"{(ledger['verdict'] == 'not reproduced').sum()} are not "
         f"({(kinds == 'on the other side').sum()} turn out the other way, {(kinds == 'undecided').sum()} "
         "are undecided at this n), "

@@ -163,7 +163,7 @@ class GRPO:
             steps = [*trajectory(policy, batch.prompts[rows], batch.seeds[rows], sampler, adapter, repeats)]
             images.append(policy.decode(steps[-1].x_next).cpu())
             walks.append([steps[k] for k in keep])
-        rewards, weights, seen = self.score(torch.cat(images), batch)
+        rewards, weights, seen = self.score(torch.cat(images) if images else torch.empty(0), batch)
         advantage = advantages(rewards, weights, repeats, self.normalise, share).to(policy.device)
         return Collected(
             [

@@ -90,7 +90,7 @@ class OPD:
     `estimator`: one of ESTIMATORS, or several joined by `+`. `weighting`: of the steps, see
     `velocity_weight`; its noise is the sampler's, or for ODE rollouts that of the SDE with the same noise
     level; a weight is at most `max_weight`. `mar` weighs Manifold Anchor Regularization towards `anchor` (an
-    adapter; None is the base) on all prompts. `guidance`: a teacher's own guidance scale, by adapter.
+    adapter; None is the base) on all prompts. `guidance`: a teacher's or the anchor's own scale, by adapter.
 
     `steps`: of a walk, those that are learned from: None all with noise, a tuple exactly those, a number that
     many of the N, drawn at random and weighed N/k, so that the loss stays an unbiased estimate of that of
@@ -145,11 +145,11 @@ class OPD:
         # 1) of these.
         drawn = self.steps if isinstance(self.steps, int) else noisy
         self._seen, self._seen_later = drawn / noisy, (drawn - 1) / (noisy - 1) if drawn > 1 else 1.0
-        guided = {*self.teachers.values()}
+        guided = {*self.teachers.values(), self.anchor}
         unguided = [name for name in self.guidance if name not in guided]
         if unguided:
             raise ValueError(
-                f"guidance names {unguided[0]!r}, which is no teacher; the teachers are "
+                f"guidance names {unguided[0]!r}, which is no teacher and no anchor; there are "
                 f"{', '.join(map(str, guided))}"
             )
 
@@ -229,11 +229,12 @@ class OPD:
         wanted: dict[str | None, list[int]] = {}
         for row, prompt in enumerate(prompts):
             wanted.setdefault(self.teachers[prompt.task], []).append(row)
-        anchor = policy.velocity(x, sigma, text, adapter=self.anchor) if self.mar else None
+        anchor_scale = self.guidance.get(self.anchor, 1.0)
+        anchor = policy.velocity(x, sigma, text, anchor_scale, self.anchor) if self.mar else None
         teacher = torch.empty_like(x)
         for name, rows in wanted.items():
             scale = self.guidance.get(name, 1.0)
-            if anchor is not None and name == self.anchor and scale == 1.0:
+            if anchor is not None and name == self.anchor:
                 teacher[rows] = anchor[rows]
             else:
                 at = sigma[rows] if torch.is_tensor(sigma) else sigma

@@ -1,4 +1,4 @@
-"""The judges: one class each, the same for the small world and for full models."""
+"""The judges: one class each, the same for small and for full models."""
 
 from .aesthetic import Aesthetic
 from .base import Reward, attribute, can_judge

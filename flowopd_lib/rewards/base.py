@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..hub import hub_fault
 from ..prompts import Prompt
 from ..quiet import quiet
 
@@ -100,7 +101,8 @@ def load_frozen(kind: type, model_id: str | Path, judge: str, device: str = "cpu
             )
     except OSError as error:
         raise FileNotFoundError(
-            f"no {judge} weights at {str(model_id)!r}; give a {kind.__name__} folder or hub id ({error})"
+            f"no {judge} weights at {str(model_id)!r}; give a {kind.__name__} folder or hub id: "
+            f"{hub_fault(str(model_id), error)}"
         ) from error
     missing = sorted(set(told["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:
@@ -124,7 +126,7 @@ def load_clip(model_id: str | Path, judge: str, device: str = "cpu", processor_i
     except OSError as error:
         raise FileNotFoundError(
             f"no processor of {judge} at {str(source)!r}; give a folder or hub id with a CLIP's image "
-            f"processor and tokenizer ({error})"
+            f"processor and tokenizer: {hub_fault(str(source), error)}"
         ) from error
     return model, CLIPProcessor(pictures, texts)
 

@@ -1,4 +1,4 @@
-"""The paper's claims as data, each with a test on a run's artifacts: the ledger of what the small world
+"""The paper's claims as data, each with a test on a run's artifacts: the ledger of what a world
 reproduces.
 
 A claim is a sign. It is "reproduced" if the effect has that sign with its 95 % interval, else "not

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from ..checkpoint import load_state, save_state
 from ..objectives import GRPO, OPD, Share
@@ -30,6 +29,13 @@ from ..progress import progress
 from ..rollout import sample
 
 ALL = "all"
+
+
+def _width(n: int) -> float:
+    """Half a 95 % interval of Student's t over `n` values, in standard errors."""
+    from scipy import stats  # takes a second, and whoever imports the library may not come to it
+
+    return stats.t.ppf(0.975, n - 1)
 
 
 def reward_gradients(
@@ -142,7 +148,7 @@ class Interference:
             )
             with np.errstate(invalid="ignore"):
                 cosine, cosines = self._cosine(inner), np.stack([self._cosine(i) for i in inners])
-            half = stats.t.ppf(0.975, self.batches - 1) * np.sqrt(self.batches - 1)
+            half = _width(self.batches) * np.sqrt(self.batches - 1)
             size = np.sqrt(np.diag(gram).reshape(len(self.tasks), self.batches).mean(1))
             for i, j in itertools.product(range(len(self.tasks)), repeat=2):
                 row = dict(
@@ -285,7 +291,7 @@ def taylor_check(
             measured = np.bincount(prompt, change) / np.bincount(prompt)
             row = dict(task=task, on=on, size=size, n=len(measured))
             for name, values in (("predicted", predicted), ("measured", measured)):
-                error = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+                error = _width(len(values)) * values.std(ddof=1) / np.sqrt(len(values))
                 row |= {
                     name: values.mean(),
                     f"{name}_low": values.mean() - error,

@@ -254,8 +254,7 @@ CLAIMS = (
         "compbench",
         "The gains on T2I-CompBench itself (colour .719, numeracy .684)",
         _OOD,
-        why="the small world has no words for its prompts; held-out combinations (split `ood`) stand "
-        "in for it",
+        why="no world here has words for its prompts; held-out combinations (split `ood`) stand in for it",
     ),
 )
 

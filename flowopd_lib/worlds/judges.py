@@ -20,14 +20,14 @@ def build_judge(name: str, spec: Mapping[str, Any], folder: Path, device: str) -
     """The judge, and what the file says of it beside its settings (`rewards.base.PLAIN`) as attributes."""
     settings = {k: v for k, v in spec.items() if k in ("class",) or k not in JUDGE}
     judge = _build(f"judges.{name}", settings, folder, device)
-    for key in ("tasks", "unseen", "scale"):
+    for key in ("tasks", "unseen", "training", "scale"):
         if key in spec:
             setattr(judge, key, spec[key])
     return judge
 
 
 def _build(where: str, spec: Mapping[str, Any], folder: Path, device: str) -> Any:
-    kind = _class(where, spec["class"], folder)
+    kind = judge_class(where, spec["class"], folder)
     known = inspect.signature(kind).parameters
     settings = {}
     check_keys(where, {k: None for k in spec if k != "class"}, known)
@@ -53,7 +53,7 @@ def _placed(value: Any, folder: Path) -> Any:
     return str(folder / text) if text and (folder / text).exists() else text
 
 
-def _class(where: str, name: str, folder: Path) -> type:
+def judge_class(where: str, name: str, folder: Path) -> type:
     """`Name` is one of ours, `package.module:Name` and `file.py:Name` (as seen from the world's folder)
     anybody's."""
     source, _, own = name.rpartition(":")

@@ -46,7 +46,8 @@ TASK = {
 EXPERT = {"adapter": str, "guidance": Annotated[float, Field(ge=0)], "recipe": str}
 ADAPTERS = {"rank": WHOLE, "alpha": Annotated[float, Field(gt=0)], "targets": list[str]}
 MIX = {"turns": dict[str, WHOLE], "beside": dict[str, float]}
-JUDGE = {"class": str, "scale": Annotated[float, Field(gt=0)], "tasks": list[str], "unseen": bool}
+JUDGE = {"class": str, "scale": Annotated[float, Field(gt=0)], "tasks": list[str]}
+JUDGE |= {"unseen": bool, "training": bool}
 SAMPLING = ("evaluation", "exploration", "distillation")
 
 
@@ -62,7 +63,7 @@ def expanded(text: str) -> str:
     """With environment variables, written `${NAME}`. Raises ValueError for one that is not set."""
     for variable in re.findall(r"\$\{(\w+)\}", text):
         if variable not in os.environ:
-            raise ValueError(f"{text} needs the environment variable {variable}; set it to a folder")
+            raise ValueError(f"{text} needs the environment variable {variable}; set it (docs/worlds.md)")
     return os.path.expandvars(text)
 
 
@@ -102,7 +103,9 @@ def _fields(path: Path, given: Any) -> dict[str, Any]:
             for key in ("prompts", "kind"):
                 if key not in task:
                     raise ValueError(f"tasks.{name} lacks {key}, or `like`, a task whose prompts it shares")
-            prompts = os.path.join(world.get("prompts", ""), task["prompts"])
+            prompts = task["prompts"]
+            if not prompts.startswith(("${", "/")):
+                prompts = os.path.join(world.get("prompts", ""), prompts)
             splits = task.get("splits", list(SPLITS))
             patterns[name] = {
                 "prompts": prompts,

@@ -7,7 +7,7 @@ Everything else asks the world what there is: tasks, judges and experts are coun
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,9 @@ from ..inputs import read_yaml
 from ..merge import merge
 from ..policy import FlowPolicy
 from ..prompts import Prompt, read_prompts
-from ..rewards import Reward, attribute
+from ..rewards import Reward
 from ..rollout import Sampler
-from .judges import build_judge
+from .judges import build_judge, judge_class
 from .read import placed, read_world
 
 DEFAULT, SHIPPED = "tiny", Path(__file__).parent
@@ -169,20 +169,30 @@ class World:
         return [p for task in self.own for p in self.prompts(task, split)[:n]]
 
     def judges(self, device: str = "") -> dict[str, Reward]:
-        """Those whose scores are reported, and which GRPO may train on."""
-        return {n: j for n, j in self.training_judges(device).items() if not attribute(j, "training")}
+        """Those whose scores are reported, and which GRPO may train on. Each judge is loaded once."""
+        return self.some_judges([n for n in self.specs if not self.judge_is(n, "unseen", "training")], device)
 
     def training_judges(self, device: str = "") -> dict[str, Reward]:
         """The same and those that are for training only."""
-        return {n: j for n, j in self.every_judge(device).items() if not attribute(j, "unseen")}
+        return self.some_judges([n for n in self.specs if not self.judge_is(n, "unseen")], device)
 
     def unseen_judges(self, device: str = "") -> dict[str, Reward]:
         """Those that nothing may be trained on."""
-        return {n: j for n, j in self.every_judge(device).items() if attribute(j, "unseen")}
+        return self.some_judges([n for n in self.specs if self.judge_is(n, "unseen")], device)
 
-    def every_judge(self, device: str = "") -> dict[str, Reward]:
-        """All, each loaded once and in the order of the file."""
-        return {name: self._judge(name, device or self.device) for name in self.specs}
+    def some_judges(self, names: Iterable[str], device: str = "") -> dict[str, Reward]:
+        """Those of these names. Raises ValueError for one there is not."""
+        for name in names:
+            if name not in self.specs:
+                raise ValueError(
+                    f"the world {self.name} has no judge {name!r}; it has {', '.join(self.specs)}"
+                )
+        return {name: self._judge(name, device or self.device) for name in names}
+
+    def judge_is(self, name: str, *what: str) -> bool:
+        """Whether a judge is one of these kinds, as its file or its class says."""
+        kind = judge_class(f"judges.{name}", self.specs[name]["class"], self.folder)
+        return any(self.specs[name].get(w, getattr(kind, w, False)) for w in what)
 
     def embedder(self, device: str = "") -> Callable | None:
         """What embeds pictures, for diversity and distances: that of the first judge that can."""

@@ -1,0 +1,267 @@
+"""`python -m flowopd_lib.check WORLD`: what a long run would trip over, told in a minute, before it begins.
+
+A table of what is right and what is wrong: every prompt file, every judge on one picture, every adapter's
+keys and whether it changes anything, memory, one update and one batch of an evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+
+from .evaluate import evaluate
+from .hub import hub_fault
+from .jobs.recipes import build
+from .jobs.site import Site
+from .objectives import Share
+from .prompts import Prompt
+from .quiet import quiet
+from .rewards import can_judge
+from .rollout import Sampler, initial_noise, sample
+from .worlds import World, load_world
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Found:
+    """One line of the table: what was looked at, whether it is right, what is to be said of it, seconds."""
+
+    what: str
+    right: bool
+    told: str
+    seconds: float
+
+
+class Check:
+    """The checks of one world, in the order in which the later ones need the earlier."""
+
+    def __init__(self, world: World, dtype: str = "auto"):
+        self.world, self.site, self.found = world, Site(world, dtype), []
+
+    def look(self, what: str, at: Callable[[], str]) -> bool:
+        """Do one check. Whatever it raises is what the table tells: the others are asked all the same."""
+        began = time.perf_counter()
+        try:
+            right, told = True, at()
+        except Exception as error:  # of any library's making; nothing is hidden, all of it is shown
+            right, told = False, " ".join(str(error).split()) or type(error).__name__
+        self.found.append(Found(what, right, told, time.perf_counter() - began))
+        return right
+
+    def run(self) -> Iterator[Found]:
+        """Every line as it is known."""
+        for step in (
+            self._hub,
+            self._prompts,
+            self._memory,
+            self._model,
+            self._adapters,
+            self._judges,
+            self._work,
+        ):
+            told = len(self.found)
+            step()
+            yield from self.found[told:]
+
+    def _hub(self) -> None:
+        """Once, and not once a file: where the hub cannot be reached, only what is on this machine counts."""
+        if Path(self.world.base).is_dir():
+            return
+        import huggingface_hub
+
+        def reach() -> str:
+            try:
+                huggingface_hub.HfApi().model_info(self.world.base, timeout=10)
+            except Exception as error:
+                if (told := hub_fault(self.world.base, error)).startswith(
+                    f"{self.world.base} is not on this"
+                ):
+                    huggingface_hub.constants.HF_HUB_OFFLINE = True
+                    return "cannot be reached: only what is on this machine is looked at"
+                raise PermissionError(told) from error
+            return "reached"
+
+        self.look("the hub", reach)
+
+    def _prompts(self) -> None:
+        for task in self.world.own:
+
+            def count(task=task) -> str:
+                splits = self.world.splits(task)
+                if not {"train", "test"} <= set(splits):
+                    raise FileNotFoundError(
+                        f"train and test are needed; there are {', '.join(splits) or 'none'} at "
+                        f"{', '.join(map(str, self.world.tasks[task].files.values()))}"
+                    )
+                return ", ".join(f"{split} {len(self.world.prompts(task, split))}" for split in splits)
+
+            self.look(f"prompts of {task}", count)
+
+    def _memory(self) -> None:
+        def estimate() -> str:
+            need, have = self.needed(), memory_of(self.world.device)
+            told = f"{need / GIB:.1f} GiB of weights; {have / GIB:.1f} GiB free on {self.world.device}"
+            if need > have:
+                raise MemoryError(f"{told}: too little; take a larger device, or a smaller world")
+            return told
+
+        self.look("memory", estimate)
+
+    def needed(self) -> float:
+        """Bytes of the model's weights in the run's precision."""
+        folder = Path(self.world.base)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            try:
+                found = snapshot_download(self.world.base, allow_patterns=["*/config.json", "*.json"])
+            except Exception as error:  # the hub's client has many kinds of its own
+                raise FileNotFoundError(hub_fault(self.world.base, error)) from error
+            folder = Path(found)
+        with quiet():
+            from diffusers import SD3Transformer2DModel
+        with torch.device("meta"):
+            config = SD3Transformer2DModel.load_config(folder / "transformer")
+            count = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
+        others = sum(
+            file.stat().st_size
+            for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+            for file in (folder / part).glob("*.safetensors")
+        )
+        return count * (2 if self.world.device == "cuda" else 4) + others
+
+    def _model(self) -> None:
+        def load() -> str:
+            policy = self.site.policy
+            return f"{policy.device}, {policy.precision}, pictures of {8 * policy.latent_shape[-1]} pixels"
+
+        self.loaded = self.look(f"model {self.world.base_name}", load)
+
+    def _prompt(self) -> Prompt:
+        return self.world.prompts(self.world.own[0], "train")[0]
+
+    def _adapters(self) -> None:
+        for name in self.world.experts if self.loaded else ():
+
+            def load(name=name) -> str:
+                self.site.adapter(name)
+                policy, prompt = self.site.policy, self._prompt()
+                x, text = initial_noise(policy, [0]), policy.encode([prompt.text])
+                with torch.no_grad():
+                    base, ours = (policy.velocity(x, 0.9, text, adapter=a) for a in (None, name))
+                change = ((ours - base).norm() / base.norm()).item()
+                if not change:
+                    raise ValueError("it has the velocity of the base: its weights change nothing")
+                ranks = sorted(set(policy.adapter(name).ranks.values()))
+                return f"{len(policy.adapter(name).ranks)} places, rank {ranks}, changes {change:.1%}"
+
+            self.look(f"expert {name}", load)
+
+    def _judges(self) -> None:
+        """One picture each: of the model where there is one, or a grey one."""
+        side = 8 * self.site.policy.latent_shape[-1] if self.loaded else self.world.resolution or 512
+        for name in self.world.specs:
+
+            def ask(name=name) -> str:
+                judge = self.world.some_judges([name])[name]
+                prompts = (p for t in self.world.own for p in self.world.prompts(t, "train")[:1])
+                prompt = next(p for p in prompts if can_judge(judge, p))
+                image = torch.full((1, 3, side, side), 0.5)
+                if self.loaded:
+                    image = sample(self.site.policy, [prompt], [0], Sampler(2))
+                score = float(judge(image, [prompt])[0])
+                low, high = judge.range
+                if not low <= score <= high:
+                    raise ValueError(f"it gave {score}, outside its range {low} to {high}")
+                kind = " (unseen)" if self.world.judge_is(name, "unseen") else ""
+                detector = getattr(getattr(judge, "detector", None), "name", "")
+                return f"{score:.3f} in [{low:g}, {high:g}]{kind}{f', by {detector}' if detector else ''}"
+
+            self.look(f"judge {name}", ask)
+
+    def _work(self) -> None:
+        if not self.loaded or not all(f.right for f in self.found):
+            self.found.append(Found("one update, one evaluation", False, "not tried: see above", 0.0))
+            return
+        teachers = {t: e for t, e in self.world.teachers.items() if t in self.world.own}
+
+        def update() -> str:
+            recipe = {
+                "schedule": {"tasks": list(teachers), "prompts_per_batch": len(teachers)},
+                "opd": {"steps": 1, "mar": 0.04 if self.world.anchor else 0.0, "anchor": self.world.anchor},
+                "train": {"iterations": 1},
+            }
+            policy, objective, _ = build(recipe, site=self.site)
+            parameters = policy.train_adapter("student")
+            data = objective.collect(policy, "student", 0, Share())
+            loss = sum(part.item() for part in _stepped(objective.losses(policy, "student", data, 0)))
+            gradient = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
+            policy.train_adapter(None)
+            if not gradient > 0:
+                raise ValueError(f"loss {loss}, gradient {gradient}: it would learn nothing")
+            return f"loss {loss:.4g}, gradient {gradient:.4g}{peak_of(self.world.device)}"
+
+        def judged() -> str:
+            prompts = self.world.first_prompts("test", 1)
+            sampler, models = self.world.sampler(2), {"base": None}
+            table = evaluate(
+                self.site.policy, prompts, self.world.judges(), 0, sampler, models, progress=False
+            )
+            return f"{len(table)} pictures scored"
+
+        if teachers:
+            self.look("one update of a distillation", update)
+        self.look("one batch of an evaluation", judged)
+
+
+def _stepped(losses: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for loss in losses:
+        loss.backward()
+        yield loss.detach()
+
+
+def memory_of(device: str) -> float:
+    """Bytes that are free."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
+def peak_of(device: str) -> str:
+    return f", peak {torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if device == "cuda" else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flowopd_lib.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("world", help="a shipped world's name, or a YAML file")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
+    args = parser.parse_args()
+    torch.set_num_threads(os.cpu_count())
+    try:
+        check = Check(load_world(args.world), args.precision)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    for line in check.run():
+        print(
+            f"{'ok   ' if line.right else 'WRONG'} {line.what}: {line.told} ({line.seconds:.1f} s)",
+            flush=True,
+        )
+    wrong = [line.what for line in check.found if not line.right]
+    print(pd.Series({"right": len(check.found) - len(wrong), "wrong": len(wrong)}).to_string())
+    sys.exit(f"error: {', '.join(wrong)}" if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

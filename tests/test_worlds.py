@@ -1,0 +1,313 @@
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from flowopd_lib import FlowPolicy, Lab, build, load_world
+from flowopd_lib.check import Check
+from flowopd_lib.files import ROOT
+from flowopd_lib.objectives import OPD, Share
+from flowopd_lib.rewards import OCR, GenEval, can_judge
+from flowopd_lib.worlds.tiny.scenes import SIGN_BOX, SIZE
+
+ASSETS = ROOT / "flowopd_lib" / "assets"
+BLOCK = re.compile(r"```\w+ (\S+\.\w+)\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture
+def warm(tmp_path, monkeypatch, policy):
+    """The example of docs/worlds.md as a reader would write it, with an expert that nobody trained."""
+    for name, text in BLOCK.findall((ROOT / "docs" / "worlds.md").read_text()):
+        (tmp_path / name).write_text(text)
+    for split, n in (("train", 12), ("test", 6)):
+        lines = [f"a photo of a red circle, warm and bright, number {i} of {split}" for i in range(n)]
+        (tmp_path / f"warm_{split}.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("FLOWOPD_ASSETS", str(ASSETS))
+    monkeypatch.setenv("WARM", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ASSETS / "experts" / "pickscore", tmp_path / "warm-expert")
+    return tmp_path / "warm.yaml"
+
+
+def world_with(tmp_path: Path, **changes) -> Path:
+    """The small world's file with something else in it."""
+    world = yaml.safe_load((ROOT / "flowopd_lib" / "worlds" / "tiny" / "world.yaml").read_text())
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**world, "folder": str(ASSETS), **changes}))
+    return path
+
+
+def test_the_shipped_world_is_the_papers_four(world):
+    assert world.own == ("geneval", "ocr", "pickscore")
+    assert list(world.judges("cpu")) == ["GenEval", "OCR", "PickScore", "DeQA"]
+    assert world.home == (
+        ("GenEval", "geneval", 1.0),
+        ("OCR", "ocr", 1.0),
+        ("PickScore", "pickscore", 26.0),
+        ("DeQA", "pickscore", 5.0),
+    )
+    assert world.teachers == dict.fromkeys(world.tasks) | {t: t for t in world.tasks}
+    assert world.rewards() == {
+        "geneval": {"GenEval": 0.5, "GenEvalPartial": 0.5},
+        "ocr": {"OCR": 1.0},
+        "pickscore": {"PickScore": 1.0},
+    }
+    assert world.rewards(beside=True)["geneval"] == pytest.approx(
+        {"GenEval": 0.4, "GenEvalPartial": 0.4, "DeQA": 0.2}
+    )
+    sign = world.some_judges(["OCR"], "cpu")["OCR"]
+    assert tuple(sign.region) == SIGN_BOX and tuple(sign.size) == (SIZE, SIZE)
+
+
+def test_which_judges_can_judge_which_prompts(world, judges):
+    can = {
+        t: [n for n, j in judges.items() if can_judge(j, world.prompts(t, "test")[0])] for t in world.tasks
+    }
+    looks = ["PickScore", "DeQA"]
+    assert can == {"geneval": ["GenEval", *looks], "ocr": ["OCR", *looks], "pickscore": looks, "deqa": looks}
+
+
+def test_a_judge_is_loaded_once_and_those_for_training_are_not_reported(world):
+    assert world.judges("cpu")["OCR"] is world.training_judges("cpu")["OCR"]
+    assert set(world.training_judges("cpu")) - set(world.judges("cpu")) == {"GenEvalPartial"}
+    assert world.unseen_judges("cpu") == {}
+
+
+def test_the_full_size_world_says_what_the_paper_does():
+    world = load_world("sd35")
+    assert (world.resolution, world.text_length, world.rank, world.alpha) == (512, 128, 32, 64.0)
+    assert world.evaluation.steps == 40 and world.evaluation.guidance == 4.5
+    assert world.turns == {"geneval": 3, "ocr": 1, "pickscore": 1} and world.beside == {"DeQA": 0.2}
+    assert world.base == "stabilityai/stable-diffusion-3.5-medium"
+    assert world.adapter("ocr") == "jieliu/SD3.5M-FlowGRPO-Text"
+    assert [n for n in world.specs if world.judge_is(n, "unseen")] == ["Aesthetic", "ImageReward", "HPS"]
+    assert [n for n in world.specs if world.judge_is(n, "training")] == ["GenEvalPartial"]
+    # the joint attention alone: neither attn2 nor the feed-forward layers
+    assert all(t.startswith("attn.") for t in world.targets) and len(world.targets) == 8
+
+
+def test_it_asks_for_the_variables_it_needs(monkeypatch):
+    monkeypatch.delenv("FLOW_GRPO", raising=False)
+    with pytest.raises(ValueError, match="needs the environment variable FLOW_GRPO"):
+        load_world("sd35").prompts("ocr", "train")
+
+
+def test_resolution_text_length_and_targets_belong_to_the_world(tmp_path):
+    path = world_with(
+        tmp_path, resolution=32, text_length=20, adapters={"rank": 2, "alpha": 4.0, "targets": ["attn.to_q"]}
+    )
+    world = load_world(path)
+    policy = world.policy("float32", "cpu")
+    assert policy.latent_shape[1:] == (4, 4) and policy.max_sequence_length == 20
+    assert policy.encode(["a photo of a red circle"]).tokens.shape[1] > 20 - 1
+    lab = Lab(str(path), "", tmp_path / "out")
+    lab.sources["new"] = {"rank": world.rank, "alpha": world.alpha}
+    lab.load(["new"])
+    places = lab.policy.adapter("new").ranks
+    assert set(places.values()) == {2} and all(p.endswith("attn.to_q") for p in places)
+
+
+def test_a_resolution_the_model_cannot_have():
+    with pytest.raises(ValueError, match="must be a multiple of 16 up to"):
+        FlowPolicy(ASSETS / "tiny-sd3", resolution=60)
+
+
+def test_held_out_prompts_are_val_and_no_longer_train(warm):
+    world = load_world(warm)
+    train, val = world.prompts("warm", "train"), world.prompts("warm", "val")
+    assert (len(train), len(val)) == (8, 4)
+    assert not {p.text for p in train} & {p.text for p in val}
+    assert world.splits("warm") == ["train", "test", "val"]
+    with pytest.raises(FileNotFoundError, match="have no split ood; they have train, test, val"):
+        world.prompts("warm", "ood")
+
+
+def test_a_fifth_task_by_a_file_and_a_class(warm, policy):
+    world = load_world(warm)
+    assert world.own == ("geneval", "ocr", "pickscore", "warm") and len(world.home) == 5
+    assert world.some_judges(["Warmth"])["Warmth"].strength == 2.0
+    check = Check(world, "float32")
+    lines = list(check.run())
+    assert [line.told for line in lines if not line.right] == []
+    assert {"expert warm", "judge Warmth", "one update of a distillation"} <= {line.what for line in lines}
+
+
+def test_the_fifth_task_is_trained_distilled_and_judged(warm, tmp_path):
+    recipe = yaml.safe_load((tmp_path / "warm_expert.yaml").read_text())
+    recipe["train"]["iterations"] = 1
+    _, objective, _ = build(recipe, "cpu", "float32")
+    assert objective.weights_of("warm") == {"Warmth": 1.0}
+    lab = Lab(str(warm), "", tmp_path / "out")
+    lab.sources["merged"] = lab.world.average("cat")
+    distil = {
+        "student": lab.sources["merged"],
+        "schedule": {"tasks": list(lab.world.tasks), "prompts_per_batch": 5},
+        "opd": {"steps": 1, "anchor": "deqa"},
+        "train": {"iterations": 1},
+    }
+    curve, probes = lab.train("student", distil, {"every": 1, "n": 2, "steps": 2})
+    assert len(curve) == 1 and curve["gap_warm"].notna().all()
+    assert set(probes["judge"]) == {"GenEval", "OCR", "PickScore", "DeQA", "Warmth", "Average"}
+    table = lab.evaluate({"base": None, "student": "student"}, n=2, steps=2)
+    warmth = table.groupby("task")["Warmth"].apply(lambda scores: scores.notna().all())
+    assert warmth.to_dict() == {"geneval": False, "ocr": False, "pickscore": False, "warm": True}
+
+
+def test_the_example_trains_by_its_own_command(warm, tmp_path):
+    recipe = yaml.safe_load((tmp_path / "warm_expert.yaml").read_text())
+    recipe["train"]["iterations"] = 1
+    (tmp_path / "warm_expert.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "flowopd_lib.jobs", "warm_expert.yaml", "--folder", "warm-run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "warm-run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_an_unseen_judge_trains_nothing(tmp_path):
+    world = yaml.safe_load((ROOT / "flowopd_lib" / "worlds" / "tiny" / "world.yaml").read_text())
+    judges = world["judges"] | {"Gold": {"class": "OCR", "unseen": True, "tasks": ["ocr"]}}
+    path = world_with(tmp_path, judges=judges)
+    assert list(load_world(path).unseen_judges("cpu")) == ["Gold"]
+    recipe = {
+        "world": str(path),
+        "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 2},
+        "grpo": {"rewards": {"Gold": 1.0}},
+        "train": {"iterations": 1},
+    }
+    with pytest.raises(ValueError, match="Gold is an unseen judge, by which nothing may be trained"):
+        build(recipe, "cpu")
+
+
+def test_grpo_refuses_an_unseen_judge_that_it_is_handed(world, policy):
+    from flowopd_lib import GRPO, Schedule
+
+    judge = OCR()
+    judge.unseen = True
+    schedule = Schedule({"ocr": world.prompts("ocr", "train")}, 2, 2)
+    with pytest.raises(ValueError, match="unseen judge"):
+        GRPO(schedule, {"OCR": judge}, {"OCR": 1.0})
+
+
+FAULTS = {
+    "unknown key": ({"juges": {}}, "the world has no 'juges' .did you mean 'judges'"),
+    "judge there is not": (
+        {"tasks": {"ocr": {"judge": "OCRR", "prompts": "ocr/{split}.txt", "kind": "quoted"}}},
+        "tasks.ocr names judge 'OCRR' .did you mean 'OCR'",
+    ),
+    "no kind": ({"tasks": {"ocr": {"judge": "OCR", "prompts": "ocr/{split}.txt"}}}, "tasks.ocr lacks kind"),
+    "kind": (
+        {"tasks": {"ocr": {"judge": "OCR", "prompts": "ocr/{split}.txt", "kind": "signs"}}},
+        "tasks.ocr.kind must be one of geneval, quoted, plain",
+    ),
+    "like nobody": ({"tasks": {"deqa": {"judge": "DeQA", "like": "looks"}}}, "tasks.deqa.like names 'looks'"),
+    "expert without adapter": ({"experts": {"ocr": {"guidance": 1.0}}}, "experts.ocr lacks adapter"),
+    "anchor": ({"anchor": "beauty"}, "anchor names 'beauty'"),
+    "guidance": (
+        {"experts": {"ocr": {"adapter": "experts/ocr", "guidance": -1.0}}},
+        "experts.ocr.guidance must be at least 0",
+    ),
+    "sampler": ({"sampling": {"evaluation": {"stepps": 3}}}, "sampling.evaluation has no 'stepps'"),
+    "turns": ({"mix": {"turns": {"deqa": 1}}}, "mix.turns names 'deqa'"),
+    "resolution": ({"resolution": 0}, "resolution must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_sentence_with_file_and_key(tmp_path, fault):
+    changes, told = FAULTS[fault]
+    with pytest.raises(ValueError, match=f"mine.yaml.*{told}") as error:
+        load_world(world_with(tmp_path, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_faults_that_only_the_judges_class_knows(tmp_path):
+    judges = {
+        "GenEval": {"class": "GenEvall"},
+        "OCR": {"class": "OCR", "upscal": 2},
+        "DeQA": {"class": "DeQA"},
+    }
+    judges["PickScore"] = {"class": "nobody.py:Judge"}
+    world = yaml.safe_load((ROOT / "flowopd_lib" / "worlds" / "tiny" / "world.yaml").read_text())
+    tasks = {**world["tasks"], "geneval": {**world["tasks"]["geneval"], "rewards": {"GenEval": 1.0}}}
+    mine = load_world(world_with(tmp_path, judges=judges, tasks=tasks))
+    for name, told in {
+        "GenEval": "judges.GenEval.class 'GenEvall' is none of ours .did you mean 'GenEval'",
+        "OCR": "judges.OCR has no 'upscal' .did you mean 'upscale'",
+        "DeQA": "judges.DeQA lacks model_id",
+        "PickScore": "judges.PickScore.class 'nobody.py:Judge' cannot be loaded",
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            mine.some_judges([name])
+
+
+def test_a_world_there_is_not():
+    with pytest.raises(ValueError, match="there is no world 'huge'; there are sd35, tiny"):
+        load_world("huge")
+    with pytest.raises(FileNotFoundError, match="there is no .*nowhere.yaml"):
+        load_world("nowhere.yaml")
+
+
+def test_a_guided_anchor_is_asked_with_its_guidance(world, policy):
+    """A student that walks with guidance is pulled to an anchor with it, not to one without."""
+    world.load_experts(policy)
+    recipe = {
+        "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2},
+        "sampler": {"steps": 3, "kind": "sde", "guidance": 3.0},
+        "opd": {
+            "anchor": "deqa",
+            "guidance": {"ocr": 3.0, "deqa": 3.0},
+            "mar": 1.0,
+            "teachers": {"ocr": "ocr"},
+        },
+        "train": {"iterations": 1},
+    }
+    objective = build(recipe, "cpu", "float32")[1]
+    prompts = objective.schedule.draw(0).prompts
+    text = policy.encode([p.text for p in prompts])
+    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    teacher, anchor = objective._targets(policy, x, 0.8, text, prompts)
+    torch.testing.assert_close(anchor, policy.velocity(x, 0.8, text, 3.0, "deqa"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(teacher, policy.velocity(x, 0.8, text, 3.0, "ocr"), rtol=1e-4, atol=1e-4)
+
+
+def test_check_tells_everything_that_is_wrong(tmp_path, capsys):
+    changed = yaml.safe_load((ROOT / "flowopd_lib" / "worlds" / "tiny" / "world.yaml").read_text())["experts"]
+    shutil.copytree(ASSETS / "experts" / "ocr", tmp_path / "broken")
+    config = tmp_path / "broken" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 16', '"r": 8'))
+    experts = {**changed, "ocr": {"adapter": str(tmp_path / "broken")}, "deqa": {"adapter": "no/where"}}
+    check = Check(load_world(world_with(tmp_path, experts=experts, prompts="nowhere")), "float32")
+    wrong = {line.what for line in check.run() if not line.right}
+    assert {"prompts of geneval", "prompts of ocr", "expert ocr", "expert deqa"} <= wrong
+    assert "one update, one evaluation" in wrong  # not tried on top of what is wrong
+    assert not any(line.what.startswith("model") for line in check.found if not line.right)
+
+
+NAMED = re.compile(r"tinyworld|worlds[./]tiny|worlds import tiny|\btiny\.[A-Z]|small world|tiny-sd3")
+
+
+def test_nothing_outside_the_small_world_names_it():
+    """But for the default, `world = "tiny"`, and for what builds it."""
+    found = []
+    for path in (*(ROOT / "flowopd_lib").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")):
+        if "worlds/tiny" not in path.as_posix():
+            found += [f"{path.name}: {m}" for m in NAMED.findall(path.read_text())]
+    assert not found
+
+
+def test_the_mean_of_uneven_parts_is_that_of_all():
+    """Three prompts for two processes: two and one, and the weights of their losses are those of three."""
+    shares = [Share(rank, 2) for rank in range(2)]
+    pieces = [share.updates_of(3, 1, 1, 8) for share in shares]
+    assert [[(rows.stop - rows.start, n) for _, rows, n in p] for p in pieces] == [[(2, 3)], [(1, 3)]]
+    assert np.isclose(sum((r.stop - r.start) / n for p in pieces for _, r, n in p), 1.0)
+
+
+def test_the_exported_names_are_there():
+    assert OPD and GenEval
