@@ -8,14 +8,14 @@ import sys
 
 import yaml
 
-from flowopd_lib.jobs import recipes
+from flowopd_lib.jobs import __main__ as jobs
 
 GOOD = {
     "student": {"rank": 4, "alpha": 8},
     "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
-    "adapters": {"ocr": "experts/ocr"},
+    "adapters": {"mine": "ocr"},  # a copy of the world's expert under another name
     "sampler": {"steps": 4},
-    "opd": {"teachers": {"geneval": None, "ocr": "ocr"}},
+    "opd": {"teachers": {"geneval": None, "ocr": "mine"}},
     "train": {"iterations": 6, "lr": 1e-3},
 }
 
@@ -54,6 +54,14 @@ def grpo(**options):
     return change
 
 
+def sft(**options):
+    def change(recipe):
+        del recipe["opd"], recipe["schedule"], recipe["sampler"]
+        recipe["sft"] = {"samples": 4, "batch": 2, "steps": 2, **options}
+
+    return change
+
+
 # name: (what is changed, part of what is said)
 RECIPES = {
     "lr as YAML's text": (put(train__lr="3e-4"), "train.lr must be a number, not '3e-4'"),
@@ -77,12 +85,15 @@ RECIPES = {
         put(opd__teachers=["ocr"]),
         "opd.teachers must be a mapping of names to values, not ['ocr']",
     ),
-    "a task without teacher": (put(opd__teachers={"ocr": "ocr"}), "no teacher for the task geneval"),
+    "a task without teacher": (put(opd__teachers={"ocr": "mine"}), "no teacher for the task geneval"),
     "a teacher that is not loaded": (
         put(opd__teachers={"ocr": "ocrr", "geneval": None}),
-        "names the adapter 'ocrr' (did you mean 'ocr'?)",
+        "opd names the adapter 'ocrr' (did you mean 'ocr'?)",
     ),
-    "an anchor that is not loaded": (put(opd__anchor="deqa"), "names the adapter 'deqa'"),
+    "an anchor that is not loaded": (
+        put(opd__anchor="dequa"),
+        "names the adapter 'dequa' (did you mean 'deqa'?)",
+    ),
     "guidance of no teacher": (
         put(opd__guidance={"ocrr": 4.5}),
         "guidance names 'ocrr', which is no teacher",
@@ -113,19 +124,33 @@ RECIPES = {
     "no prompts": (put(schedule__prompts_per_batch=0), "at least one prompt"),
     "prompts missing": (without("schedule__prompts_per_batch"), "schedule lacks prompts_per_batch"),
     "tags as a list": (put(schedule__tags=["colors"]), "schedule.tags must be a mapping"),
-    "a prompt folder that is not there": (put(prompts="nowhere"), "no prompts at nowhere"),
+    "a world that is not there": (put(world="tini"), "there is no world 'tini'; there are"),
+    "a world's file that is not there": (put(world="nowhere.yaml"), "there is no nowhere.yaml"),
+    "a model, which is the world's": (put(model="./nowhere"), "the train job has no 'model'"),
+    "prompts, which are the world's": (put(prompts="nowhere"), "the train job has no 'prompts'"),
     "an adapter that is not there": (
-        put(adapters__ocr="experts/none"),
+        put(adapters__mine="experts/none"),
         "is neither a folder here nor an adapter that the hub gives",
     ),
-    "a model that is not there": (put(model="./nowhere"), "is not a diffusers pipeline folder"),
+    "an adapter of nothing": (
+        put(adapters__mine={"lode": "ocr"}),
+        "or have one of merge, load, rank, not be",
+    ),
+    "an adapter's misspelt option": (
+        put(adapters__mine={"merge": "cat", "adapters": ["ocr", "deqa"], "rnak": 3}),
+        "adapters.mine has no 'rnak' (did you mean 'rank'?)",
+    ),
     "rank of 0": (put(student__rank=0), "a rank of at least 1"),
     "a merge of one": (put(student={"merge": "svd", "adapters": ["ocr"]}), "at least two"),
     "an unknown merge": (
         put(student={"merge": "mean", "adapters": ["ocr", "ocr"]}),
         "student.merge must be one of",
     ),
-    "two objectives": (put(grpo={"rewards": {}}), "one objective: grpo or opd"),
+    "two objectives": (put(grpo={"rewards": {}}), "one objective: grpo, opd or sft"),
+    "an unknown job": (put(job="trian"), "there is no job 'trian' (did you mean 'train'?)"),
+    "a probe of no split": (put(probe={"split": "vla"}), "probe.split must be one of train, val, test, ood"),
+    "no samples to begin with": (sft(samples=0), "sft.samples must be at least 1, not 0"),
+    "a start on no task": (sft(tasks=["gneval"]), "has no task 'gneval'"),
     "a section as a list": (put(train=[1]), "train must be a mapping"),
     "a misspelt section": (put(scedule={}), "did you mean 'schedule'"),
     "a reward of no judge": (grpo(rewards={"OCRR": 1.0}), "name OCRR; the judges are"),
@@ -141,8 +166,8 @@ RECIPES = {
 # Files that are no recipe at all: (their bytes; None: there is none, part of what is said).
 FILES = {
     "a tab": (b"train:\n\titerations: 3\n", "line 2, column 1 is not YAML"),
-    "an empty file": (b"", "the recipe must be a mapping of names to values, not None"),
-    "a list": (b"- a\n- b\n", "the recipe must be a mapping of names to values"),
+    "an empty file": (b"", "a job is a mapping of names to values, not None"),
+    "a list": (b"- a\n- b\n", "a job is a mapping of names to values, not ['a', 'b']"),
     "no text": (b"\xff\xfe\x00", "is not YAML"),
     "a file that is not there": (None, "there is no "),
 }
@@ -170,10 +195,10 @@ def said_of(content, folder):
         path.write_bytes(content)
     before, printed = sys.argv, io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    sys.argv = ["recipes", str(path), "--folder", str(folder / "training")]
+    sys.argv = ["jobs", str(path), "--folder", str(folder / "training")]
     try:
         with contextlib.redirect_stderr(printed):
-            recipes.main()
+            jobs.main()
     except SystemExit as stop:
         if isinstance(stop.code, str):
             printed.write(stop.code)

@@ -16,7 +16,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from flowopd_lib import FlowPolicy, Prompt, Sampler, sample, tinyworld
+from flowopd_lib import FlowPolicy, Prompt, Sampler, load_world, sample
 from flowopd_lib.adapters import (
     CONFIG,
     DIFFUSERS_FILE,
@@ -30,6 +30,8 @@ from flowopd_lib.export import export
 from flowopd_lib.merge import merge
 from flowopd_lib.objectives import OPD
 from flowopd_lib.schedule import Schedule
+
+WORLD = load_world()
 
 PROMPTS = [
     Prompt('a sign that says "CAT"', "ocr"),
@@ -64,17 +66,17 @@ def fill(model):
 
 
 def transformer():
-    return SD3Transformer2DModel.from_pretrained(tinyworld.BASE, subfolder="transformer").eval()
+    return SD3Transformer2DModel.from_pretrained(WORLD.base, subfolder="transformer").eval()
 
 
 @cache
 def pipeline():
-    return StableDiffusion3Pipeline.from_pretrained(tinyworld.BASE)
+    return StableDiffusion3Pipeline.from_pretrained(WORLD.base)
 
 
 @cache
 def policy_of_all():
-    return FlowPolicy(tinyworld.BASE)
+    return FlowPolicy(WORLD.base)
 
 
 @torch.no_grad()
@@ -186,12 +188,12 @@ def test_interop_every_kind_saved_by_one_and_loaded_by_another_is_the_same_adapt
 
 
 def test_an_export_gives_the_same_pictures_in_a_plain_pipeline(tmp_path):
-    policy = FlowPolicy(tinyworld.BASE)
-    policy.load_adapter("expert", tinyworld.EXPERTS / "ocr")
+    policy = FlowPolicy(WORLD.base)
+    policy.load_adapter("expert", WORLD.adapter("ocr"))
     recipe = {"schedule": {"tasks": ["ocr"]}, "grpo": {"rewards": {"OCR": 1.0}}, "train": {"iterations": 3}}
     scores = [{"model": "student", "judge": "OCR", "mean": 0.8, "low": 0.7, "high": 0.9, "n": 300}]
     export(policy, "expert", tmp_path, recipe, "apache-2.0", scores=scores, updates=3)
-    plain = StableDiffusion3Pipeline.from_pretrained(tinyworld.BASE)
+    plain = StableDiffusion3Pipeline.from_pretrained(WORLD.base)
     plain.set_progress_bar_config(disable=True)
     plain.load_lora_weights(str(tmp_path))
     theirs = plain(
@@ -222,7 +224,7 @@ def test_an_export_gives_the_same_pictures_in_a_plain_pipeline(tmp_path):
 
 @pytest.fixture
 def expert(tmp_path):
-    return shutil.copytree(tinyworld.EXPERTS / "ocr", tmp_path / "expert")
+    return shutil.copytree(WORLD.adapter("ocr"), tmp_path / "expert")
 
 
 def change_config(folder, **changes):
@@ -303,7 +305,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def crowd():
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     policy.add_adapter("first", rank=2, alpha=4)
     return policy
 
@@ -324,7 +326,7 @@ def test_what_does_not_fit_is_refused_by_name_and_leaves_nothing(name, expert, c
 
 
 def test_after_a_refused_one_the_good_one_takes_the_name(expert):
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     good = shutil.copytree(expert, expert.parent / "good")
     BAD["another prefix"][0](expert)
     with pytest.raises(ValueError, match="not of adapter_model.safetensors"):
@@ -374,7 +376,7 @@ def test_from_one_file_a_diffusers_folder_and_the_hub(expert, tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["0", "1", "attn", "to_q", "lora", "lora_A", "default", "weight"])
 def test_an_adapter_may_be_called_like_a_part_of_the_model(name, expert):
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     policy.load_adapter("other", expert)
     policy.load_adapter(name, expert)
     base = {k: p.clone() for k, p in policy.transformer.named_parameters() if ".lora_" not in k}
@@ -392,7 +394,7 @@ def test_an_adapter_may_be_called_like_a_part_of_the_model(name, expert):
     assert all(torch.equal(now[k], v) for k, v in base.items())
     assert policy.adapter("other").sha256 != policy.adapter(name).sha256
     policy.save_adapter(name, expert.parent / "saved")
-    again = FlowPolicy(tinyworld.BASE)
+    again = FlowPolicy(WORLD.base)
     again.load_adapter("x", expert.parent / "saved")
     assert again.adapter("x").sha256 == policy.adapter(name).sha256
     for taken in ("keys", "a.b", ""):
@@ -414,7 +416,7 @@ def test_an_adapter_may_be_called_like_a_part_of_the_model(name, expert):
 )
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_averages_are_those_of_the_changes_whatever_the_kind(kinds, method, tmp_path):
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     for i, kind in enumerate(kinds):
         saved_by_peft(kind, tmp_path / str(i))
         policy.load_adapter(f"a{i}", tmp_path / str(i))
@@ -433,7 +435,7 @@ def test_averages_are_those_of_the_changes_whatever_the_kind(kinds, method, tmp_
 
 
 def test_factors_of_other_ranks_have_no_mean_and_dare_is_drawn_from_its_seed(tmp_path):
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     for kind in ("rank_pattern", "plain"):
         saved_by_peft(kind, tmp_path / kind)
         policy.load_adapter(kind, tmp_path / kind)
@@ -459,10 +461,10 @@ def test_factors_of_other_ranks_have_no_mean_and_dare_is_drawn_from_its_seed(tmp
 
 
 def test_a_teacher_that_is_the_base_without_its_name_is_an_error():
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     for name in ("student", "null", "student2"):
         policy.add_adapter(name, rank=2, alpha=4)
-    policy.load_adapter("ocr", tinyworld.EXPERTS / "ocr")
+    policy.load_adapter("ocr", WORLD.adapter("ocr"))
     schedule = Schedule({"ocr": [PROMPTS[0]]}, 1)
     for teacher, anchor, message in (
         ("null", None, "'null' has the velocity of the base"),

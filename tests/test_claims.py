@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flowopd_lib import model_scores, paired_differences, paper_average, write_json
+from flowopd_lib import load_world, model_scores, paired_differences, paper_average, write_json
 from flowopd_lib.looking.result_figures import (
     beside,
     conclusion,
@@ -394,7 +394,7 @@ def test_the_tables_and_figures_of_the_results(tmp_path):
         and "n=120" in shown.loc["student", "Average"]
     )
     assert set(mar_scores(run)["judge"]) == {*SCALE, "Average", "distance"}
-    costs = cost(run).set_index("stage")["minutes"]
+    costs = cost(run, load_world()).set_index("stage")["minutes"]
     assert (
         costs["student"] == 1
         and costs["02_mixed_reward_seesaw has left no results.json"] != costs["all experts"]

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from flowopd_lib import Sampler, evaluate
+from flowopd_lib.looking import gallery
 from flowopd_lib.looking.gallery import (
     TEACHER,
     Query,
@@ -16,12 +17,12 @@ from flowopd_lib.looking.gallery import (
     code_of,
     contact_sheet,
     disagreements,
-    draw_samples,
     load_samples,
     page_of,
     redraw,
     rows_of,
     select,
+    with_splits,
 )
 from flowopd_lib.thumbnails import read_thumbnail, webp, write_thumbnails
 
@@ -147,37 +148,83 @@ def test_a_sheet_shows_every_sample(tmp_path):
 
 def test_evaluate_keeps_thumbnails_and_a_sample_is_drawn_again(policy, judges, test_prompts, tmp_path):
     prompts = test_prompts["ocr"][:3] + test_prompts["geneval"][:3]
-    s = draw_samples(
-        policy,
-        {"test": prompts[:4], "ood": prompts[4:]},
-        {"DeQA": judges["DeQA"]},
-        tmp_path,
-        {"base": None, "same": None},
-        Sampler(2),
-        seed=9,
-    )
-    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == [
-        "00_base.zip",
-        "01_same.zip",
-        "about.json",
-    ]
+    tables = {
+        split: evaluate(
+            policy,
+            some,
+            {"DeQA": judges["DeQA"]},
+            9,
+            Sampler(2),
+            {"base": None, "same": None},
+            progress=False,
+            pictures=tmp_path / split / "pictures",
+        )
+        for split, some in (("test", prompts[:4]), ("ood", prompts[4:]))
+    }
+    s = with_splits(tables, tmp_path)
+    for split in tables:
+        assert sorted(p.name for p in (tmp_path / split / "pictures").iterdir()) == [
+            "00_base.zip",
+            "01_same.zip",
+            "about.json",
+        ]
     assert (
         list(s.prompts) == [("ocr", "test"), ("geneval", "test"), ("geneval", "ood")]
         and len(select(s, Query(split="ood"))) == 2
     )
-    assert s.picture(4) == s.picture(10) and s.picture(4) != s.picture(5)
+    # of each split the base's, then the same again
+    assert s.picture(8) == s.picture(10) and s.picture(8) != s.picture(9)
+    assert s.picture(1) == s.picture(5) and s.picture(1) != s.picture(2)
     assert Image.open(io.BytesIO(s.picture(0))).size == (64, 64)
-    image = redraw(policy, s, 4)
-    thumbnail = np.asarray(Image.open(io.BytesIO(s.picture(4)))) / 255
+    image = redraw(policy, s, 8)
+    thumbnail = np.asarray(Image.open(io.BytesIO(s.picture(8)))) / 255
     # lossy (two steps leave noise), but the same picture
     assert np.abs(image.permute(1, 2, 0).numpy() - thumbnail).mean() < 0.04
-    assert float(judges["DeQA"](image[None], prompts[4:5])[0]) == pytest.approx(s.table["DeQA"][4], abs=1e-5)
-    code = code_of(s, 4, "policy = ...")
-    assert "redraw(policy, samples, 4)" in code and compile(code, "cell", "exec")
+    assert float(judges["DeQA"](image[None], prompts[4:5])[0]) == pytest.approx(s.table["DeQA"][8], abs=1e-5)
+    code = code_of(s, 8, "policy = ...")
+    assert "redraw(policy, samples, 8)" in code and compile(code, "cell", "exec")
     table = evaluate(policy, prompts[:1], {"DeQA": judges["DeQA"]}, sampler=Sampler(1), progress=False)
     assert "picture" not in table
     with pytest.raises(ValueError, match="picture; evaluate with pictures="):
         Samples(table, tmp_path)
+
+
+def test_a_sample_is_drawn_again_as_it_was_drawn_in_its_batch_and_with_its_adapters_guidance(
+    world, judges, test_prompts, tmp_path, monkeypatch
+):
+    policy, asked = world.policy(device="cpu"), []
+    policy.load_adapter("ocr", world.adapter("ocr"))
+    prompts = test_prompts["ocr"]
+    tables = {
+        split: evaluate(
+            policy,
+            some,
+            {"DeQA": judges["DeQA"]},
+            9,
+            Sampler(2),
+            {"base": None, "ocr expert": "ocr"},
+            batch=2,
+            progress=False,
+            pictures=tmp_path / split / "pictures",
+            guidance={"ocr": 4.0},
+        )
+        for split, some in (("test", prompts[:3]), ("ood", prompts[3:5]))
+    }
+    s, draw = with_splits(tables, tmp_path), gallery.sample
+    monkeypatch.setattr(gallery, "sample", lambda *arguments: (asked.append(arguments), draw(*arguments))[1])
+    for position, (prompt, seed, together) in {
+        2: (prompts[2], 11, prompts[2:3]),
+        5: (prompts[2], 11, prompts[2:3]),
+        7: (prompts[4], 10, prompts[3:5]),
+        9: (prompts[4], 10, prompts[3:5]),
+    }.items():
+        image, (_, drawn, seeds, sampler, adapter, _) = redraw(policy, s, position), asked[-1]
+        own = {"ocr": 4.0, None: 1.0}[adapter]
+        assert (drawn, sampler.guidance) == (together, own) and seeds[drawn.index(prompt)] == seed
+        assert adapter == ("ocr" if s.table["model"][position] == "ocr expert" else None)
+        assert float(judges["DeQA"](image[None], [prompt])[0]) == pytest.approx(
+            s.table["DeQA"][position], abs=1e-5
+        )
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from small_policy import SmallPolicy
 
-from flowopd_lib.objectives import GRPO, SFT, Share, advantages, grpo_mix, task_rewards
+from flowopd_lib.jobs.recipes import build, grpo_mix
+from flowopd_lib.objectives import GRPO, OPD, SFT, Share, advantages
 from flowopd_lib.prompts import Prompt
 from flowopd_lib.rollout import Sampler, generator, trajectory
 from flowopd_lib.schedule import Batch, Schedule
@@ -61,8 +62,8 @@ def test_gdpo_weighs_rewards_of_any_size_alike():
 
 def test_a_reward_is_scaled_weighed_by_task_and_left_out_where_it_does_not_apply():
     class Constant:
-        def __init__(self, value):
-            self.value = value
+        def __init__(self, value, scale=1.0):
+            self.value, self.scale = value, scale
 
         def __call__(self, images, prompts):
             return np.full(len(prompts), self.value, np.float32)
@@ -70,7 +71,7 @@ def test_a_reward_is_scaled_weighed_by_task_and_left_out_where_it_does_not_apply
     schedule = Schedule({t: TASKS[t] for t in ("geneval", "ocr")}, 4, 2)
     o = GRPO(
         schedule,
-        {"GenEval": Constant(1.0), "OCR": Constant(0.5), "DeQA": Constant(4.0)},
+        {"GenEval": Constant(1.0), "OCR": Constant(0.5), "DeQA": Constant(4.0, 5.0)},
         {"geneval": {"GenEval": 0.8, "DeQA": 0.2}, "ocr": {"OCR": 1.0}},
         Sampler(5, "sde"),
     )
@@ -169,8 +170,28 @@ def test_each_update_has_its_own_images_and_processes_share_whole_groups():
     mine, yours = Share(0, 2).of(batch, 6), Share(1, 2).of(batch, 6)
     assert sorted(mine.seeds + yours.seeds) == batch.seeds and len(mine) == 24
     assert all(count == 6 for count in Counter(p.text for p in mine.prompts).values())
-    with pytest.raises(ValueError, match="cannot be shared out evenly"):
-        Share(0, 3).of(batch, 6)
+    # no multiple of the processes: some have one group less, and none is lost or cut
+    parts = [Share(rank, 3).of(batch, 6) for rank in range(3)]
+    assert [len(part) for part in parts] == [18, 18, 12]
+    assert sorted(sum((part.seeds for part in parts), [])) == batch.seeds
+    for part in parts:
+        assert all(count == 6 for count in Counter(p.text for p in part.prompts).values())
+    # more processes than groups: some have nothing
+    assert [len(Share(rank, 12).of(batch, 6)) for rank in range(12)] == [6] * 8 + [0] * 4
+
+
+def test_a_process_without_a_prompt_of_an_iteration_adds_nothing_and_is_no_error():
+    policy = SmallPolicy(2, student=torch.zeros(2, 2, requires_grad=True), ocr=torch.ones(2, 2))
+    one = Schedule({"ocr": TASKS["ocr"]}, 1)
+    second = Share(1, 2, lambda values: torch.cat([torch.arange(6.0), values]))
+    for objective in (
+        grpo(prompts=1, updates=1),
+        OPD(one, {"ocr": "ocr"}, Sampler(5, "sde"), mar=0.0),
+        OPD(one, {"ocr": "ocr"}, Sampler(5, "sde"), mar=0.0, steps=1),
+        SFT(torch.zeros(3, 2, 1, 1), TASKS["ocr"][:3], batch=1),
+    ):
+        data = objective.collect(policy, "student", 0, second)
+        assert list(objective.losses(policy, "student", data, 0)) == [] and objective.metrics(data) == {}
 
 
 @pytest.mark.parametrize("groups, updates", [(12, 2), (8, 3), (4, 4), (7, 2)])
@@ -191,7 +212,7 @@ def test_which_images_an_update_sees_follows_from_the_iteration_alone(groups, up
     assert sorted(s for found in alone.values() for s, _ in found) == batch.seeds
     assert all(n == len(found) for found in alone.values() for _, n in found)
     assert max(map(len, alone.values())) - min(map(len, alone.values())) <= 3
-    for world in (w for w in (2, 4) if groups % w == 0):
+    for world in (2, 3, 4, groups + 1):
         assert seen(world, 100) == seen(world, 3) == seen(1, 5) == alone
 
 
@@ -375,23 +396,32 @@ def test_windows_that_cannot_be_are_named(options, message):
         Sampler(**{"steps": 6, "kind": "sde", **options})
 
 
-def test_the_mix_takes_turns_and_weighs_as_the_paper_does():
-    judges = {name: Brightness() for name in ("GenEval", "OCR", "PickScore", "DeQA")}
-    prompts = {
-        task: [Prompt(f"{task} {i}", task) for i in range(4)] for task in ("geneval", "ocr", "pickscore")
-    }
-    mix = grpo_mix(prompts, judges, 2, 4)
+def test_the_mix_takes_turns_and_weighs_as_the_paper_does(world):
+    recipe = grpo_mix(world, 9, 2, 4, seed=3, lr=1e-3, normalise="gdpo")
+    policy, mix, config = build(recipe, device="cpu")
+    assert (config.iterations, config.lr, mix.schedule.size, mix.schedule.repeats) == (9, 1e-3, 2, 4)
+    assert (mix.normalise, mix.schedule.seed, mix.beta, mix.micro, mix.sampler) == (
+        "gdpo",
+        3,
+        0.0,
+        4,
+        world.exploration,
+    )
     tasks = [{p.task for p in mix.schedule.draw(i).prompts} for i in range(10)]
-    assert all(len(t) == 1 for t in tasks) and [sum(t == {name} for t in tasks) for name in prompts] == [
+    assert all(len(t) == 1 for t in tasks) and [sum(t == {name} for t in tasks) for name in world.own] == [
         6,
         2,
         2,
     ]
-    assert mix.weights_of("ocr") == {"OCR": 0.8, "DeQA": 0.2} and mix.weights_of("geneval") == {
-        "GenEval": 0.8,
-        "DeQA": 0.2,
+    # GenEval counts half as partial credit
+    assert {task: mix.weights_of(task) for task in world.own} == {
+        "geneval": pytest.approx({"GenEval": 0.4, "GenEvalPartial": 0.4, "DeQA": 0.2}),
+        "ocr": pytest.approx({"OCR": 0.8, "DeQA": 0.2}),
+        "pickscore": pytest.approx({"PickScore": 0.8, "DeQA": 0.2}),
     }
-    partial = task_rewards({**judges, "GenEvalPartial": Brightness()})
-    assert partial["geneval"] == {"GenEval": 0.5, "GenEvalPartial": 0.5} and partial["pickscore"] == {
-        "PickScore": 1.0
+    assert world.rewards() == {
+        "geneval": {"GenEval": 0.5, "GenEvalPartial": 0.5},
+        "ocr": {"OCR": 1.0},
+        "pickscore": {"PickScore": 1.0},
     }
+    assert {n: mix.judges[n].scale for n in ("PickScore", "DeQA")} == {"PickScore": 26.0, "DeQA": 5.0}

@@ -15,6 +15,7 @@ LIBRARY = ROOT / "flowopd_lib"
 ROWS = (
     {
         "files",
+        "hub",
         "inputs",
         "identity",
         "precision",
@@ -31,8 +32,8 @@ ROWS = (
     {"train", "checkpoint", "fit", "merge"},
     {"evaluate", "stats"},
     {"worlds"},
-    {"export", "jobs"},
-    {"studies"},
+    {"export", "jobs", "studies"},  # studies have jobs of their own, and jobs know them
+    {"check"},
     {"looking"},
     {"runs"},
     {"bench"},

@@ -17,6 +17,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from flowopd_lib import load_prompts
 from flowopd_lib.inputs import (
     SEED,
+    SHARES,
     BelowOne,
     Count,
     NotNegative,
@@ -24,7 +25,6 @@ from flowopd_lib.inputs import (
     begin,
     check_fields,
     check_value,
-    counts_of,
     kinds_of,
     list_of,
     one_of,
@@ -60,8 +60,9 @@ from flowopd_lib.runs.runner import NOTEBOOKS, parameters_of
         ),
         (["x"], some_of("a", "b"), r"x\[0\] must be one of a, b"),
         ([], list_of(str), "x must be more than nothing"),
-        ({"a": 0}, counts_of("a"), r"x\['a'\] must be at least 1"),
-        ({"c": 1}, counts_of("a"), "x"),
+        ({"a": 0}, SHARES, r"x\['a'\] must be at least 1"),
+        ({"a": 1.5}, SHARES, r"x\['a'\] must be a whole number, not 1.5"),
+        ({1: 1}, SHARES, "x"),
         (-5, SEED, "x must be at least 0, not -5"),
         (None, str, "x must be a text, not None"),
     ],

@@ -2,8 +2,10 @@
 
 import pytest
 
-from flowopd_lib import tinyworld
+from flowopd_lib import load_world
 from flowopd_lib.worlds.tiny.judging import judge_judges
+
+WORLD = load_world()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def test_a_blind_judge_would_be_found_out(judges):
 
 def test_clean_renders_are_right_for_the_prompts_of_the_files(judges, test_prompts):
     for task, judge in (("geneval", "GenEval"), ("ocr", "OCR")):
-        pictures = tinyworld.clean_renders(task, "test", 24)
+        pictures = WORLD.truth.clean_renders(task, "test", 24)
         assert judges[judge](pictures, test_prompts[task][:24]).mean() > 0.9
     with pytest.raises(ValueError, match="300 prompts a task, not 301"):
-        tinyworld.clean_renders("ocr", "test", 301)
+        WORLD.truth.clean_renders("ocr", "test", 301)

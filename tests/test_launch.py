@@ -7,11 +7,13 @@ import pytest
 import yaml
 from test_train import ENVIRONMENT, GRPO, assert_same_training, sft
 
-from flowopd_lib import FlowPolicy, InProcess, Launched, Look, Prompt, Sampler, TrainConfig, tinyworld
+from flowopd_lib import FlowPolicy, InProcess, Launched, Look, Prompt, Sampler, TrainConfig, load_world
 from flowopd_lib.files import read_lines
 from flowopd_lib.jobs.launch import some_prompts
 from flowopd_lib.jobs.recipes import build
 from flowopd_lib.looking.looks import looks_of
+
+WORLD = load_world()
 
 RECIPE = {**GRPO, "train": {"iterations": 6, "lr": 1e-3, "save_every": 100}}
 
@@ -27,7 +29,8 @@ def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_th
     # threads that wait by spinning starve each other on a busy machine
     for name, value in {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE"}.items():
         monkeypatch.setenv(name, value)
-    cut, whole = Launched(RECIPE, tmp_path / "cut", look=2), Launched(RECIPE, tmp_path / "whole")
+    cut = Launched(RECIPE, tmp_path / "cut", "local", look=2)
+    whole = Launched(RECIPE, tmp_path / "whole", "local")
     assert cut.state == "waiting" and cut.iterations == 6
     cut.start()
     with pytest.raises(RuntimeError, match="running already"):
@@ -53,17 +56,20 @@ def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_th
 
 
 def test_a_recipe_that_fails_says_so_in_one_sentence(tmp_path):
-    failing = Launched({**RECIPE, "sampler": {"stepz": 4}}, tmp_path)
+    failing = Launched({**RECIPE, "sampler": {"stepz": 4}}, tmp_path, "local")
     failing.start()
     with pytest.raises(RuntimeError, match="failed: error: sampler has no 'stepz' .did you mean 'steps'"):
         failing.wait()
     assert failing.state == "failed"
-    with pytest.raises(ValueError, match="at least one process"):
-        Launched(RECIPE, tmp_path, 0)
+    with pytest.raises(ValueError, match="there is no launcher 'locl' .did you mean 'local'.*; there are "):
+        Launched(RECIPE, tmp_path, "locl")
+    (tmp_path / "mine.yaml").write_text("command: exec $PYTHON -m flowopd_lib.jobs\n")
+    with pytest.raises(ValueError, match='mine.yaml needs a command in which "\\$@" stands for'):
+        Launched(RECIPE, tmp_path, str(tmp_path / "mine.yaml"))
 
 
 def test_in_a_thread_it_stops_goes_on_and_fails_aloud(tmp_path):
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     policy.add_adapter("student", rank=4, alpha=8)
     look = Look([Prompt("a photo of one red star", "pickscore")], every=1, sampler=Sampler(2))
     training = InProcess(policy, sft(policy), tmp_path / "a", TrainConfig(10**6, lr=1e-3, ema=0.0), look=look)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_policy import SmallPolicy
 
-from flowopd_lib import OPD, FlowPolicy, Prompt, Sampler, Schedule, tinyworld, trajectory, walk_figure
+from flowopd_lib import OPD, FlowPolicy, Prompt, Sampler, Schedule, load_world, trajectory, walk_figure
 from flowopd_lib.looking.playground import (
     Trial,
     draw_findings,
@@ -19,7 +19,8 @@ from flowopd_lib.looking.playground import (
 )
 from flowopd_lib.looking.trajectories import heat, step_weight, walk_through
 from flowopd_lib.rewards import Detection
-from flowopd_lib.worlds.tiny import PROMPTS
+
+WORLD = load_world()
 
 PROMPT = Prompt("a photo of one red star", "geneval")
 
@@ -51,8 +52,8 @@ def test_a_walks_kl_is_what_opd_minimises_at_the_same_states(kind):
 
 
 def test_two_threads_that_ask_one_policy_do_not_mix_its_adapters():
-    policy = FlowPolicy(tinyworld.BASE)
-    models = {name: name for name in tinyworld.load_experts(policy)}
+    policy = FlowPolicy(WORLD.base)
+    models = {name: name for name in WORLD.load_experts(policy)}
 
     def kl(_):
         return walk_through(policy, PROMPT, 0, Sampler(6, "sde"), models, "ocr", ["geneval", "deqa"]).kl
@@ -80,22 +81,22 @@ def test_a_walks_figure_has_every_picture_and_a_curve_per_teacher():
     )
 
 
-def test_a_typed_prompt_is_judged_by_those_who_can():
-    known = known_prompts(PROMPTS, ["test"])
+def test_a_typed_prompt_is_judged_by_those_who_can(judges):
+    known = known_prompts(WORLD, ["test"])
     geneval = next(p for p in known if p.task == "geneval")
-    prompt, told = prompt_of(f"  {geneval.text.upper()} ", known)
+    prompt, told = prompt_of(f"  {geneval.text.upper()} ", judges, known)
     assert prompt is geneval and prompt.metadata["include"] and "GenEval, PickScore, DeQA" in told
-    prompt, told = prompt_of('a sign that says "HELLO"', known)
-    assert prompt.task == "ocr" and "“HELLO” has to be read" in told
-    prompt, told = prompt_of('nothing between ""', known)
-    assert prompt.task == "pickscore" and "PickScore, DeQA only" in told
+    prompt, told = prompt_of('a sign that says "HELLO"', judges, known)
+    assert prompt.task == "ocr" and "“HELLO” has to be read" in told and "OCR, PickScore, DeQA" in told
+    prompt, told = prompt_of('nothing between ""', judges, known)
+    assert prompt.task == "own" and "PickScore, DeQA only" in told
     with pytest.raises(ValueError, match="there is no prompt"):
-        prompt_of("  ", known)
+        prompt_of("  ", judges, known)
 
 
 def test_every_judge_says_what_it_saw(policy, judges):
     models = {"base": None, "again": None}
-    known = known_prompts(PROMPTS, ["test"])
+    known = known_prompts(WORLD, ["test"])
     red = next(p for p in known if p.tag == "single_object")
     trials = try_prompt(policy, red, judges, models, Sampler(8), 1)
     assert [t.model for t in trials] == ["base", "again"] and torch.equal(trials[0].image, trials[1].image)
@@ -103,9 +104,8 @@ def test_every_judge_says_what_it_saw(policy, judges):
         trials[0].scores["GenEval"]
     ) == (trials[0].verdict == "")
     assert all(d.score > judges["GenEval"].detector.threshold for d in trials[0].seen)
-    sign = try_prompt(policy, prompt_of('a sign that says "GWEN"')[0], judges, {"base": None}, Sampler(8), 1)[
-        0
-    ]
+    typed = prompt_of('a sign that says "GWEN"', judges)[0]
+    sign = try_prompt(policy, typed, judges, {"base": None}, Sampler(8), 1)[0]
     assert (
         set(sign.scores) == {"OCR", "PickScore", "DeQA"}
         and sign.region

@@ -11,10 +11,12 @@ import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowopd_lib import FlowPolicy, Prompt, Sampler, initial_noise, sample, tinyworld, trajectory
+from flowopd_lib import FlowPolicy, Prompt, Sampler, initial_noise, load_world, sample, trajectory
 from flowopd_lib.sde import predict_x0, transition
 from flowopd_lib.worlds.tiny.text import encode
 from flowopd_lib.worlds.tiny.train_base import tokenize
+
+WORLD = load_world()
 
 ALONE = """
 import sys
@@ -36,7 +38,7 @@ PROMPTS = [
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_folder_works_with_nothing_of_ours_and_gives_our_images(policy, guidance, tmp_path):
-    command = [sys.executable, "-c", ALONE, str(tinyworld.BASE), str(guidance), *(p.text for p in PROMPTS)]
+    command = [sys.executable, "-c", ALONE, str(WORLD.base), str(guidance), *(p.text for p in PROMPTS)]
     (tmp_path / "images.npy").write_bytes(
         subprocess.run(command, capture_output=True, check=True, cwd=tmp_path).stdout
     )
@@ -115,7 +117,7 @@ def test_a_prompt_that_cannot_be_read_is_an_error(policy):
 
 
 def test_a_model_that_can_read_anything_cuts_prompts_off_and_says_so_once_a_task():
-    open_ = FlowPolicy(tinyworld.BASE)
+    open_ = FlowPolicy(WORLD.base)
     assert open_.strict
     open_.strict = False  # as a full-size model is
     prompts = [
@@ -157,8 +159,8 @@ def test_other_libraries_logs_are_left_as_they_were():
         for log in logs:
             log.set_verbosity_info()
             log.enable_progress_bar()
-        FlowPolicy(tinyworld.BASE).encode([PROMPTS[0].text])
-        tinyworld.judges()
+        FlowPolicy(WORLD.base).encode([PROMPTS[0].text])
+        WORLD.judges("cpu")
         assert all(log.get_verbosity() == log.INFO and log.is_progress_bar_enabled() for log in logs)
     finally:
         for log, (verbosity, bars) in zip(logs, before):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from flowopd_lib import FlowPolicy, Prompt, Sampler, load_prompts, sample, tinyworld, trajectory
+from flowopd_lib import FlowPolicy, Prompt, Sampler, load_world, sample, trajectory
 from flowopd_lib.merge import METHODS, merge
+
+WORLD = load_world()
 
 PROMPTS = [
     Prompt('a sign that says "CAT"', "ocr"),
@@ -15,7 +17,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def crowd():
     """A policy of its own with three adapters that do something."""
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     for i, name in enumerate(("one", "two", "three")):
         policy.add_adapter(name, rank=4, alpha=8, seed=i)
         g = torch.Generator().manual_seed(i)
@@ -31,7 +33,7 @@ def look(policy, adapter, **options):
 
 
 def test_a_new_adapter_changes_nothing_and_costs_itself_only(policy):
-    fresh = FlowPolicy(tinyworld.BASE)
+    fresh = FlowPolicy(WORLD.base)
     before, size = look(fresh, None), sum(p.nbytes for p in fresh.transformer.parameters())
     fresh.add_adapter("student", rank=4, alpha=8)
     mine = sum(p.nbytes for p in fresh.adapter_parameters("student").values())
@@ -88,7 +90,7 @@ def test_an_adapter_is_saved_and_loaded(crowd, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    other = FlowPolicy(tinyworld.BASE)
+    other = FlowPolicy(WORLD.base)
     other.load_adapter("expert", tmp_path / "two")
     other.copy_adapter("expert", "student")
     for name in ("expert", "student"):
@@ -146,7 +148,7 @@ def test_ties_and_dare_merge_and_bad_merges_are_named(crowd):
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
-        crowd.load_adapter("x", tinyworld.BASE)
+        crowd.load_adapter("x", WORLD.base)
 
 
 @pytest.mark.parametrize("kind", ["sde", "cps"])
@@ -167,7 +169,7 @@ def test_before_an_update_every_action_has_the_probability_it_was_taken_with(cro
     from flowopd_lib.sde import log_prob, transition
 
     crowd.save_adapter("one", tmp_path)
-    policy = FlowPolicy(tinyworld.BASE, dtype=dtype)
+    policy = FlowPolicy(WORLD.base, dtype=dtype)
     policy.load_adapter("student", tmp_path)
     policy.train_adapter("student")
     text = policy.encode([p.text for p in PROMPTS])
@@ -179,12 +181,8 @@ def test_before_an_update_every_action_has_the_probability_it_was_taken_with(cro
 
 
 def test_a_texts_embedding_does_not_depend_on_the_texts_beside_it():
-    texts = [
-        p.text
-        for task in ("geneval", "ocr", "pickscore")
-        for p in load_prompts(tinyworld.PROMPTS, task, "val")[:7]
-    ]
-    together, alone = FlowPolicy(tinyworld.BASE), FlowPolicy(tinyworld.BASE)
+    texts = [p.text for task in ("geneval", "ocr", "pickscore") for p in WORLD.prompts(task, "val")[:7]]
+    together, alone = FlowPolicy(WORLD.base), FlowPolicy(WORLD.base)
     every = together.encode(texts)
     for text in reversed(texts):
         row = alone.encode([text])

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from flowopd_lib import FlowPolicy, precision, tinyworld
+from flowopd_lib import FlowPolicy, load_world, precision
 from flowopd_lib.precision import decide, resolve
+
+WORLD = load_world()
 
 MEASURE = precision.fastest.__wrapped__  # not the one time that is kept
 
@@ -72,10 +74,10 @@ def test_a_folder_keeps_the_precision_it_was_begun_in(free, tmp_path):
 
 def test_a_policy_takes_it(free):
     free.setattr(precision, "fastest", lambda device: "bfloat16")
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     assert (
         policy.dtype == torch.bfloat16
         and policy.precision == "bfloat16"
         and next(policy.transformer.parameters()).dtype == torch.bfloat16
     )
-    assert FlowPolicy(tinyworld.BASE, dtype="float32").precision == "float32"
+    assert FlowPolicy(WORLD.base, dtype="float32").precision == "float32"

@@ -7,8 +7,9 @@ import tomllib
 import pytest
 import yaml
 
-from flowopd_lib import tinyworld
 from flowopd_lib.files import ROOT
+from flowopd_lib.worlds.tiny import ASSETS, BASE
+from flowopd_lib.worlds.tiny import EXPERTS as EXPERT_FOLDERS
 from flowopd_lib.worlds.tiny.train_experts import EXPERTS, recipes_of
 
 
@@ -52,23 +53,23 @@ def test_every_import_is_a_declared_dependency():
 
 
 def test_assets_are_what_the_manifest_says_and_at_most_40_mb():
-    manifest = json.loads((tinyworld.ASSETS / "manifest.json").read_text())
-    there = {str(p.relative_to(tinyworld.ASSETS)) for p in tinyworld.ASSETS.rglob("*") if p.is_file()}
+    manifest = json.loads((ASSETS / "manifest.json").read_text())
+    there = {str(p.relative_to(ASSETS)) for p in ASSETS.rglob("*") if p.is_file()}
     assert {p for p in there if not p.startswith("experts/")} == set(manifest["files"]) | {"manifest.json"}
     for name, record in manifest["files"].items():
-        assert hashlib.sha256((tinyworld.ASSETS / name).read_bytes()).hexdigest() == record["sha256"], name
-    assert sum((tinyworld.ASSETS / name).stat().st_size for name in there) <= 40e6
+        assert hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() == record["sha256"], name
+    assert sum((ASSETS / name).stat().st_size for name in there) <= 40e6
     assert {"command", "seed", "date", "versions", "seconds"} <= set(manifest)
 
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_are_what_their_manifests_say_and_belong_to_the_base(name):
-    folder = tinyworld.EXPERTS / name
+    folder = EXPERT_FOLDERS / name
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {p.name for p in folder.iterdir()} == set(manifest["files"]) | {"manifest.json"}
     for file, record in manifest["files"].items():
         assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == record["sha256"], file
-    base = (tinyworld.BASE / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    base = (BASE / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert hashlib.sha256(base).hexdigest() == manifest["base_transformer_sha256"]
     recipes = manifest["recipes"]  # as they were trained, which the files of today need not be
     assert {recipe["schedule"]["tasks"][0] for recipe in recipes} == {
@@ -80,12 +81,12 @@ def test_experts_are_what_their_manifests_say_and_belong_to_the_base(name):
 
 
 def test_weights_are_safetensors_only():
-    suffixes = {p.suffix for p in tinyworld.ASSETS.rglob("*") if p.is_file()}
+    suffixes = {p.suffix for p in ASSETS.rglob("*") if p.is_file()}
     assert suffixes <= {".safetensors", ".json", ".jsonl", ".txt"}
 
 
 def test_no_config_names_a_folder_of_the_machine_that_built_it():
-    for path in tinyworld.ASSETS.rglob("*.json"):
+    for path in ASSETS.rglob("*.json"):
         assert "_name_or_path" not in json.loads(path.read_text()), path
 
 

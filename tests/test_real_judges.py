@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
-from flowopd_lib import Prompt, tinyworld
+from flowopd_lib import Prompt
 from flowopd_lib.bench import stand_in_judges as stand_in
 from flowopd_lib.rewards import (
     BLIPVQA,
@@ -27,6 +27,7 @@ from flowopd_lib.rewards.base import embed_pictures
 from flowopd_lib.rewards.colors import COLORS, ColorNamer, cut_out
 from flowopd_lib.rewards.compbench import chunks_of
 from flowopd_lib.rewards.mask2former import box_of, instances
+from flowopd_lib.worlds.tiny import ASSETS
 
 GENEVAL = set(  # evaluation/object_names.txt
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
@@ -300,7 +301,7 @@ def test_deqa_score_itself_is_sent_to_the_judge_server(folders, tmp_path):
 def test_pictures_are_prepared_by_pil_everywhere(folders, detector, blip):
     for processor in (
         PickScore(folders["clip"]).processor.image_processor,
-        DeQA(tinyworld.ASSETS / "deqa").processor,
+        DeQA(ASSETS / "deqa").processor,
         detector.processor,
         detector.name_colors.processor.image_processor,
         blip.processor,
@@ -314,7 +315,7 @@ def test_a_score_is_never_nan(folders):
         Aesthetic(
             folders["aesthetic"], folders["aesthetic"] / "head.safetensors"
         ): "visual_projection.weight",
-        DeQA(tinyworld.ASSETS / "deqa"): "classifier.1.bias",
+        DeQA(ASSETS / "deqa"): "classifier.1.bias",
         BLIPVQA(folders["blip"]): "text_encoder.embeddings.word_embeddings.weight",
     }
     for judge, name in spoilt.items():

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from flowopd_lib import Prompt, tinyworld
+from flowopd_lib import Prompt
 from flowopd_lib.rewards import OCR, DeQA, PickScore
 from flowopd_lib.rewards.ocr import ocr_reward
+from flowopd_lib.worlds.tiny import ASSETS
 from flowopd_lib.worlds.tiny.data import to_tensor
 from flowopd_lib.worlds.tiny.scenes import degrade, render
 from flowopd_lib.worlds.tiny.specs import Spec, sample_specs
@@ -143,7 +144,7 @@ def test_missing_weights_are_named(tmp_path):
 def test_every_judge_has_a_name_and_a_range(judges):
     for name, judge in judges.items():
         assert judge.name == name and judge.range[0] < judge.range[1]
-    assert (tinyworld.ASSETS / "pickscore").is_dir()
+    assert (ASSETS / "pickscore").is_dir()
 
 
 def test_a_region_means_nothing_in_pictures_of_another_size(judges):

@@ -19,11 +19,13 @@ from flowopd_lib import (
     TrainConfig,
     TrainingMonitor,
     TrajectoryExplorer,
-    tinyworld,
+    load_world,
 )
 from flowopd_lib.bench.gallery import MODELS, made_up_samples, measure
 from flowopd_lib.looking.gallery import Query, Samples
 from flowopd_lib.looking.widgets.common import Guard
+
+WORLD = load_world()
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +212,7 @@ def test_the_playground_tries_what_is_typed(live, policy, judges, test_prompts):
 
 
 def test_the_monitor_follows_stops_and_goes_on(live, tmp_path):
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     policy.add_adapter("student", rank=4, alpha=8)
     look = Look([Prompt("a photo of one red star", "pickscore")], every=1, sampler=Sampler(2))
     monitor = TrainingMonitor(
@@ -252,7 +254,7 @@ def test_headless_figures_and_tables(shown, policy, judges, test_prompts, tmp_pa
         policy, {"base": None}, judges, "a photo of one red star", (), 0, Sampler(3)
     )._ipython_display_()
     assert len(shown[2].axes) == 1 and {"PickScore", "read", "seen"} <= set(shown[3])
-    policy = FlowPolicy(tinyworld.BASE)
+    policy = FlowPolicy(WORLD.base)
     policy.add_adapter("student", rank=4, alpha=8)
     look = Look(test_prompts["ocr"][:2], every=1, sampler=Sampler(2))
     monitor = TrainingMonitor(InProcess(policy, sft(policy), tmp_path, TrainConfig(2, lr=1e-3), look=look))

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from flowopd_lib import Prompt, load_prompts, save_prompts, tinyworld
+from flowopd_lib import Prompt, load_prompts, load_world, save_prompts
 from flowopd_lib.worlds.tiny.data import mistake, mutate, noisy_example, preference_pair, split_spec
 from flowopd_lib.worlds.tiny.scenes import DEGRADATIONS, LEVELS, degrade, lay_out, render
 from flowopd_lib.worlds.tiny.specs import (
@@ -22,6 +22,8 @@ from flowopd_lib.worlds.tiny.specs import (
     split_of,
 )
 from flowopd_lib.worlds.tiny.text import clip_tokenizer, letter_tokenizer, vocabulary
+
+WORLD = load_world()
 
 FINGERPRINT = """
 import hashlib
@@ -51,12 +53,12 @@ def test_splits_share_no_prompt_and_ood_holds_what_was_held_out():
     seen: dict[str, str] = {}
     for task in PROMPT_TASKS:
         for split in ("train", "val", "test", "ood"):
-            prompts = load_prompts(tinyworld.PROMPTS, task, split)
+            prompts = WORLD.prompts(task, split)
             assert split == "val" or len(prompts) >= 240
             for p in prompts:
                 assert seen.setdefault(p.text, split) == split, f"{p.text!r} is in {seen[p.text]} and {split}"
     words = {
-        split: {p.text.split('"')[1] for p in load_prompts(tinyworld.PROMPTS, "ocr", split)}
+        split: {p.text.split('"')[1] for p in WORLD.prompts("ocr", split)}
         for split in ("train", "val", "test", "ood")
     }
     assert (
@@ -92,7 +94,7 @@ def test_a_relation_held_out_is_held_out_both_ways():
 
 def test_the_prompt_files_are_what_the_grammar_gives():
     for task in PROMPT_TASKS:
-        texts = [p.text for p in load_prompts(tinyworld.PROMPTS, task, "test")]
+        texts = [p.text for p in WORLD.prompts(task, "test")]
         assert texts == [s.text for s in sample_specs(task, "test", len(texts))]
 
 
@@ -113,12 +115,12 @@ def test_geneval_metadata_has_genevals_form():
         "include": [{"class": "cross", "count": 3}],
         "exclude": [{"class": "cross", "count": 4}],
     }
-    assert {p.tag for p in load_prompts(tinyworld.PROMPTS, "geneval", "test")} == set(GENEVAL_TAGS)
+    assert {p.tag for p in WORLD.prompts("geneval", "test")} == set(GENEVAL_TAGS)
 
 
 def test_prompts_survive_flow_grpos_formats(tmp_path):
     for task in PROMPT_TASKS:
-        prompts = load_prompts(tinyworld.PROMPTS, task, "test")[:20]
+        prompts = WORLD.prompts(task, "test")[:20]
         save_prompts(tmp_path, task, "test", prompts)
         again = load_prompts(tmp_path, task, "test")
         assert again == prompts and [p.metadata for p in again] == [p.metadata for p in prompts]
@@ -166,9 +168,9 @@ def test_a_bad_prompt_file_is_named_with_its_line(tmp_path, task, name, line, me
 
 def test_a_missing_split_says_what_there_is():
     with pytest.raises(FileNotFoundError, match="test.txt"):
-        load_prompts(tinyworld.PROMPTS, "ocr", "tets")
+        WORLD.prompts("ocr", "tets")
     with pytest.raises(ValueError, match="choose one of geneval"):
-        load_prompts(tinyworld.PROMPTS, "orc", "test")
+        WORLD.prompts("orc", "test")
 
 
 @pytest.mark.parametrize("kind", DEGRADATIONS)
@@ -224,7 +226,7 @@ def test_no_prompt_is_cut_off():
     tokenizer = clip_tokenizer()
     for task in PROMPT_TASKS:
         for split in ("train", "val", "test", "ood"):
-            for p in load_prompts(tinyworld.PROMPTS, task, split):
+            for p in WORLD.prompts(task, split):
                 assert len(tokenizer(p.text).input_ids) <= tokenizer.model_max_length
 
 
