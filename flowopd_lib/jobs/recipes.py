@@ -40,7 +40,7 @@ from ..objectives import GRPO, OPD, Objective
 from ..policy import FlowPolicy
 from ..precision import NAMES, decide
 from ..prompts import FILES, TASKS, Prompt, load_prompts
-from ..rewards import OCR, DeQA, PickScore, Reward
+from ..rewards import OCR, DeQA, GenEval, PickScore, RemoteDetector, RemoteJudge, Reward
 from ..rollout import Sampler
 from ..schedule import Schedule
 from ..train import TrainConfig, train
@@ -185,18 +185,29 @@ def _checked_student(recipe: Mapping) -> dict:
 def judges_of(recipe: Mapping) -> dict[str, Reward]:
     """The judges that a recipe names; without any, the small world's."""
     judges = recipe.get("judges", {})
-    check_keys("judges", judges, JUDGES)
+    here = {name: settings for name, settings in judges.items() if "url" not in settings}
+    check_keys("judges", here, JUDGES)
     checked = {
-        name: check_options(f"judges.{name}", settings, JUDGES[name]) for name, settings in judges.items()
+        name: check_options(f"judges.{name}", settings, JUDGES[name]) for name, settings in here.items()
     }
     for name, settings in checked.items():
         if "model_id" not in settings and "model_id" in inspect.signature(JUDGES[name]).parameters:
             raise ValueError(f"judges.{name} lacks model_id: a folder or a hub id")
-    return (
-        {name: JUDGES[name](**settings) for name, settings in checked.items()}
-        if judges
-        else tiny.training_judges()
-    )
+    if not judges:
+        return tiny.training_judges()
+    return {
+        name: JUDGES[name](**checked[name]) if name in checked else _remote(name, settings)
+        for name, settings in judges.items()
+    }
+
+
+def _remote(name: str, settings: Mapping) -> Reward:
+    """A judge with a url is a judge server's; the token is the environment's, never a recipe's."""
+    if name in ("GenEval", "GenEvalPartial"):
+        settings = check_options(f"judges.{name}", settings, RemoteDetector, ("token",))
+        return GenEval(RemoteDetector(**settings), partial=name == "GenEvalPartial")
+    settings = check_options(f"judges.{name}", settings, RemoteJudge, ("judge", "token"))
+    return RemoteJudge(judge=name, **settings)
 
 
 def _weighed(prompts: list[Prompt], tags: Mapping[str, int]) -> list[Prompt]:

@@ -5,5 +5,7 @@ from .deqa import DeQA
 from .geneval import Detection, Detector, GenEval
 from .ocr import OCR
 from .pickscore import PickScore
+from .remote import ChatJudge, JudgeUnavailable, RemoteDetector, RemoteJudge
 
 __all__ = ["DeQA", "Detection", "Detector", "GenEval", "OCR", "PickScore", "Reward"]
+__all__ += ["ChatJudge", "JudgeUnavailable", "RemoteDetector", "RemoteJudge"]
