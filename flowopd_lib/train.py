@@ -261,7 +261,12 @@ def _updates(
     saved = time.time()
     began = saved - run.seconds
     while run.iteration < config.iterations and run.seconds < config.max_seconds:
-        data = objective.collect(policy, adapter, run.iteration, share)
+        try:
+            data = objective.collect(policy, adapter, run.iteration, share)
+        except Exception:  # a judge has gone, say: what was trained before is whole, in every process
+            if run.iteration:
+                run.save()
+            raise
         for update in range(objective.updates):
             total = torch.zeros((), device=policy.device)
             for loss in objective.losses(policy, adapter, data, update):

@@ -8,17 +8,22 @@ from .geneval import Detection, Detector, GenEval
 from .mask2former import Mask2FormerDetector
 from .ocr import OCR
 from .pickscore import PickScore
+from .remote import ChatJudge, JudgeUnavailable, RemoteDetector, RemoteJudge
 
 __all__ = [
     "Aesthetic",
     "BLIPVQA",
+    "ChatJudge",
     "DeQA",
     "Detection",
     "Detector",
     "GenEval",
+    "JudgeUnavailable",
     "Mask2FormerDetector",
     "OCR",
     "PickScore",
+    "RemoteDetector",
+    "RemoteJudge",
     "Reward",
     "attribute",
     "can_judge",
