@@ -5,21 +5,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from flowopd_lib import (
-    Sampler,
-    captions_of,
-    image_grid,
-    load_prompts,
-    sample,
-    score,
-    tinyworld,
-    trajectory,
-    use_style,
-)
+from flowopd_lib import Sampler, captions_of, image_grid, load_world, sample, score, trajectory, use_style
 from flowopd_lib.looking.figures import COLORS
 
 HERE = Path(__file__).parent
-REWARDS = {"geneval": "GenEval", "ocr": "OCR", "pickscore": "PickScore", "deqa": "DeQA"}
+WORLD = load_world()
+REWARDS = {expert: judge for judge, expert in WORLD.experts_of.items()}
 
 
 def box(axis, x, y, width, height, text, colour=".35", **style):
@@ -58,12 +49,12 @@ def method() -> plt.Figure:
     """Experts, cold start, the student's walk, the routed teacher and the anchor. The pictures are samples of
     the small world: the first sign of the test split that the base gets wrong, its OCR expert right, and the
     merged student, on a walk of the SDE, right too."""
-    policy, judge, seed = tinyworld.merged_policy(), tinyworld.judges()["OCR"], 0
+    policy, judge, seed = WORLD.merged_policy(), WORLD.judges()["OCR"], 0
 
     def right(adapter, sampler):
         return judge(sample(policy, [prompt], [seed], sampler, adapter), [prompt])[0] == 1
 
-    for prompt in load_prompts(tinyworld.PROMPTS, "ocr", "test"):
+    for prompt in WORLD.prompts("ocr", "test"):
         if not right(None, Sampler(20)) and right("ocr", Sampler(20)) and right("merged", Sampler(10, "sde")):
             break
     steps, shown = list(trajectory(policy, [prompt], [seed], Sampler(10, "sde"), "merged")), [0, 2, 4, 6, 8]
@@ -127,8 +118,8 @@ def method() -> plt.Figure:
 
 def samples() -> plt.Figure:
     """The base's samples of the first test prompts, with their scores."""
-    policy, judges = tinyworld.merged_policy(), tinyworld.judges()
-    few = [p for task in REWARDS if task != "deqa" for p in load_prompts(tinyworld.PROMPTS, task, "test")[:6]]
+    policy, judges = WORLD.policy(), WORLD.judges()
+    few = WORLD.first_prompts("test", 6)
     images = sample(policy, few, range(len(few)), Sampler(40))
     return image_grid(
         images,

@@ -11,7 +11,8 @@ from .files import read_lines, write_json, write_table
 from .fit import fit
 from .inputs import SEED, SHARES, begin, check_value, list_of, one_of, some_of, within
 from .jobs.lab import Lab
-from .jobs.launch import InProcess, Launched, Look, some_prompts
+from .jobs.launch import InProcess, Look, some_prompts
+from .jobs.processes import Launched
 from .jobs.recipes import build, grpo_mix
 from .looking.figures import (
     captions_of,

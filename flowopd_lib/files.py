@@ -39,7 +39,7 @@ def write_whole(path: str | Path, data: bytes | str) -> None:
     here = platform.node().replace(".", "-")
     for left in path.parent.glob(f".{path.name}.*.partial"):
         *_, host, pid, _ = left.name.rsplit(".", 3)
-        if host == here and pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+        if host == here and pid.isdigit() and int(pid) != os.getpid() and not alive(int(pid)):
             left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{here}.{os.getpid()}.partial")
     try:
@@ -57,7 +57,8 @@ def write_whole(path: str | Path, data: bytes | str) -> None:
         ) from error
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether there is a process of this number on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

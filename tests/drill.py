@@ -43,10 +43,11 @@ RECIPE = {
 EVALUATION = """
 import sys
 from pathlib import Path
-from flowopd_lib import FlowPolicy, Sampler, evaluate, tinyworld
-policy, judges, out = FlowPolicy(tinyworld.BASE), tinyworld.judges(), Path(sys.argv[1])
-tinyworld.load_experts(policy)
-evaluate(policy, tinyworld.first_prompts("test", 40), judges, 0, Sampler(8),
+from flowopd_lib import Sampler, evaluate, load_world
+world, out = load_world(), Path(sys.argv[1])
+policy, judges = world.policy(), world.judges()
+world.load_experts(policy)
+evaluate(policy, world.first_prompts("test", 40), judges, 0, Sampler(8),
          {"base": None, "ocr": "ocr", "geneval": "geneval"}, batch=8, progress=False,
          embed=judges["PickScore"].embed, pictures=out / "pictures", into=out / "samples.parquet")
 """

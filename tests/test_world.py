@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flowopd_lib import Prompt, load_prompts, load_world, save_prompts
+from flowopd_lib.worlds.tiny import PROMPTS
 from flowopd_lib.worlds.tiny.data import mistake, mutate, noisy_example, preference_pair, split_spec
 from flowopd_lib.worlds.tiny.scenes import DEGRADATIONS, LEVELS, degrade, lay_out, render
 from flowopd_lib.worlds.tiny.specs import (
@@ -168,8 +169,15 @@ def test_a_bad_prompt_file_is_named_with_its_line(tmp_path, task, name, line, me
 
 def test_a_missing_split_says_what_there_is():
     with pytest.raises(FileNotFoundError, match="test.txt"):
-        WORLD.prompts("ocr", "tets")
+        load_prompts(PROMPTS, "ocr", "tets")
     with pytest.raises(ValueError, match="choose one of geneval"):
+        load_prompts(PROMPTS, "orc", "test")
+    with pytest.raises(
+        FileNotFoundError,
+        match="the ocr prompts of the world tiny have no split tets; they have train, val, test, ood",
+    ):
+        WORLD.prompts("ocr", "tets")
+    with pytest.raises(ValueError, match="the world tiny has no task 'orc'; it has geneval, ocr"):
         WORLD.prompts("orc", "test")
 
 

@@ -4,10 +4,14 @@ or srun started several, in all of them."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
+import platform
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +19,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
+from ..files import alive, write_whole
 from ..inputs import read_yaml
 from ..precision import NAMES, decide
 from ..train import StepInfo
 from ..worlds.world import DEFAULT
 from . import recipes, work
-from .launch import STOPPED, Look, some_prompts
+from .launch import Look, some_prompts
+from .processes import EVERY, STOPPED
 from .site import Site
 from .work import check_spec, run_job
 
@@ -38,15 +44,18 @@ def accelerator_of(spec: dict, folder: Path) -> Accelerator:
     return accelerator
 
 
-class Progress:
+class Stopping:
     """What a training tells of itself, and whether it is asked to stop: several processes hear of it at
-    different moments, and must stop at the same iteration."""
+    different moments, and must stop at the same iteration. A job that is no training stops at once."""
 
-    def __init__(self, accelerator: Accelerator, iterations: int):
-        self.accelerator, self.iterations, self.asked = accelerator, iterations, threading.Event()
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.asked, self.training = accelerator, threading.Event(), False
+        # to stop: by Ctrl-C, by a scheduler that wants its machine back, or by `processes`
+        signal.signal(signal.SIGTERM, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
 
     def ask(self, number: int, _) -> None:
-        if number == signal.SIGINT and self.asked.is_set():
+        if not self.training or (number == signal.SIGINT and self.asked.is_set()):
             raise KeyboardInterrupt  # the second time: now, without a checkpoint
         self.asked.set()
 
@@ -57,9 +66,23 @@ class Progress:
             print(f"{done} loss {info.loss:.4g} {shown}", flush=True)
         asked = torch.tensor(float(self.asked.is_set()), device=self.accelerator.device)
         stop = bool(self.accelerator.reduce(asked, "sum") > 0)
-        if stop and self.accelerator.is_main_process:
-            print(f"{STOPPED} {info.iteration + 1}; the same command goes on from there", flush=True)
+        if stop:
+            self.asked.set()
+            if self.accelerator.is_main_process:
+                print(f"{STOPPED} {info.iteration + 1}; the same command goes on from there", flush=True)
         return stop
+
+    def run(self, spec: dict, folder: Path, site: Site, look: int = 0) -> None:
+        """A job of any kind."""
+        if spec.get("job", "train") != "train":
+            run_job(spec, folder, site)
+            return
+        self.iterations, self.training = (spec.get("train") or {}).get("iterations", 0), True
+        looks = {"during": lambda updates, *at: looked_at(updates, look, folder, *at)} if look else {}
+        try:
+            run_job(spec, folder, site, told=self, shown=False, **looks)
+        finally:
+            self.training = False
 
 
 def looked_at(updates: Iterator[StepInfo], every: int, folder: Path, site: Site, objective) -> Iterator:
@@ -71,18 +94,44 @@ def looked_at(updates: Iterator[StepInfo], every: int, folder: Path, site: Site,
     return look.during(updates, site.policy, "student", folder)
 
 
+def serve(queue: Path, parent: int, accelerator: Accelerator, dtype: torch.dtype) -> None:
+    """The jobs 0.yaml, 1.yaml, ... of a folder as they come, in all processes, until the process that asks
+    for them is gone. The model and its adapters stay loaded."""
+    stopping, sites, host = Stopping(accelerator), {}, platform.node()
+    for number in itertools.count():
+        asked = queue / f"{number}.yaml"
+        with contextlib.suppress(KeyboardInterrupt):  # asked to end, and there is nothing to do
+            while not asked.exists():
+                if os.environ.get("FLOWOPD_HEAD", host) == host and not alive(parent):
+                    return
+                time.sleep(EVERY)
+        if not asked.exists():
+            return
+        job = read_yaml(asked)
+        spec, folder = job["spec"], Path(job["folder"])
+        check_spec(spec)
+        world = spec.get("world", DEFAULT)
+        if world not in sites:
+            sites[world] = Site(world, dtype, accelerator)
+        stopping.run(spec, folder, sites[world])
+        if stopping.asked.is_set():
+            return
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_whole(queue / f"{number}.done", "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flowopd_lib.jobs",
         description=f"{work.__doc__}\n\n{recipes.__doc__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("spec", type=Path, help="a YAML file: a recipe, or another job's specification")
     parser.add_argument(
-        "--folder",
-        type=Path,
-        required=True,
-        help="for checkpoints, tables and adapters; the job goes on from what it holds",
+        "spec", type=Path, nargs="?", help="a YAML file: a recipe, or another job's specification"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="for checkpoints, tables and adapters; the job goes on from what it holds"
     )
     parser.add_argument(
         "--look",
@@ -97,29 +146,29 @@ def main() -> None:
         default="auto",
         help="auto: that of the folder, or of accelerate, or what is faster here",
     )
+    parser.add_argument("--serve", type=Path, metavar="QUEUE", help="for a notebook: its jobs as they come")
+    parser.add_argument("--parent", type=int, default=0, help="with --serve: the process that asks")
     args = parser.parse_args()
     if args.look < 0:
         parser.error(f"--look is a number of iterations, or 0, not {args.look}")
-    rank = int(os.environ.get("RANK", 0))
+    if not args.serve and not (args.spec and args.folder):
+        parser.error("a job needs its specification and --folder")
+    rank, place = int(os.environ.get("RANK", 0)), args.serve or args.folder
     try:
-        spec = read_yaml(args.spec)
-        job = check_spec(spec)
-        accelerator = accelerator_of(spec, args.folder)
+        spec = {} if args.serve else read_yaml(args.spec)
+        if not args.serve:
+            check_spec(spec)
+        accelerator = accelerator_of(spec, place)
         # accelerate's "no" is also what it says where nobody said anything
         said = args.precision == "auto" and accelerator.mixed_precision == "bf16"
-        dtype = decide(args.folder, "bfloat16" if said else args.precision, accelerator.device, write=False)
+        dtype = decide(place, "bfloat16" if said else args.precision, accelerator.device, write=False)
         # all have looked before the first writes, and a fault in the specification leaves no folder
         accelerator.wait_for_everyone()
-        site, how = Site(spec.get("world", DEFAULT), dtype, accelerator), {}
-        if job == "train":
-            progress = Progress(accelerator, (spec.get("train") or {}).get("iterations", 0))
-            # to stop: by Ctrl-C, by a scheduler that wants its machine back, or by `launch`
-            signal.signal(signal.SIGTERM, progress.ask)
-            signal.signal(signal.SIGINT, progress.ask)
-            how = {"told": progress, "shown": False}
-            if args.look:
-                how["during"] = lambda updates, *at: looked_at(updates, args.look, args.folder, *at)
-        run_job(spec, args.folder, site, **how)
+        if args.serve:
+            serve(place, args.parent, accelerator, dtype)
+        else:
+            site = Site(spec.get("world", DEFAULT), dtype, accelerator)
+            Stopping(accelerator).run(spec, place, site, args.look)
     except KeyboardInterrupt:
         sys.exit("error: interrupted; the same command goes on from the last checkpoint")
     except (OSError, ValueError, RuntimeError) as error:

@@ -12,8 +12,8 @@ import pandas as pd
 from ..files import read_lines
 from ..policy import FlowPolicy
 from ..worlds import load_world
-from .launch import Launched
 from .launchers import load_launcher
+from .processes import Served
 from .site import Site
 from .work import check_spec, run_job
 
@@ -32,6 +32,7 @@ class Lab:
         self.site = Site(self.world)
         if launcher:
             load_launcher(launcher)  # tells of one that is not there
+        self._served = Served(launcher, self.out / ".jobs")
 
     @property
     def policy(self) -> FlowPolicy:
@@ -54,13 +55,7 @@ class Lab:
         if not self.launcher:
             run_job(spec, into, self.site)
             return into
-        asked = self.out / ".jobs" / (f"{folder or 'here'}_{job}_{spec.get('file', '')}".replace("/", "_"))
-        launched = Launched(spec, into, self.launcher, notes=asked)
-        launched.start()
-        try:
-            launched.wait(shown=True)
-        finally:
-            launched.stop()
+        self._served.do(spec, into)
         return into
 
     def train(

@@ -8,19 +8,13 @@ log.txt         what a training in processes of its own printed
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import os
-import signal
-import subprocess
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from ..evaluate import evaluate
 from ..files import locked, read_lines, write_whole
@@ -31,9 +25,6 @@ from ..rewards import Reward, attribute
 from ..rollout import Sampler
 from ..schedule import Schedule
 from ..train import StepInfo, TrainConfig, train
-from .launchers import load_launcher
-
-STOPPED = "stopped after iteration"
 
 
 @dataclass(frozen=True)
@@ -162,97 +153,3 @@ class InProcess:
             self._thread.join()
         if self.state == "failed":
             raise RuntimeError(f"the training in {self.folder} failed: {self.error}")
-
-
-class Launched:
-    """A job (see `work`) in the processes of a launcher (see `launchers`), a training with a look every
-    `look` iterations (0: none), in `precision`. It is asked to stop when this process ends. Several processes
-    have the 30 s that torchrun gives them for the iteration they are at."""
-
-    def __init__(
-        self,
-        spec: Mapping,
-        folder: str | Path,
-        launcher: str,
-        look: int = 0,
-        precision: str = "auto",
-        notes: Path | None = None,
-    ):
-        self.spec, self.folder = dict(spec), Path(folder)
-        self.notes = notes or self.folder  # for what was asked, and what it printed
-        self.iterations = (spec.get("train") or {}).get("iterations", 0)
-        launched, self._environment = load_launcher(launcher)
-        asked = [str(self.notes / "asked.yaml"), "--folder", str(self.folder)]
-        self.command = [*launched, *asked, "--look", str(look), "--precision", precision]
-        self._process: subprocess.Popen | None = None
-        self._since = 0  # where in the log the present start begins
-
-    def start(self) -> None:
-        """Begin, or go on from what is in the folder."""
-        if self.state == "running":
-            raise RuntimeError(f"the job in {self.folder} is running already")
-        with locked(self.notes, "a start of a job"):
-            write_whole(self.notes / "asked.yaml", yaml.safe_dump(self.spec, sort_keys=False))
-        # a session of its own: interrupting the kernel does not interrupt it
-        with (self.notes / "log.txt").open("a") as log:
-            self._since = log.tell()
-            self._process = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,
-            )
-        atexit.register(self.stop)
-
-    @property
-    def _said(self) -> list[str]:
-        """The lines it printed since the present start."""
-        with (self.notes / "log.txt").open(errors="replace") as log:
-            log.seek(self._since)
-            return log.read().strip().splitlines() or ["it printed nothing"]
-
-    @property
-    def state(self) -> str:
-        if self._process is None:
-            return "waiting"
-        if self._process.poll() is None:
-            return "running"
-        if any(STOPPED in line for line in self._said):
-            return "stopped"
-        return "failed" if self._process.returncode else "over"
-
-    @property
-    def error(self) -> str:
-        """What it failed by: the first process that says so, or else its last lines."""
-        if self.state != "failed":
-            return ""
-        told = [line for line in self._said if line.startswith("error")]
-        return told[0] if told else "\n".join(self._said[-8:])
-
-    def stop(self) -> None:
-        """Ask all its processes to end, a training after this iteration with a checkpoint."""
-        if self.state == "running":
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
-
-    def wait(self, shown: bool = False) -> None:
-        """Until it has ended; with `shown`, its lines are printed as they come. Raises RuntimeError with what
-        it failed by."""
-        told = 0
-        while self._process is not None and self._process.poll() is None:
-            time.sleep(0.2)
-            lines = self._lines(told) if shown else []
-            told += len(lines)
-            for line in lines:
-                print(line, flush=True)
-        if self.state == "failed":
-            raise RuntimeError(
-                f"the job in {self.folder} failed: {self.error} (all of it: {self.notes / 'log.txt'})"
-            )
-
-    def _lines(self, after: int) -> list[str]:
-        """The whole lines after the first so many."""
-        with (self.notes / "log.txt").open(errors="replace") as log:
-            log.seek(self._since)
-            return [line.rstrip() for line in log.readlines() if line.endswith("\n")][after:]

@@ -8,6 +8,7 @@ runs `-m flowopd_lib.jobs "$@"` in every process; torch.distributed's variables 
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -34,4 +35,5 @@ def load_launcher(name: str) -> tuple[list[str], dict[str, str]]:
     if '"$@"' not in given.get("command", ""):
         raise ValueError(f'{path} needs a command in which "$@" stands for the job\'s arguments')
     environment = {**os.environ, "PYTHON": sys.executable, "FLOWOPD_HEADLESS": "1"}
+    environment["FLOWOPD_HEAD"] = platform.node()  # where the process that asks is
     return ["bash", "-c", given["command"], "job"], {**environment, **given.get("environment", {})}

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...files import read_lines
-from ...jobs.launch import InProcess, Launched
+from ...jobs.launch import InProcess
+from ...jobs.processes import Launched
 from ..figures import COLORS, training_curves
 from ..gallery import Query, Samples, contact_sheet, select
 from ..looks import looks_of
