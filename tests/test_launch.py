@@ -5,7 +5,7 @@ import time
 
 import pytest
 import yaml
-from test_train import ENVIRONMENT, GRPO, assert_same_training, sft
+from test_train import ENVIRONMENT, GRPO, SFT_START, assert_same_training, sft
 
 from flowopd_lib import FlowPolicy, InProcess, Launched, Look, Prompt, Sampler, TrainConfig, load_world
 from flowopd_lib.files import read_lines
@@ -53,6 +53,17 @@ def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_th
     assert looks.models == [f"iteration {i}" for i in (0, 2, 4, 6)] and len(looks.table) == 4 * 6
     assert looks.scores(0)[0][0] == "OCR" and looks.picture(0)[:4] == b"RIFF"
     assert looks_of(tmp_path / "whole") is None
+
+
+def test_a_supervised_start_under_its_own_name_is_looked_at(tmp_path, monkeypatch):
+    for name, value in {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE"}.items():
+        monkeypatch.setenv(name, value)
+    start = Launched({**SFT_START, "name": "start"}, tmp_path, "local", look=2)
+    start.start()
+    start.wait()
+    looks = looks_of(tmp_path)
+    assert start.state == "over" and looks.models == ["iteration 0", "iteration 2"]
+    assert looks.table["task"].value_counts().to_dict() == {"geneval": 4, "ocr": 4, "pickscore": 4}
 
 
 def test_a_recipe_that_fails_says_so_in_one_sentence(tmp_path):

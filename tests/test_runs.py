@@ -72,6 +72,7 @@ def lab(tmp_path, monkeypatch):
         "papermill_runs/profiles",
         "papermill_runs/recipes",
         "flowopd_lib/assets/experts/ocr",
+        "flowopd_lib/worlds/tiny",
     ):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "flowopd_lib" / "train.py").write_text("lr = 1")
@@ -132,6 +133,7 @@ def test_resume_runs_again_what_changed_and_what_needs_it(lab, executed):
     assert executed.since() == ["2_second"]
     for file in (
         "flowopd_lib/train.py",
+        "flowopd_lib/worlds/tiny/world.yaml",
         "flowopd_lib/assets/experts/ocr/manifest.json",
         "papermill_runs/recipes/student.yaml",
     ):

@@ -22,6 +22,7 @@ from accelerate.tracking import get_available_trackers
 from ..files import alive, write_whole
 from ..inputs import read_yaml
 from ..precision import NAMES, decide
+from ..schedule import Schedule
 from ..train import StepInfo
 from ..worlds.world import DEFAULT
 from . import recipes, work
@@ -78,20 +79,27 @@ class Stopping:
             run_job(spec, folder, site)
             return
         self.iterations, self.training = (spec.get("train") or {}).get("iterations", 0), True
-        looks = {"during": lambda updates, *at: looked_at(updates, look, folder, *at)} if look else {}
+        name = spec.get("name", "student")
+        looks = {"during": lambda updates, *at: looked_at(updates, look, folder, name, *at)} if look else {}
         try:
             run_job(spec, folder, site, told=self, shown=False, **looks)
         finally:
             self.training = False
 
 
-def looked_at(updates: Iterator[StepInfo], every: int, folder: Path, site: Site, objective) -> Iterator:
-    """The updates of a training with a look between some."""
+def looked_at(
+    updates: Iterator[StepInfo], every: int, folder: Path, name: str, site: Site, objective
+) -> Iterator:
+    """The updates of a training of the adapter `name` with a look between some."""
     if not site.main:
         return updates
-    prompts = some_prompts(objective.schedule)
+    schedule = getattr(objective, "schedule", None)
+    if schedule is None:  # fine-tuning has examples
+        by_task = {p.task: [q for q in objective.prompts if q.task == p.task] for p in objective.prompts}
+        schedule = Schedule(by_task, 1)
+    prompts = some_prompts(schedule)
     look = Look(prompts, site.world.judges(site.device), every, site.world.sampler(20))
-    return look.during(updates, site.policy, "student", folder)
+    return look.during(updates, site.policy, name, folder)
 
 
 def serve(queue: Path, parent: int, accelerator: Accelerator, dtype: torch.dtype) -> None:

@@ -46,12 +46,13 @@ def train_job(
 ) -> None:
     """The adapter `name` (student) trained by a recipe into a folder."""
     recipe = {k: v for k, v in spec.items() if k in KEYS}
-    policy, objective, config = build(recipe, site=site, name=spec.get("name", "student"))
     asked, probe = spec.get("probe"), None
-    if asked is not None:
+    if asked is not None:  # before the model is loaded
         check_keys("probe", asked, PROBE)
         for key, value in asked.items():
             check_value(f"probe.{key}", value, PROBE[key])
+    policy, objective, config = build(recipe, site=site, name=spec.get("name", "student"))
+    if asked is not None:
         world = site.world
         prompts = world.first_prompts(asked.get("split", "val"), asked.get("n", 24))
         sampler = world.sampler(asked.get("steps", world.evaluation.steps))

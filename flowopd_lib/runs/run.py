@@ -5,11 +5,27 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 
 import yaml
 
-from .runner import run_profile
+from ..worlds import load_world
+from .cost import cost_table
+from .runner import NOTEBOOKS, choose, parameters_of, run_profile
+
+
+def costs(chosen: dict[str, dict]) -> str:
+    """What a profile's notebooks will cost, as a table to read."""
+    worlds = cache(load_world)
+    whole = {n: {**parameters_of(NOTEBOOKS / f"{n}.ipynb"), **p} for n, p in chosen.items()}
+    table = cost_table(whole, worlds)
+    rates = [w.rates for w in map(worlds, {p["world"] for p in whole.values()}) if w.rates]
+    told = "".join(
+        f"\nat {r['forwards']:g} forwards and {r['updates']:g} updates a second of one {r['device']}"
+        for r in rates
+    )
+    return table.round(2).to_string(index=False, na_rep="-") + told
 
 
 def main() -> None:
@@ -30,6 +46,7 @@ def main() -> None:
         help="override parameters, in the notebooks that have them",
     )
     parser.add_argument("--folder", type=Path, help="where the run goes (default: papermill_runs/PROFILE)")
+    parser.add_argument("--cost", action="store_true", help="only tell what it would cost")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -44,6 +61,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         overrides = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in args.set)}
+        if args.cost:
+            print(costs(choose(args.profile, args.only, overrides)))
+            return
+        if "launcher" in str(chosen := choose(args.profile, args.only, overrides)):
+            print(costs(chosen))
         folder = run_profile(
             args.profile, args.only, overrides, args.folder, resume=args.resume, jobs=args.jobs
         )

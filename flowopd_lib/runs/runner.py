@@ -122,13 +122,18 @@ def read_status(folder: Path) -> dict[str, dict]:
 
 
 def inputs() -> dict[str, str]:
-    """sha256 of what any notebook may read beside its own text: the library's source, the assets' manifests,
-    the recipes."""
+    """sha256 of what any notebook may read beside its own text: the library's source, its worlds, the assets'
+    manifests, the recipes."""
     library = ROOT / "flowopd_lib"
     files = {
         p.relative_to(ROOT).as_posix(): p
-        for p in (*library.rglob("*.py"), *(library / "assets").rglob("manifest.json"))
+        for p in (
+            *library.rglob("*.py"),
+            *(library / "worlds").rglob("*.yaml"),
+            *(library / "assets").rglob("manifest.json"),
+        )
     }
+    files |= {p.relative_to(ROOT).as_posix(): p for p in (library / "worlds").rglob("*.yaml")}
     files |= {f"papermill_runs/recipes/{p.name}": p for p in (RUNS / "recipes").glob("*.yaml")}
     return {name: report.sha256(files[name]) for name in sorted(files)}
 

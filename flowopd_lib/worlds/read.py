@@ -32,7 +32,9 @@ KEYS = {
     "sampling": dict[str, dict],
     "truth": str,
     "about": str,
+    "rates": dict,
 }
+RATES = {key: Annotated[float, Field(gt=0)] for key in ("forwards", "updates")} | {"device": str}
 TASK = {
     "judge": str,
     "prompts": str,
@@ -133,6 +135,8 @@ def _fields(path: Path, given: Any) -> dict[str, Any]:
     ):
         for name in named:
             _there(key, name, of)
+    if "rates" in world:
+        _checked("rates", world["rates"], RATES, ("forwards", "updates", "device"))
     check_keys("sampling", world.get("sampling", {}), SAMPLING)
     samplers = {
         key: Sampler(**check_options(f"sampling.{key}", value, Sampler))
@@ -144,7 +148,7 @@ def _fields(path: Path, given: Any) -> dict[str, Any]:
     for judge in judges.values():
         for task in judge.get("tasks", []):
             _there("judges", task, tasks, "task")
-    optional = {k: world[k] for k in ("resolution", "text_length", "anchor", "about") if k in world}
+    optional = {k: world[k] for k in ("resolution", "text_length", "anchor", "about", "rates") if k in world}
     return {
         "name": path.parent.name if path.stem == "world" else path.stem,
         "base": str(placed(world["model"], folder, name=True)),

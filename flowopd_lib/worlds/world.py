@@ -89,6 +89,7 @@ class World:
     exploration: Sampler = Sampler(10, "sde")
     distillation: Sampler = Sampler(10, "sde")
     truth_module: str = ""
+    rates: Mapping[str, float] = field(default_factory=dict)  # measured: see `runs.cost`
     about: str = ""  # a sentence or two for a reader
 
     @property

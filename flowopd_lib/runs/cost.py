@@ -1,0 +1,156 @@
+"""What a run will cost, told before it starts: pictures, forwards of the transformer, and hours of a GPU at
+the rate that was measured for its world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..rollout import Sampler
+from ..worlds import World
+
+
+@dataclass(frozen=True)
+class Work:
+    """Pictures that are drawn, forwards of one latent without gradient, and with it and its backward.
+    Guidance counts twice: it asks for the empty prompt too."""
+
+    images: float = 0.0
+    forwards: float = 0.0
+    updates: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.images + other.images, self.forwards + other.forwards, self.updates + other.updates)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.images * times, self.forwards * times, self.updates * times)
+
+
+def _passes(guidance: float) -> int:
+    return 1 if guidance == 1.0 else 2
+
+
+class Costs:
+    """The parts that notebooks are made of, in one world."""
+
+    def __init__(self, world: World, parameters: Mapping[str, Any]):
+        self.world, self.p = world, parameters
+
+    def evaluation(
+        self, models: int, split: str = "test", n: str = "n_test", tasks: int | None = None
+    ) -> Work:
+        """`n` prompts a task, or as many as there are, under every model."""
+        own = list(self.world.own)[:tasks]
+        prompts = sum(min(self.p[n], self._there(task, split)) for task in own)
+        images = models * prompts * self.p.get("repeats", 1)
+        passes = _passes(self.world.evaluation.guidance)
+        return Work(images, images * self.p.get("steps", self.world.evaluation.steps) * passes)
+
+    def _there(self, task: str, split: str) -> int:
+        try:
+            return len(self.world.prompts(task, split))
+        except (OSError, ValueError):  # the files come later: as many as are asked for
+            return 1 << 30
+
+    def grpo(self, iterations: int, images: int, sampler: Sampler | None = None) -> Work:
+        s = sampler or self.world.exploration
+        each = iterations * images * _passes(s.guidance)
+        return Work(iterations * images, each * s.steps, each * len(s.window))
+
+    def opd(self, updates: int, prompts: int, steps: int = 0, anchor: bool = True) -> Work:
+        """`steps` of a walk are learned from (0: all), each asked of its teacher and the anchor; a walk ends
+        at the last of them."""
+        s = self.world.distillation
+        states = steps or len(s.window)
+        walked = s.steps * (states / (states + 1) if steps else 1.0)
+        each = updates * prompts * _passes(s.guidance)
+        return Work(updates * prompts, each * (walked + states * (1 + anchor)), each * states)
+
+    def sft(self, samples: int, updates: int) -> Work:
+        passes = _passes(self.world.evaluation.guidance)
+        return Work(samples, samples * self.p["steps"] * passes, updates * 48)
+
+
+def _interference(c: Costs) -> Work:
+    p, tasks = c.p, len(c.world.tasks)
+    of_rewards = c.grpo(p["batches"], p["prompts_per_batch"] * p["images_per_prompt"]) * tasks
+    moved = c.grpo(1, p["images"]) * (tasks * (tasks + 1))
+    pulls = c.opd(p["batches"], p["prompts_per_batch"], anchor=False) * (2 * len(c.world.experts))
+    return of_rewards + Work(moved.images, moved.forwards) + pulls
+
+
+def _seesaw(c: Costs) -> Work:
+    p = c.p
+    arms = len(p["arms"]) or len(c.world.own) + bool(c.world.beside) + 2
+    one = c.grpo(p["iterations"], p["prompts_per_batch"] * p["images_per_prompt"])
+    looks = c.evaluation(1, "val", "n_probe") * (p["iterations"] // p["every"] + 1)
+    return (one + looks) * arms + c.evaluation(1 + arms)
+
+
+def _distillation(c: Costs) -> Work:
+    p = c.p
+    starts = len([o for o in p["others"] if o != "GRPO-Mix"])
+    found = c.opd(p["iterations"], p["prompts_per_batch"], p["opd_steps"], p["mar"] > 0)
+    found = found * (p["train_seeds"] + starts) + c.evaluation(1, "val", "n_probe") * (5 * (1 + starts))
+    if "sft" in p["others"]:
+        found += c.sft(p["sft_samples"], p["sft_iterations"])
+    mixes = p["train_seeds"] if "GRPO-Mix" in p["others"] else 0
+    found += c.grpo(p["mix_iterations"], 144) * mixes
+    return found + c.evaluation(2 + len(c.world.experts) + starts + p["train_seeds"] + mixes)
+
+
+def _readings(c: Costs) -> Work:
+    p, readings = c.p, 5
+    compared = c.opd(p["batches"], p["images"], anchor=False)
+    compared = Work(compared.images, compared.forwards, compared.updates * readings) * 2
+    trained = c.opd(p["iterations"], p["prompts_per_batch"], anchor=False) * (readings * len(p["rates"]))
+    alone = c.opd(p["step_iterations"], p["prompts_per_batch"], 1, False) * len(c.world.distillation.window)
+    looks = c.evaluation(readings * len(p["rates"]) + len(c.world.distillation.window) + 2, "val", "n_val")
+    return compared + trained + alone + looks + c.evaluation(1 + readings)
+
+
+NOTEBOOKS: dict[str, Callable[[Costs], Work]] = {
+    "00_quickstart": lambda c: c.evaluation(1) + c.evaluation(1, n="n_show"),
+    "01_gradient_interference": _interference,
+    "02_mixed_reward_seesaw": _seesaw,
+    "03_expert_training": lambda c: c.grpo(c.p["iterations"], 144) + c.evaluation(1 + len(c.world.experts)),
+    "04_cold_start": lambda c: (
+        c.sft(c.p["sft_samples"], c.p["sft_iterations"])
+        + c.evaluation(7)
+        + c.evaluation(c.p["points"], tasks=2)
+    ),
+    "05_opd": _distillation,
+    "06_mar": lambda c: (
+        c.opd(c.p["iterations"], c.p["prompts_per_batch"], 1) * len(c.p["arms"])
+        + c.evaluation(2 + len(c.p["arms"]))
+    ),
+    "07_opd_estimators": _readings,
+    "08_results": lambda c: c.evaluation(4, "ood"),
+}
+
+
+def cost_table(chosen: Mapping[str, Mapping[str, Any]], world_of: Callable[[str], World]) -> pd.DataFrame:
+    """A row a notebook, and their sum: pictures, thousands of forwards, without gradient and with, and hours
+    of a GPU where the world says at which rates. `chosen`: all parameters by notebook."""
+    rows = []
+    for notebook, parameters in chosen.items():
+        world = world_of(parameters["world"])
+        work = NOTEBOOKS[notebook](Costs(world, parameters)) if notebook in NOTEBOOKS else Work()
+        rates = world.rates
+        seconds = work.forwards / rates["forwards"] + work.updates / rates["updates"] if rates else np.nan
+        rows.append(
+            {
+                "notebook": notebook,
+                "pictures": round(work.images),
+                "forwards, thousands": work.forwards / 1e3,
+                "with backward, thousands": work.updates / 1e3,
+                "GPU hours": seconds / 3600,
+            }
+        )
+    table = pd.DataFrame(rows)
+    total = table.drop(columns="notebook").sum(min_count=1)
+    return pd.concat([table, pd.DataFrame([{"notebook": "all", **total}])], ignore_index=True)
