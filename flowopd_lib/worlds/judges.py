@@ -28,6 +28,8 @@ def build_judge(name: str, spec: Mapping[str, Any], folder: Path, device: str) -
 
 def _build(where: str, spec: Mapping[str, Any], folder: Path, device: str) -> Any:
     kind = judge_class(where, spec["class"], folder)
+    if "token" in spec:
+        raise ValueError(f"{where}.token: a secret is not written in a file; set FLOWOPD_JUDGE_TOKEN")
     known = inspect.signature(kind).parameters
     settings = {}
     check_keys(where, {k: None for k in spec if k != "class"}, known)
