@@ -1,6 +1,6 @@
 """A world of the full one's kind, without its weights: Stable Diffusion 3.5's architecture, the published
 experts' format, and the real classes of every judge that runs in process, all tiny and random; and one judge
-behind a real server. What it draws and how it is judged means nothing; that everything runs is what it is for.
+behind a real server. What it draws and how it is judged means nothing; that all of it runs is what it is for.
 
 `python tests/stand_in.py FOLDER` writes it.
 """

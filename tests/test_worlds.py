@@ -12,8 +12,9 @@ import yaml
 from flowopd_lib import FlowPolicy, Lab, build, load_world
 from flowopd_lib.check import Check
 from flowopd_lib.files import ROOT
-from flowopd_lib.objectives import OPD, Share
-from flowopd_lib.rewards import OCR, GenEval, can_judge
+from flowopd_lib.objectives import Share
+from flowopd_lib.rewards import OCR, can_judge
+from flowopd_lib.runs.runner import parameters_of
 from flowopd_lib.worlds.tiny.scenes import SIGN_BOX, SIZE
 
 ASSETS = ROOT / "flowopd_lib" / "assets"
@@ -301,13 +302,15 @@ def test_nothing_outside_the_small_world_names_it():
     assert not found
 
 
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_asks_for_a_world_and_a_launcher_first(notebook):
+    parameters = list(parameters_of(notebook).items())
+    assert parameters[:2] == [("world", "tiny"), ("launcher", "")]
+
+
 def test_the_mean_of_uneven_parts_is_that_of_all():
     """Three prompts for two processes: two and one, and the weights of their losses are those of three."""
     shares = [Share(rank, 2) for rank in range(2)]
     pieces = [share.updates_of(3, 1, 1, 8) for share in shares]
     assert [[(rows.stop - rows.start, n) for _, rows, n in p] for p in pieces] == [[(2, 3)], [(1, 3)]]
     assert np.isclose(sum((r.stop - r.start) / n for p in pieces for _, r, n in p), 1.0)
-
-
-def test_the_exported_names_are_there():
-    assert OPD and GenEval

@@ -1,0 +1,127 @@
+"""The full-size suite as far as it goes without weights: every notebook on the stand-in, in two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pandas as pd
+import pytest
+import stand_in
+
+from flowopd_lib import load_world
+from flowopd_lib.check import Check
+from flowopd_lib.files import ROOT
+from flowopd_lib.inputs import read_yaml
+from flowopd_lib.runs.cost import cost_table
+from flowopd_lib.runs.runner import NOTEBOOKS, load_profile, parameters_of, run_profile
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The real judge server around a judge that needs no weights."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = ROOT / "flowopd_lib" / "rewards" / "judge_server.py"
+    process = subprocess.Popen([sys.executable, str(script), "brightness", "--port", str(port)])
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2)
+            break
+        except OSError:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.2)
+    yield url
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, server):
+    return stand_in.write_world(tmp_path_factory.mktemp("stand_in"), server)
+
+
+def test_everything_of_it_is_right(world):
+    check = Check(load_world(world), "float32")
+    lines = {line.what: line for line in check.run()}
+    assert [line.told for line in lines.values() if not line.right] == []
+    assert "by mask2former (transformers)" in lines["judge GenEval"].told
+    assert "(unseen)" in lines["judge Aesthetic"].told and "(unseen)" in lines["judge BLIP-VQA"].told
+    assert "rank [32]" in lines["expert geneval"].told
+
+
+def test_every_notebook_in_two_processes(world, tmp_path):
+    settings = {"world": str(world), "launcher": "local2"}
+    run_profile("smoke", overrides=settings, folder=tmp_path, log=lambda message: None)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert {s["state"] for s in status.values()} == {"done"} and len(status) == 10
+    table = pd.read_parquet(tmp_path / "05_opd" / "samples.parquet")
+    assert {"GenEval", "OCR", "PickScore", "DeQA"} <= set(table) and table["DeQA"].notna().all()
+    for notebook in status:
+        if notebook not in ("08_results", "09_gallery"):
+            assert list((tmp_path / notebook / ".jobs").glob("*/log.txt")), notebook
+    judged = [c for c in json.loads((tmp_path / "00_quickstart.ipynb").read_text())["cells"]]
+    said = "".join("".join(o.get("text", [])) for c in judged for o in c.get("outputs", []))
+    assert "cannot draw right pictures of its prompts" in said
+    assert "leave launcher empty to see it" in said
+
+
+def test_papermill_alone_runs_a_notebook(world, tmp_path):
+    parameters = {"world": world, "launcher": "local2", "n_test": 12, "n_show": 1, "steps": 1}
+    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "00_quickstart.ipynb"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "out.ipynb"), *given, "-p", "out_dir", str(tmp_path)],
+        cwd=NOTEBOOKS,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FLOWOPD_HEADLESS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(pd.read_parquet(tmp_path / "samples.parquet")) == 36
+
+
+@pytest.mark.parametrize("profile", ["sd35_8gpu", "sd35_4x8"])
+def test_the_full_profiles_name_the_world_and_a_launcher(profile):
+    chosen = load_profile(profile)
+    assert list(chosen) == sorted(p.stem for p in NOTEBOOKS.glob("[0-9]*.ipynb"))
+    launcher = {"sd35_8gpu": "gpus8", "sd35_4x8": "slurm"}[profile]
+    assert {(p["world"], p["launcher"]) for p in chosen.values()} == {("sd35", launcher)}
+
+
+def test_what_a_run_will_cost_is_what_it_costs(world, tmp_path):
+    """The pictures that are counted before are the rows of the table after."""
+    chosen = {"00_quickstart": load_profile("smoke")["00_quickstart"] | {"world": str(world)}}
+    run_profile("smoke", "00", {"world": str(world)}, tmp_path, log=lambda message: None)
+    whole = {n: {**parameters_of(NOTEBOOKS / f"{n}.ipynb"), **p} for n, p in chosen.items()}
+    told = cost_table(whole, load_world).set_index("notebook")
+    drawn = [tmp_path / "00_quickstart" / p for p in ("samples.parquet", "few/samples.parquet")]
+    assert told.loc["00_quickstart", "pictures"] == sum(len(pd.read_parquet(p)) for p in drawn)
+    guided = 2 * whole["00_quickstart"]["steps"]
+    assert told.loc["all", "forwards, thousands"] == told.loc["all", "pictures"] * guided / 1e3
+
+
+def test_hours_by_the_rates_of_the_world():
+    chosen = {
+        n: {**parameters_of(NOTEBOOKS / f"{n}.ipynb"), **p} for n, p in load_profile("sd35_8gpu").items()
+    }
+    table = cost_table(chosen, load_world).set_index("notebook")
+    rates = load_world("sd35").rates
+    for _, row in table.drop(index="all").iterrows():
+        seconds = row["forwards, thousands"] * 1e3 / rates["forwards"]
+        seconds += row["with backward, thousands"] * 1e3 / rates["updates"]
+        assert row["GPU hours"] == pytest.approx(seconds / 3600)
+    assert table.loc["all", "GPU hours"] == pytest.approx(table["GPU hours"].iloc[:-1].sum())
+
+
+def test_the_slurm_file_runs_its_profile_and_goes_on():
+    text = (ROOT / "papermill_runs" / "slurm" / "full_run.sbatch").read_text()
+    assert subprocess.run(["bash", "-n", "-c", text]).returncode == 0
+    assert "--resume" in text and "scontrol requeue" in text and "#SBATCH --signal=B:TERM" in text
+    launcher = read_yaml(ROOT / "papermill_runs" / "launchers" / "slurm.yaml")["command"]
+    assert "--rdzv_endpoint" in launcher and "SLURM_JOB_NODELIST" in launcher
