@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from flowopd_lib import Lab, build
+from flowopd_lib.checkpoint import load_state
 from flowopd_lib.files import ROOT, RUNS, read_lines
 from flowopd_lib.jobs.launchers import load_launcher
 from flowopd_lib.jobs.site import Site
@@ -27,8 +27,8 @@ RECIPE = {
     "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 5},
     "sampler": {"steps": 4, "kind": "sde"},
     "opd": {"steps": 1, "mar": 0.04, "anchor": "deqa"},
-    "train": {"iterations": 2, "lr": 1.0e-3, "ema": 0.0},
-    "probe": {"every": 2, "n": 3, "steps": 2},
+    "train": {"iterations": 3, "lr": 1.0e-3, "ema": 0.0},
+    "probe": {"every": 3, "n": 2, "steps": 2},
 }
 
 
@@ -62,19 +62,24 @@ def trained(tmp_path_factory) -> dict[int, Path]:
     return {processes: folder / str(processes) for processes in (1, 2, 4)}
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+def gradients(folder: Path) -> torch.Tensor:
+    """AdamW's first moments: the mean of the updates' gradients. The weights themselves move by its sign,
+    which rounding decides where it is almost 0."""
+    state = load_state(folder / "state.safetensors")["optimizer"]["state"]
+    return torch.cat([of["exp_avg"].flatten() for of in state.values()])
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / one.norm()).item()
 
 
 def test_an_update_does_not_depend_on_the_processes(trained):
-    one = weights(trained[1])
-    before = trained[1] / "state.safetensors"
-    assert before.is_file()
+    one, losses = gradients(trained[1]), read_lines(trained[1] / "metrics.jsonl")["loss"].to_numpy()
     for processes in (2, 4):
-        for key, value in weights(trained[processes]).items():
-            torch.testing.assert_close(value, one[key], rtol=0, atol=2e-5)
-        curves = [read_lines(trained[n] / "metrics.jsonl") for n in (1, processes)]
-        assert curves[1]["loss"].to_numpy() == pytest.approx(curves[0]["loss"].to_numpy(), rel=1e-4)
+        # in another order of sums; the first update's rounding goes on into the next
+        assert 0 < apart(one, gradients(trained[processes])) < 1e-4
+        others = read_lines(trained[processes] / "metrics.jsonl")["loss"].to_numpy()
+        assert others == pytest.approx(losses, rel=1e-5)
 
 
 def test_an_evaluation_does_not_depend_on_the_processes_at_all(trained):
@@ -93,10 +98,7 @@ def test_a_training_goes_on_with_another_number_of_processes(trained, tmp_path):
     for iterations, processes in ((1, 2), (2, 1), (3, 4)):
         spec["train"] = {**RECIPE["train"], "iterations": iterations}
         ended(launched(spec, tmp_path / "mixed", processes))
-    ended(launched(spec, tmp_path / "alone", 1))
-    ours, alone = weights(tmp_path / "mixed"), weights(tmp_path / "alone")
-    for key, value in alone.items():
-        torch.testing.assert_close(ours[key], value, rtol=0, atol=3e-5)
+    assert apart(gradients(trained[1]), gradients(tmp_path / "mixed")) < 1e-4
     assert list(read_lines(tmp_path / "mixed" / "metrics.jsonl")["iteration"]) == [0, 1, 2]
 
 
@@ -104,9 +106,9 @@ EVALUATE = {
     "job": "evaluate",
     "world": "tiny",
     "models": {"base": None, "ocr expert": "ocr"},
-    "n": 20,
+    "n": 12,
     "steps": 6,
-    "batch": 4,
+    "batch": 3,
     "pictures": True,
 }
 
@@ -125,7 +127,7 @@ def test_a_killed_process_leaves_its_finished_batches(tmp_path):
     process.communicate(timeout=120)
     assert process.returncode != 0
     kept = {p: p.stat().st_mtime_ns for p in parts.glob("*.parquet")}
-    assert 6 <= len(kept) < 30
+    assert 6 <= len(kept) < 24
     process = launched(EVALUATE, tmp_path / "killed", 2)
     seen = {}
     while process.poll() is None:

@@ -17,11 +17,13 @@ import argparse
 import multiprocessing
 import os
 import resource
+import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -224,6 +226,17 @@ def matmul_peak(device: str, dtype: torch.dtype, repeats: int = 12) -> float:
     return best
 
 
+def heard(case: str, pipe) -> Any:
+    """What a case's process says. Raises RuntimeError where it has ended."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise RuntimeError(
+            f"the case {case} ended before its time, as its own words above say; where memory was too "
+            "little, lower --images"
+        ) from None
+
+
 def bench(
     model: str, device: str, dtype: torch.dtype, images: int, repeats: int, cases: Sequence[str] = CASES
 ) -> dict:
@@ -240,16 +253,16 @@ def bench(
             )
             process.start()
             theirs.close()
-            ours.recv()
+            heard(case, ours)
             running[case] = (process, ours)
         seconds = {case: [] for case in together}
         for iteration in range(repeats):
             for case, (_, pipe) in running.items():
                 pipe.send(2 + iteration)
-                seconds[case].append(pipe.recv())
+                seconds[case].append(heard(case, pipe))
         for case, (process, pipe) in running.items():
             pipe.send(None)
-            end, median = pipe.recv(), float(np.median(seconds[case]))
+            end, median = heard(case, pipe), float(np.median(seconds[case]))
             found[case] = {
                 "seconds": median,
                 "fastest": min(seconds[case]),
@@ -304,10 +317,11 @@ def main() -> None:
         dtype, model = resolve(args.dtype, args.device), args.model
         if model == RANDOM:
             model = str(write_sd35(folder, dtype=dtype, device=args.device))
-        result = {
-            **bench(model, args.device, dtype, args.images, args.repeats, args.cases),
-            "model": args.model or WORLD.base_name,
-        }
+        try:
+            found = bench(model, args.device, dtype, args.images, args.repeats, args.cases)
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
+        result = {**found, "model": args.model or WORLD.base_name}
     print(f"{'case':10} {'seconds':>8} {'MiB':>8} {'GFLOP':>8} {'of matmul peak':>15}")
     for case, row in result["cases"].items():
         print(

@@ -40,7 +40,8 @@ def accelerator_of(spec: dict, folder: Path) -> Accelerator:
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=folder)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed precision {accelerator.mixed_precision} is not supported; use no or bf16")
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    if alone and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count())
     return accelerator
 
