@@ -78,7 +78,7 @@ class Processes:
 
     def stop(self) -> None:
         """Ask all its processes to end, a training after this iteration with a checkpoint."""
-        if self.state == "running":
+        if self._process is not None and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGTERM)
 
