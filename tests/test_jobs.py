@@ -1,5 +1,6 @@
 """One way to compute: a job in this process, and in one, two and four of their own, leaves the same."""
 
+import contextlib
 import json
 import os
 import signal
@@ -53,12 +54,26 @@ def ended(process: subprocess.Popen) -> str:
     return said
 
 
+@contextlib.contextmanager
+def one_thread():
+    """As in the processes that are started: roundings depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[int, Path]:
     """The same recipe on one, two and four processes."""
     folder = tmp_path_factory.mktemp("trained")
-    for processes in (1, 2, 4):
-        ended(launched({"world": "tiny", **RECIPE}, folder / str(processes), processes))
+    spec = {"world": "tiny", **RECIPE}
+    with one_thread():
+        run_job(spec, folder / "1", Site("tiny", "float32"))
+    for processes in (2, 4):
+        ended(launched(spec, folder / str(processes), processes))
     return {processes: folder / str(processes) for processes in (1, 2, 4)}
 
 
@@ -113,7 +128,7 @@ EVALUATE = {
 }
 
 
-def test_a_killed_process_leaves_its_finished_batches(tmp_path):
+def test_a_killed_process_leaves_its_finished_batches(tmp_path, policy):
     """kill -9 of one of two, then the same command: what was done is not done again, and the table is that of
     one process."""
     process = launched(EVALUATE, tmp_path / "killed", 2)
@@ -135,7 +150,8 @@ def test_a_killed_process_leaves_its_finished_batches(tmp_path):
         time.sleep(0.05)
     ended(process)
     assert seen == kept
-    ended(launched(EVALUATE, tmp_path / "one", 1))
+    with one_thread():
+        run_job(EVALUATE, tmp_path / "one", Site("tiny", policy=policy))
     tables = [pd.read_parquet(tmp_path / name / "samples.parquet") for name in ("killed", "one")]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     pictures = [sorted((tmp_path / name / "pictures").glob("*.zip")) for name in ("killed", "one")]
@@ -148,7 +164,8 @@ def test_a_job_in_this_process_is_the_job_of_another(tmp_path, policy):
     here.site.policy = policy
     there = Lab("tiny", "local2", tmp_path / "there")
     size = {"n": 2, "steps": 2}
-    tables = [lab.evaluate({"base": None, "deqa expert": "deqa"}, **size) for lab in (here, there)]
+    with one_thread():
+        tables = [lab.evaluate({"base": None, "deqa expert": "deqa"}, **size) for lab in (here, there)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     with pytest.raises(RuntimeError, match="the launcher local2 computes: this process holds no model"):
         _ = there.policy

@@ -18,6 +18,7 @@ from flowopd_lib import FlowPolicy, Look, Sampler, files, load_world, some_promp
 from flowopd_lib.checkpoint import load_state
 from flowopd_lib.files import RUNS
 from flowopd_lib.fit import fit
+from flowopd_lib.inputs import read_yaml
 from flowopd_lib.jobs.recipes import build
 from flowopd_lib.merge import drawn_by_teachers
 from flowopd_lib.objectives import SFT
@@ -158,21 +159,13 @@ SFT_START = {
 # group they lose digits.
 @pytest.mark.parametrize(
     "recipe, tolerance",
-    [
-        (OPD, 1e-5),
-        (DRAWN, 1e-5),
-        (GRPO, 1e-3),
-        (BRANCH, 1e-3),
-        (of_three(OPD), 1e-5),
-        (of_three(DRAWN), 1e-5),
-        (of_three(GRPO), 1e-3),
-        (SFT_START, 1e-5),
-    ],
-    ids=["opd", "opd drawn", "grpo", "grpo branch", "opd of 3", "opd drawn of 3", "grpo of 3", "sft of 3"],
+    [(OPD, 1e-5), (DRAWN, 1e-5), (GRPO, 1e-3), (BRANCH, 1e-3), (of_three(GRPO), 1e-3), (SFT_START, 1e-5)],
+    ids=["opd", "opd drawn", "grpo", "grpo branch", "grpo of 3", "sft of 3"],
 )
 def test_two_processes_make_the_update_of_one(recipe, tolerance, expert, tmp_path):
     recipe = written({**recipe, "train": {"iterations": 1, "lr": 1e-3}}, tmp_path / "recipe.yaml", expert)
-    subprocess.run(command(recipe, tmp_path / "one"), check=True, env=ENVIRONMENT, capture_output=True)
+    policy, objective, config = build(read_yaml(recipe))
+    fit(policy, objective, tmp_path / "one", config, shown=False)
     # `accelerate launch --cpu` would start one process, whatever it is asked for.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(

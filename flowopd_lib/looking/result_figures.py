@@ -111,7 +111,8 @@ def cost(run: Run, world: World) -> pd.DataFrame:
                 "measured": f"its manifest: {manifest['machine']}",
             }
         )
-    rows.append({"stage": "all experts", "minutes": sum(r["minutes"] for r in rows), "measured": "sum"})
+    if rows:
+        rows.append({"stage": "all experts", "minutes": sum(r["minutes"] for r in rows), "measured": "sum"})
     for notebook in ("05_opd", "02_mixed_reward_seesaw"):
         try:
             rows += [

@@ -149,7 +149,7 @@ def kl_figure(curve: pd.DataFrame, steps: int, title: str) -> Figure:
     left.set(
         yscale="log", xlabel="iteration", ylabel="mean squared difference of velocities", title="by teacher"
     )
-    right.set(yscale="log", xlabel="iteration", ylabel="KL of a step, nats", title="by noise level")
+    right.set(yscale="log", xlabel="iteration", ylabel="KL of a step, nats", title="by step of the walk")
     left.legend(fontsize=9)
     figure.legend(*right.get_legend_handles_labels(), fontsize=9, loc="outside right center")
     figure.suptitle(title, fontweight="bold")
