@@ -170,6 +170,7 @@ def test_a_job_in_this_process_is_the_job_of_another(tmp_path, policy):
     with pytest.raises(RuntimeError, match="the launcher local2 computes: this process holds no model"):
         _ = there.policy
     assert there.live(lambda: 1 / 0) is None
+    there.stop()
 
 
 def test_with_a_launcher_the_notebooks_process_imports_no_model(tmp_path):

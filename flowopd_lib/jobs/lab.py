@@ -83,6 +83,10 @@ class Lab:
         self.site.adapters(names, self.sources)
         return self.policy
 
+    def stop(self) -> None:
+        """End a launcher's processes, which else end with this one."""
+        self._served.stop()
+
     def code(self, names: Sequence[str], about: Mapping) -> str:
         """Code that makes `policy`, with the adapters of these names, as it drew samples (`about`: what their
         about.json says): what a gallery's `code_of` begins with."""
