@@ -188,7 +188,9 @@ def with_splits(tables: Mapping[str, pd.DataFrame], folder: str | Path) -> Sampl
         parts.append(table.assign(split=split, picture=f"{split}/" + table["picture"]))
         about = folder / split / "pictures" / "about.json"
     write_whole(folder / "pictures" / "about.json", about.read_text())
-    write_table(folder / "samples.parquet", pd.concat(parts, ignore_index=True))
+    # every prompt once before any comes again, as where all are drawn together
+    table = pd.concat(parts, ignore_index=True).sort_values("repeat", kind="stable", ignore_index=True)
+    write_table(folder / "samples.parquet", table)
     return load_samples(folder)
 
 
