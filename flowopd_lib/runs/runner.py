@@ -173,6 +173,8 @@ def fingerprints(chosen: Mapping[str, dict], status: Mapping[str, dict]) -> dict
                 n: s.get("fingerprint") for n, s in read_status(NOTEBOOKS / parameters["run_dir"]).items()
             }
         needed = {n: there.get(n) for n in needs_of(notebook)}
+        world = NOTEBOOKS / str(parameters.get("world", ""))
+        needed["world"] = report.sha256(world) if world.is_file() else None  # one of the user's own
         made[notebook] = hashlib.sha256(
             json.dumps([cells, parameters, read, needed], sort_keys=True).encode()
         ).hexdigest()
