@@ -20,14 +20,15 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from flowopd_lib import Prompt, tinyworld
+from flowopd_lib import Prompt
 from flowopd_lib.bench.judge_server import load
 from flowopd_lib.checkpoint import load_state
 from flowopd_lib.files import ROOT
 from flowopd_lib.identity import describe
-from flowopd_lib.jobs.recipes import build, judges_of
+from flowopd_lib.jobs.recipes import build
 from flowopd_lib.rewards import (
     ChatJudge,
     GenEval,
@@ -38,6 +39,8 @@ from flowopd_lib.rewards import (
     remote,
 )
 from flowopd_lib.train import train
+from flowopd_lib.worlds.judges import build_judge
+from flowopd_lib.worlds.tiny import ASSETS
 
 FILE = ROOT / "flowopd_lib" / "rewards" / "judge_server.py"
 PROMPTS = [Prompt(f"a picture of {n}", "pickscore") for n in range(8)]
@@ -331,8 +334,9 @@ def test_a_remote_detector_finds_what_our_rule_judges():
         with pytest.raises(ValueError, match="which is no detection"):
             judge(IMAGES[:2], prompts)
         assert describe(judge)["detector"]["judge"] == "GenEval" and fake.url not in str(describe(judge))
-        named = {"judges": {"GenEval": {"url": fake.url}, "GenEvalPartial": {"url": fake.url}}}
-        assert [j.partial for j in judges_of(named).values()] == [False, True]
+        detector = {"class": "RemoteDetector", "url": fake.url}
+        spec = {"class": "GenEval", "detector": detector, "partial": True, "training": True}
+        assert build_judge("GenEvalPartial", spec, ROOT, "cpu").partial
 
 
 def chat(text, reason="stop"):
@@ -369,9 +373,19 @@ def test_a_chat_judge_reads_a_number_or_raises():
             ChatJudge(fake.url, "quen", "?", (1, 5))
 
 
-def recipe(url):
+def world_of(url, folder):
+    """The shipped world with a remote judge more."""
+    world = yaml.safe_load((ROOT / "flowopd_lib" / "worlds" / "tiny" / "world.yaml").read_text())
+    remote = {"class": "RemoteJudge", "url": url, "judge": "Brightness", "retries": 1, "timeout": 10.0}
+    world |= {"judges": {**world["judges"], "Brightness": remote}, "folder": str(ASSETS)}
+    path = folder.parent / f"{folder.name}_{url.rsplit(':', 1)[1]}.yaml"
+    path.write_text(yaml.safe_dump(world))
+    return str(path)
+
+
+def recipe(url, folder):
     return {
-        "judges": {"Brightness": {"url": url, "retries": 1, "timeout": 10}},
+        "world": world_of(url, folder),
         "student": {"rank": 4, "alpha": 8},
         "schedule": {"tasks": ["pickscore"], "prompts_per_batch": 2, "images_per_prompt": 2},
         "sampler": {"steps": 2},
@@ -381,17 +395,17 @@ def recipe(url):
 
 
 def test_a_run_whose_judge_dies_keeps_its_state_and_goes_on_to_the_bit(url, tmp_path):
-    for _ in train(*parts(recipe(url), tmp_path / "whole")):
+    for _ in train(*parts(url, tmp_path / "whole")):
         pass
     with server(stop=signal.SIGKILL) as (other, process):
-        updates = train(*parts(recipe(other), tmp_path / "cut"))
+        updates = train(*parts(other, tmp_path / "cut"))
         assert [next(updates).iteration, next(updates).iteration] == [0, 1]
         process.kill()
         with pytest.raises(JudgeUnavailable, match="cannot judge, after 2 tries: no connection .*is saved"):
             next(updates)
     assert load_state(tmp_path / "cut" / "state.safetensors")["iteration"] == 2
     # begun again, as a server on another port
-    assert [info.iteration for info in train(*parts(recipe(url), tmp_path / "cut"))] == [2]
+    assert [info.iteration for info in train(*parts(url, tmp_path / "cut"))] == [2]
     whole, cut = (load_state(tmp_path / name / "state.safetensors") for name in ("whole", "cut"))
     for key in ("parameters", "average"):
         assert all(torch.equal(a, b) for a, b in zip(whole[key], cut[key], strict=True))
@@ -400,17 +414,18 @@ def test_a_run_whose_judge_dies_keeps_its_state_and_goes_on_to_the_bit(url, tmp_
     assert rewards[0] == rewards[1] and len(rewards[0]) == 3
 
 
-def parts(recipe, folder):
-    policy, objective, config = build(recipe)
+def parts(url, folder):
+    policy, objective, config = build(recipe(url, folder))
     return policy, objective, folder, config
 
 
-def test_a_recipe_names_a_judge_by_its_url_and_never_its_token(url):
-    assert isinstance(judges_of({"judges": {"Brightness": {"url": url}}})["Brightness"], RemoteJudge)
-    with pytest.raises(ValueError, match=r"judges\.Brightness has no 'token'"):
-        judges_of({"judges": {"Brightness": {"url": url, "token": "Sesame"}}})
+def test_a_world_names_a_judge_by_its_url_and_never_its_token(url):
+    spec = {"class": "RemoteJudge", "url": url, "judge": "Brightness"}
+    assert isinstance(build_judge("Brightness", spec, ROOT, "cpu"), RemoteJudge)
+    with pytest.raises(ValueError, match=r"judges\.Brightness\.token: a secret is not written in a file"):
+        build_judge("Brightness", {**spec, "token": "Sesame"}, ROOT, "cpu")
     with pytest.raises(ValueError, match=r"judges\.Brightness\.retries must be a whole number"):
-        judges_of({"judges": {"Brightness": {"url": url, "retries": "4"}}})
+        build_judge("Brightness", {**spec, "retries": "4"}, ROOT, "cpu")
 
 
 OWN_CODE = """
@@ -472,7 +487,7 @@ def test_geneval_gives_objects_with_the_colours_clip_sees(tmp_path, monkeypatch)
     apis.inference_detector = lambda model, images: [(found, masks) for _ in images]
     monkeypatch.setitem(sys.modules, "mmdet", ModuleType("mmdet"))
     monkeypatch.setitem(sys.modules, "mmdet.apis", apis)
-    clip = str(tinyworld.ASSETS / "pickscore")
+    clip = str(ASSETS / "pickscore")
     options = Namespace(model=str(tmp_path / "d.safetensors"), config="c.py", device="cpu", clip=clip)
     save_file({"weight": torch.zeros(1, 1)}, options.model)
     with pytest.raises(ValueError, match="lacks 1 weights, such as bias"):
