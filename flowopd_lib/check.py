@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import psutil
 import torch
 
@@ -259,7 +258,7 @@ def main() -> None:
             flush=True,
         )
     wrong = [line.what for line in check.found if not line.right]
-    print(pd.Series({"right": len(check.found) - len(wrong), "wrong": len(wrong)}).to_string())
+    print(f"{len(check.found) - len(wrong)} right, {len(wrong)} wrong")
     sys.exit(f"error: {', '.join(wrong)}" if wrong else 0)
 
 

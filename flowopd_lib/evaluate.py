@@ -149,7 +149,7 @@ def evaluate(
     if main:
         tables = []
         for number, model in enumerate(models):
-            own = [found.get(s) if s in found else parts.get(*s) for s in starts if s[0] == number]
+            own = [found[s] if s in found else parts.get(*s) for s in starts if s[0] == number]
             rows = pd.concat(own, ignore_index=True).assign(model=model)
             if pictures is not None:
                 places = write_thumbnails(pictures, number, model, rows.pop("thumbnail"))
@@ -170,16 +170,19 @@ def probe_of(
     sampler: Sampler,
     seed: int = 1 << 20,
     home: Home = AVERAGE,
-    into: str | Path | None = None,
+    folder: Path | None = None,
     share: Share = Share(),
 ) -> Callable[[str], pd.DataFrame]:
     """For `fit`: what tells an adapter's `model_scores` on these prompts, with the same noise every time and
-    none of the test's. Several processes (`share`) need a file `into` which they write together."""
+    none of the test's. Several processes (`share`) meet in a file in `folder`, which is then removed."""
 
     def probe(adapter: str) -> pd.DataFrame:
-        table = evaluate(
-            policy, prompts, judges, seed, sampler, {adapter: adapter}, progress=False, into=into, share=share
-        )
+        models, into = {adapter: adapter}, folder / "probe.parquet" if share.world > 1 else None
+        how = {"progress": False, "into": into, "share": share}
+        table = evaluate(policy, prompts, judges, seed, sampler, models, **how)
+        share.wait()
+        if into and share.rank == 0:
+            into.unlink()
         return model_scores(table, home)
 
     return probe

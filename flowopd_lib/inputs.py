@@ -79,6 +79,20 @@ def check_keys(where: str, given: Any, known: Iterable[str]) -> None:
             raise ValueError(f"{where} has no {key!r}{nearest(str(key), known)}; it has {', '.join(known)}")
 
 
+def check_mapping(
+    where: str, given: Any, kinds: Mapping[str, Any], prefix: str = "", needed: Iterable[str] = ()
+) -> dict[str, Any]:
+    """`given`, each of its keys of the kind that `kinds` says and those `needed` there; a fault names the key
+    behind `prefix`. Raises ValueError."""
+    check_keys(where, given, kinds)
+    for key, value in given.items():
+        check_value(prefix + key, value, kinds[key])
+    for key in needed:
+        if key not in given:
+            raise ValueError(f"{where} lacks {key}")
+    return dict(given)
+
+
 @cache
 def _adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True))

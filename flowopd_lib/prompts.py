@@ -18,7 +18,6 @@ from .files import write_whole
 from .records import read_record
 
 KINDS = ("geneval", "quoted", "plain")  # of prompt files
-TASKS = ("geneval", "ocr", "pickscore")  # those with prompts of their own
 FILES = {
     "geneval": "geneval/{}_metadata.jsonl",
     "ocr": "ocr/{}.txt",

@@ -146,21 +146,28 @@ def test_a_sheet_shows_every_sample(tmp_path):
     assert {(51, 51, 51), (102, 102, 102)} <= colors  # .2 and .4
 
 
-def test_evaluate_keeps_thumbnails_and_a_sample_is_drawn_again(policy, judges, test_prompts, tmp_path):
-    prompts = test_prompts["ocr"][:3] + test_prompts["geneval"][:3]
-    tables = {
+def by_itself(policy, judges, by_split, models, folder, **how):
+    """Each split evaluated by itself, with pictures."""
+    return {
         split: evaluate(
             policy,
-            some,
+            prompts,
             {"DeQA": judges["DeQA"]},
             9,
             Sampler(2),
-            {"base": None, "same": None},
+            models,
             progress=False,
-            pictures=tmp_path / split / "pictures",
+            pictures=folder / split / "pictures",
+            **how,
         )
-        for split, some in (("test", prompts[:4]), ("ood", prompts[4:]))
+        for split, prompts in by_split.items()
     }
+
+
+def test_evaluate_keeps_thumbnails_and_a_sample_is_drawn_again(policy, judges, test_prompts, tmp_path):
+    prompts = test_prompts["ocr"][:3] + test_prompts["geneval"][:3]
+    models = {"base": None, "same": None}
+    tables = by_itself(policy, judges, {"test": prompts[:4], "ood": prompts[4:]}, models, tmp_path)
     s = with_splits(tables, tmp_path)
     for split in tables:
         assert sorted(p.name for p in (tmp_path / split / "pictures").iterdir()) == [
@@ -195,21 +202,8 @@ def test_a_sample_is_drawn_again_as_it_was_drawn_in_its_batch_and_with_its_adapt
     policy, asked = world.policy(device="cpu"), []
     policy.load_adapter("ocr", world.adapter("ocr"))
     prompts = test_prompts["ocr"]
-    tables = {
-        split: evaluate(
-            policy,
-            some,
-            {"DeQA": judges["DeQA"]},
-            9,
-            Sampler(2),
-            {"base": None, "ocr expert": "ocr"},
-            batch=2,
-            progress=False,
-            pictures=tmp_path / split / "pictures",
-            guidance={"ocr": 4.0},
-        )
-        for split, some in (("test", prompts[:3]), ("ood", prompts[3:5]))
-    }
+    by_split, models = {"test": prompts[:3], "ood": prompts[3:5]}, {"base": None, "ocr expert": "ocr"}
+    tables = by_itself(policy, judges, by_split, models, tmp_path, batch=2, guidance={"ocr": 4.0})
     s, draw = with_splits(tables, tmp_path), gallery.sample
     monkeypatch.setattr(gallery, "sample", lambda *arguments: (asked.append(arguments), draw(*arguments))[1])
     for position, (prompt, seed, together) in {

@@ -173,8 +173,8 @@ def test_a_job_in_this_process_is_the_job_of_another(tmp_path, policy):
     there.stop()
 
 
-def test_with_a_launcher_the_notebooks_process_imports_no_model(tmp_path):
-    """Not even the libraries that would load one."""
+def test_with_a_launcher_the_notebooks_process_loads_no_model(tmp_path):
+    """Nor a judge's."""
     code = f"""
 import sys
 from pathlib import Path

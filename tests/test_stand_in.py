@@ -5,11 +5,10 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model
 
 from flowopd_lib import FlowPolicy, Prompt, merge
-from flowopd_lib.bench.speed import run_case, setting
+from flowopd_lib.bench.speed import TASKS, run_case, setting
 from flowopd_lib.bench.stand_in import TINY, write_sd35
 from flowopd_lib.export import export
 from flowopd_lib.objectives import OPD, Share
-from flowopd_lib.prompts import TASKS
 from flowopd_lib.rollout import Sampler, sample
 
 

@@ -13,7 +13,7 @@ from flowopd_lib import FlowPolicy, Lab, build, load_world
 from flowopd_lib.check import Check
 from flowopd_lib.files import ROOT
 from flowopd_lib.objectives import Share
-from flowopd_lib.rewards import OCR, can_judge
+from flowopd_lib.rewards import OCR, attribute, can_judge
 from flowopd_lib.runs.runner import parameters_of
 from flowopd_lib.worlds.tiny.scenes import SIGN_BOX, SIZE
 
@@ -78,6 +78,16 @@ def test_a_judge_is_loaded_once_and_those_for_training_are_not_reported(world):
     assert world.judges("cpu")["OCR"] is world.training_judges("cpu")["OCR"]
     assert set(world.training_judges("cpu")) - set(world.judges("cpu")) == {"GenEvalPartial"}
     assert world.unseen_judges("cpu") == {}
+
+
+def test_a_scale_that_the_file_leaves_out_is_that_of_the_judges_class(tmp_path):
+    """What GRPO divides a reward by, the Average divides it by."""
+    world = yaml.safe_load((ROOT / "flowopd_lib" / "worlds" / "tiny" / "world.yaml").read_text())
+    judges = {n: {k: v for k, v in j.items() if k != "scale"} for n, j in world["judges"].items()}
+    mine = load_world(world_with(tmp_path, judges=judges))
+    assert mine.scales == load_world().scales
+    judge = mine.some_judges(["PickScore"], "cpu")["PickScore"]
+    assert mine.scales["PickScore"] == attribute(judge, "scale") == 26.0
 
 
 def test_the_full_size_world_says_what_the_paper_does():

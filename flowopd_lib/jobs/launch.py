@@ -1,9 +1,8 @@
-"""A training beside the notebook, in a thread of its kernel or in processes of their own; both tell of
-themselves by their folder alone.
+"""A training beside the notebook, in a thread of its kernel, and looks at its samples on the way. It tells of
+itself by its folder alone, as one in processes of its own does (see `processes`).
 
 metrics.jsonl   a line an iteration (`train` writes it)
 looks.jsonl     a line a sample drawn on the way, as `evaluate` makes it; its picture is in looks/
-log.txt         what a training in processes of its own printed
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from ..files import RUNS
-from ..inputs import check_keys, check_value, nearest, read_yaml
+from ..inputs import check_mapping, nearest, read_yaml
 
 KEYS = {"command": str, "environment": dict[str, str]}
 
@@ -29,9 +29,7 @@ def load_launcher(name: str) -> tuple[list[str], dict[str, str]]:
             'YAML file of your own; "" computes in the notebook\'s own process'
         )
     given = read_yaml(path)
-    check_keys(str(path), given, KEYS)
-    for key, value in given.items():
-        check_value(f"{path}: {key}", value, KEYS[key])
+    check_mapping(str(path), given, KEYS, f"{path}: ")
     if '"$@"' not in given.get("command", ""):
         raise ValueError(f'{path} needs a command in which "$@" stands for the job\'s arguments')
     environment = {**os.environ, "PYTHON": sys.executable, "FLOWOPD_HEADLESS": "1"}

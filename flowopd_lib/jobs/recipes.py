@@ -14,12 +14,20 @@ train: {iterations: 100, lr: 3.0e-4}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
 
 import torch
-from pydantic import Field
 
-from ..inputs import SEED, check_keys, check_options, check_value, list_of, nearest, one_of
+from ..inputs import (
+    SEED,
+    Count,
+    check_keys,
+    check_mapping,
+    check_options,
+    check_value,
+    list_of,
+    nearest,
+    one_of,
+)
 from ..merge import drawn_by_teachers
 from ..objectives import GRPO, OPD, SFT, Objective
 from ..policy import FlowPolicy
@@ -28,9 +36,9 @@ from ..rollout import Sampler
 from ..schedule import Schedule
 from ..train import TrainConfig
 from ..worlds import World, load_world
+from ..worlds.world import DEFAULT
 from .site import Site, check_source
 
-WHOLE = Annotated[int, Field(ge=1)]
 OBJECTIVES = ("grpo", "opd", "sft")
 # What each key of a recipe may be; the sections' own keys are the arguments of what they describe, with their
 # types.
@@ -46,7 +54,7 @@ KEYS = {
     "train": dict,
     "seed": SEED,
 }
-SFT_KEYS = {"samples": WHOLE, "batch": WHOLE, "steps": WHOLE, "tasks": list_of(str)}
+SFT_KEYS = {"samples": Count, "batch": Count, "steps": Count, "tasks": list_of(str)}
 
 
 def build(
@@ -57,20 +65,18 @@ def build(
     site: Site | None = None,
     name: str = "student",
 ) -> tuple[FlowPolicy, Objective, TrainConfig]:
-    """Everything `train` takes; the policy has the recipe's adapters and, called `name`, the student, unless
-    one that has them is given.
+    """Everything `train` takes; the policy, of `site` or the one given, gets what it lacks of the recipe's
+    adapters and, called `name`, of the student.
 
     Raises ValueError or FileNotFoundError, naming key and value, before anything long begins: all of the
     recipe is checked before a model is loaded.
     """
-    check_keys("the recipe", recipe, KEYS)
-    for key, value in recipe.items():
-        check_value(key, value, KEYS[key])
+    check_mapping("the recipe", recipe, KEYS)
     kinds = [kind for kind in OBJECTIVES if kind in recipe]
     needed = ["train"] if kinds == ["sft"] else ["train", "schedule"]
     if len(kinds) != 1 or not all(key in recipe for key in needed):
         raise ValueError("a recipe has a schedule, a train section, and one objective: grpo, opd or sft")
-    world = site.world if site else load_world(*([recipe["world"]] if "world" in recipe else []))
+    world = site.world if site else load_world(recipe.get("world", DEFAULT))
     seed = recipe.get("seed", 0)
     if "iterations" not in recipe["train"]:
         raise ValueError("train lacks iterations: how many to train for")
@@ -84,9 +90,7 @@ def build(
         _known("student merges", other, known)
     objective, used = None, set(world.teachers.values())
     if kinds == ["sft"]:
-        check_keys("sft", recipe["sft"], SFT_KEYS)
-        for key, value in recipe["sft"].items():
-            check_value(f"sft.{key}", value, SFT_KEYS[key])
+        check_mapping("sft", recipe["sft"], SFT_KEYS, "sft.")
     else:
         objective = _objective(kinds[0], recipe, world, seed, policy or site)
         used = objective.adapters
@@ -94,13 +98,10 @@ def build(
             _known(f"{kinds[0]} names the adapter", other, {**known, name: None})
     if site is None:
         site = Site(world, dtype, policy=policy or world.policy(dtype, device))
-    if name not in site.policy.adapters or policy is None:
-        site.adapters(sorted(used - {name}), adapters)
-        site.adapters(adapters, adapters)
-        source = {"load": student} if isinstance(student, str) else student
-        new = source if {"merge", "load"} & set(source) else {"seed": seed, **source}
-        site.adapters(source.get("adapters", []), adapters)
-        site.adapter(name, new)
+    source = {"load": student} if isinstance(student, str) else student
+    new = source if {"merge", "load"} & set(source) else {"seed": seed, **source}
+    site.adapters([*sorted(used - {name}), *adapters, *source.get("adapters", [])], adapters)
+    site.adapter(name, new)
     if objective is None:
         objective = _sft(recipe["sft"], site, seed)
     objective.check(site.policy, name)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..inputs import check_keys, check_value, list_of, one_of
+from ..inputs import check_mapping, list_of, one_of
 from ..merge import METHODS, merge
 from ..objectives import Share
 from ..policy import FlowPolicy
@@ -42,9 +42,7 @@ def check_source(where: str, source: Any) -> None:
             f"{where} must be an expert, a folder or a hub id by its name, or have one of "
             f"{', '.join(SOURCES)}, not be {source!r}"
         )
-    check_keys(where, source, SOURCES[kind])
-    for name, value in source.items():
-        check_value(f"{where}.{name}", value, SOURCES[kind][name])
+    check_mapping(where, source, SOURCES[kind], f"{where}.")
 
 
 class Site:

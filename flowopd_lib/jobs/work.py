@@ -22,17 +22,16 @@ from pydantic import Field
 from ..evaluate import evaluate, probe_of
 from ..files import write_whole
 from ..fit import fit
-from ..inputs import SEED, check_keys, check_value, nearest
+from ..inputs import SEED, Count, check_mapping, nearest
 from ..precision import decide
 from ..studies.jobs import JOBS as STUDIES
 from ..train import StepInfo
 from .recipes import KEYS, build
 from .site import Site
 
-WHOLE = Annotated[int, Field(ge=1)]
 SOME = {"world": str, "adapters": dict[str, Any], "seed": SEED}
 SPLIT = Literal["train", "val", "test", "ood"]
-PROBE = {"every": WHOLE, "n": WHOLE, "split": SPLIT, "steps": WHOLE, "seed": SEED}
+PROBE = {"every": Count, "n": Count, "split": SPLIT, "steps": Count, "seed": SEED}
 PROBE_SEED = 1 << 20
 
 
@@ -48,17 +47,14 @@ def train_job(
     recipe = {k: v for k, v in spec.items() if k in KEYS}
     asked, probe = spec.get("probe"), None
     if asked is not None:  # before the model is loaded
-        check_keys("probe", asked, PROBE)
-        for key, value in asked.items():
-            check_value(f"probe.{key}", value, PROBE[key])
+        check_mapping("probe", asked, PROBE, "probe.")
     policy, objective, config = build(recipe, site=site, name=spec.get("name", "student"))
     if asked is not None:
         world = site.world
         prompts = world.first_prompts(asked.get("split", "val"), asked.get("n", 24))
         sampler = world.sampler(asked.get("steps", world.evaluation.steps))
         judges, seed = world.judges(site.device), asked.get("seed", PROBE_SEED)
-        into = folder / "probe.parquet" if site.share.world > 1 else None
-        probe = probe_of(policy, prompts, judges, sampler, seed, world.home, into, site.share)
+        probe = probe_of(policy, prompts, judges, sampler, seed, world.home, folder, site.share)
 
     def heard(info: StepInfo) -> bool | None:
         # only now: a recipe that the folder's training refused must not take the place of its own
@@ -79,15 +75,15 @@ EVALUATE = {
     **SOME,
     "models": Annotated[dict[str, str | None], Field(min_length=1)],
     "split": SPLIT,
-    "n": WHOLE,
+    "n": Count,
     "tasks": list[str],
     "judges": list[str],
-    "steps": WHOLE,
-    "repeats": WHOLE,
+    "steps": Count,
+    "repeats": Count,
     "embed": bool,
     "pictures": bool,
     "file": str,
-    "batch": WHOLE,
+    "batch": Count,
 }
 
 
@@ -124,10 +120,7 @@ def check_spec(spec: Any) -> str:
     job = spec.get("job", "train")
     if job not in JOBS:
         raise ValueError(f"there is no job {job!r}{nearest(str(job), JOBS)}; there are {', '.join(JOBS)}")
-    keys = {"job": str, **JOBS[job][1]}
-    check_keys(f"the {job} job", spec, keys)
-    for key, value in spec.items():
-        check_value(key, value, keys[key])
+    check_mapping(f"the {job} job", spec, {"job": str, **JOBS[job][1]})
     return job
 
 

@@ -61,11 +61,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         overrides = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in args.set)}
-        if args.cost:
-            print(costs(choose(args.profile, args.only, overrides)))
-            return
-        if "launcher" in str(chosen := choose(args.profile, args.only, overrides)):
+        chosen = choose(args.profile, args.only, overrides)
+        if args.cost or any(parameters.get("launcher") for parameters in chosen.values()):
             print(costs(chosen))
+        if args.cost:
+            return
         folder = run_profile(
             args.profile, args.only, overrides, args.folder, resume=args.resume, jobs=args.jobs
         )

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ..files import set_aside, write_table
 from ..identity import describe, sha256_of
-from ..inputs import SEED
+from ..inputs import SEED, Count
 from ..jobs.site import Site
 from ..objectives import ESTIMATORS, GRPO, OPD
 from ..parts import keep, read_of
@@ -23,16 +23,15 @@ from .estimators import measure
 from .interference import Gradients, interference, pull_gradients, reward_gradients, taylor_check
 from .steps import worth_of_steps
 
-WHOLE = Annotated[int, Field(ge=1)]
 SOME = {"world": str, "adapters": dict[str, Any], "seed": SEED, "adapter": str, "file": str}
 OF_GRADIENTS = {
     **SOME,
     "of": Literal["reward", "pull"],
     "batches": Annotated[int, Field(ge=3)],
-    "prompts_per_batch": WHOLE,
+    "prompts_per_batch": Count,
     "images_per_prompt": Annotated[int, Field(ge=2)],
     "step_size": Annotated[float, Field(gt=0)],
-    "images": WHOLE,
+    "images": Count,
 }
 
 
@@ -62,12 +61,19 @@ def pull_objectives(site: Site, prompts: int, seed: int, but: str) -> dict[str, 
 
 
 def _begin(target: Path, spec: Mapping, site: Site) -> tuple[bool, str, Path]:
-    """Whether the table is there, made of the same specification, weights and base (one that was not is moved
-    into `earlier/`); the hash of all that; and a folder for what is computed on the way."""
+    """Whether the table is there, made of the same specification, weights and world (one that was not is
+    moved into `earlier/`); the hash of all that; and a folder for what is computed on the way."""
     policy, name = site.policy, spec["adapter"]
     site.adapter(name, spec.get("adapters", {}).get(name))
-    asked = {k: v for k, v in spec.items() if k not in ("world", "adapters")}
-    of = sha256_of(describe({**asked, "weights": policy.adapter(name).sha256, "base": policy.base_hash}))
+    world = site.world
+    follows_from = {
+        **{k: v for k, v in spec.items() if k not in ("world", "adapters")},
+        "weights": policy.adapter(name).sha256,
+        "base": policy.base_hash,
+        "precision": policy.dtype,
+        "world": [world.tasks, world.experts, world.specs, world.exploration, world.distillation],
+    }
+    of = sha256_of(describe(follows_from))
     there = target.is_file() and read_of(target) == of
     site.share.wait()
     if site.main and not there:
@@ -116,7 +122,7 @@ def interference_job(spec: Mapping, folder: Path, site: Site) -> None:
 OF_ESTIMATORS = {
     **SOME,
     "batches": Annotated[int, Field(ge=3)],
-    "images": WHOLE,
+    "images": Count,
     "distance": Annotated[float, Field(gt=0, le=1)],
     "estimators": list[Literal[ESTIMATORS]],
 }
@@ -132,7 +138,7 @@ def estimators_job(spec: Mapping, folder: Path, site: Site) -> None:
     _end(target, of, way, measure(site, spec["adapter"], folder=way, **how), site)
 
 
-OF_STEPS = {**SOME, "iterations": WHOLE, "prompts_per_batch": WHOLE, "n": WHOLE, "steps": WHOLE}
+OF_STEPS = {**SOME, "iterations": Count, "prompts_per_batch": Count, "n": Count, "steps": Count}
 
 
 def steps_job(spec: Mapping, folder: Path, site: Site) -> None:

@@ -6,21 +6,29 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from ..inputs import check_keys, check_options, check_value, nearest, read_yaml
+from ..inputs import (
+    SHARES,
+    Count,
+    NotNegative,
+    Positive,
+    Whole,
+    check_keys,
+    check_mapping,
+    check_options,
+    nearest,
+    read_yaml,
+)
 from ..prompts import KINDS
 from ..rollout import Sampler
 
 SPLITS = ("train", "val", "test", "ood")
-WHOLE = Annotated[int, Field(ge=1)]
 KEYS = {
     "model": str,
     "folder": str,
-    "resolution": WHOLE,
-    "text_length": WHOLE,
+    "resolution": Count,
+    "text_length": Count,
     "prompts": str,
     "tasks": dict[str, dict],
     "judges": dict[str, dict],
@@ -28,28 +36,27 @@ KEYS = {
     "anchor": str,
     "adapters": dict,
     "mix": dict,
-    "shares": dict[str, WHOLE],
+    "shares": SHARES,
     "sampling": dict[str, dict],
     "truth": str,
     "about": str,
     "rates": dict,
 }
-RATES = {key: Annotated[float, Field(gt=0)] for key in ("forwards", "updates")} | {"device": str}
+RATES = {key: Positive for key in ("forwards", "updates")} | {"device": str}
 TASK = {
     "judge": str,
     "prompts": str,
     "kind": Literal[KINDS],
     "splits": list[Literal[SPLITS]],
-    "held_out": Annotated[int, Field(ge=0)],
+    "held_out": Whole,
     "expert": str,
     "rewards": dict[str, float],
     "like": str,
 }
-EXPERT = {"adapter": str, "guidance": Annotated[float, Field(ge=0)], "recipe": str}
-ADAPTERS = {"rank": WHOLE, "alpha": Annotated[float, Field(gt=0)], "targets": list[str]}
-MIX = {"turns": dict[str, WHOLE], "beside": dict[str, float]}
-JUDGE = {"class": str, "scale": Annotated[float, Field(gt=0)], "tasks": list[str]}
-JUDGE |= {"unseen": bool, "training": bool}
+EXPERT = {"adapter": str, "guidance": NotNegative, "recipe": str}
+ADAPTERS = {"rank": Count, "alpha": Positive, "targets": list[str]}
+MIX = {"turns": SHARES, "beside": dict[str, float]}
+JUDGE = {"class": str, "scale": Positive, "tasks": list[str], "unseen": bool, "training": bool}
 SAMPLING = ("evaluation", "exploration", "distillation")
 
 
@@ -78,28 +85,18 @@ def read_world(path: Path) -> dict[str, Any]:
         raise ValueError(told if told.startswith(str(path)) else f"{path}: {told}") from error
 
 
-def _checked(where: str, given: Any, kinds: Mapping[str, Any], needed: tuple[str, ...] = ()) -> dict:
-    check_keys(where, given, kinds)
-    for key, value in given.items():
-        check_value(f"{where}.{key}" if where != "the world" else key, value, kinds[key])
-    for key in needed:
-        if key not in given:
-            raise ValueError(f"{where} lacks {key}")
-    return dict(given)
-
-
 def _fields(path: Path, given: Any) -> dict[str, Any]:
-    world = _checked("the world", given, KEYS, ("model", "tasks", "judges"))
+    world = check_mapping("the world", given, KEYS, needed=("model", "tasks", "judges"))
     folder = (path.parent / expanded(world.get("folder", "."))).resolve()
     judges, experts, tasks = world["judges"], world.get("experts", {}), world["tasks"]
     for name, judge in judges.items():
         plain = {k: v for k, v in judge.items() if k in JUDGE}
-        _checked(f"judges.{name}", plain, JUDGE, ("class",))
+        check_mapping(f"judges.{name}", plain, JUDGE, f"judges.{name}.", ("class",))
     for name, expert in experts.items():
-        _checked(f"experts.{name}", expert, EXPERT, ("adapter",))
+        check_mapping(f"experts.{name}", expert, EXPERT, f"experts.{name}.", ("adapter",))
     patterns = {}
     for name, task in tasks.items():
-        _checked(f"tasks.{name}", task, TASK, ("judge",))
+        check_mapping(f"tasks.{name}", task, TASK, f"tasks.{name}.", ("judge",))
         like = task.get("like")
         if like is None:
             for key in ("prompts", "kind"):
@@ -126,7 +123,7 @@ def _fields(path: Path, given: Any) -> dict[str, Any]:
             _there(f"tasks.{name}.expert", task["expert"], experts)
     if "anchor" in world:
         _there("anchor", world["anchor"], experts)
-    mix = _checked("mix", world.get("mix", {}), MIX)
+    mix = check_mapping("mix", world.get("mix", {}), MIX, "mix.")
     for name in mix.get("beside", {}):
         _there("mix.beside", name, judges)
     for key, named, of in (
@@ -136,13 +133,13 @@ def _fields(path: Path, given: Any) -> dict[str, Any]:
         for name in named:
             _there(key, name, of)
     if "rates" in world:
-        _checked("rates", world["rates"], RATES, ("forwards", "updates", "device"))
+        check_mapping("rates", world["rates"], RATES, "rates.", RATES)
     check_keys("sampling", world.get("sampling", {}), SAMPLING)
     samplers = {
         key: Sampler(**check_options(f"sampling.{key}", value, Sampler))
         for key, value in world.get("sampling", {}).items()
     }
-    adapters = _checked("adapters", world.get("adapters", {}), ADAPTERS)
+    adapters = check_mapping("adapters", world.get("adapters", {}), ADAPTERS, "adapters.")
     if "targets" in adapters:
         adapters["targets"] = tuple(adapters["targets"])
     for judge in judges.values():
@@ -157,7 +154,6 @@ def _fields(path: Path, given: Any) -> dict[str, Any]:
         "patterns": patterns,
         "experts": experts,
         "specs": judges,
-        "scales": {name: float(judge.get("scale", 1.0)) for name, judge in judges.items()},
         "turns": mix.get("turns", dict.fromkeys(patterns, 1)),
         "beside": mix.get("beside", {}),
         "shares": world.get("shares", {}),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -64,9 +65,8 @@ class Expert:
 @dataclass(frozen=True)
 class World:
     """See `load_world`. `base`: a Stable Diffusion 3 folder or hub id; `resolution`: of its pictures, pixels
-    at a side, and `text_length`, tokens of T5 (None: the model's own). `scales`: what each judge's score is
-    divided by where scores are added up. `beside`: what GRPO-Mix adds to every task's own reward, and
-    `turns`, how often each task's prompts come."""
+    at a side, and `text_length`, tokens of T5 (None: the model's own). `beside`: what GRPO-Mix adds to
+    every task's own reward, and `turns`, how often each task's prompts come."""
 
     name: str
     place: str  # what `load_world` takes: its name, or its file
@@ -74,7 +74,6 @@ class World:
     tasks: Mapping[str, Task]
     experts: Mapping[str, Expert]
     specs: Mapping[str, dict]  # of judges, as the file has them
-    scales: Mapping[str, float]
     folder: Path
     resolution: int | None = None
     text_length: int | None = None
@@ -103,10 +102,15 @@ class World:
         """The tasks that have prompts of their own."""
         return tuple(name for name, task in self.tasks.items() if task.like is None)
 
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """What each judge's score is divided by where scores are added up."""
+        return {name: float(self._told(name, "scale", 1.0)) for name in self.specs}
+
     @property
     def home(self) -> tuple[tuple[str, str, float], ...]:
         """What the Average adds up: (judge, task of the prompts, full scale), one a task."""
-        return tuple((t.judge, t.home, self.scales.get(t.judge, 1.0)) for t in self.tasks.values())
+        return tuple((t.judge, t.home, self.scales[t.judge]) for t in self.tasks.values())
 
     @property
     def teachers(self) -> dict[str, str]:
@@ -192,8 +196,12 @@ class World:
 
     def judge_is(self, name: str, *what: str) -> bool:
         """Whether a judge is one of these kinds, as its file or its class says."""
+        return any(self._told(name, w, False) for w in what)
+
+    def _told(self, name: str, what: str, default: Any) -> Any:
+        """Of a judge that need not be loaded for it: as its file says, or its class."""
         kind = judge_class(f"judges.{name}", self.specs[name]["class"], self.folder)
-        return any(self.specs[name].get(w, getattr(kind, w, False)) for w in what)
+        return self.specs[name].get(what, getattr(kind, what, default))
 
     def embedder(self, device: str = "") -> Callable | None:
         """What embeds pictures, for diversity and distances: that of the first judge that can."""
