@@ -297,9 +297,9 @@ def interference_figure(
                 label=f"{a} / {b}",
             )
         axis.axhline(0, color=".4", lw=1)
-        axis.set_xticks(
-            range(len(places)), [p if isinstance(p, str) else f"{p:.2f}" for p in places], fontsize=9
-        )
+        # a table on disk has its noise levels as texts, beside `all`
+        names = places if column == "block" else [f"{float(sigma):.2f}" for sigma in places]
+        axis.set_xticks(range(len(places)), names, fontsize=9)
         axis.set(
             ylim=(-1.5, 1.5),
             ylabel="cosine",
