@@ -39,7 +39,7 @@ from .looking.widgets import Playground, SampleGallery, TrainingMonitor, Traject
 from .merge import merge
 from .objectives import GRPO, OPD, SFT
 from .policy import FlowPolicy
-from .prompts import Prompt, load_prompts, save_prompts
+from .prompts import Prompt
 from .rollout import Sampler, initial_noise, sample, trajectory
 from .schedule import Schedule
 from .stats import (
@@ -81,7 +81,6 @@ __all__ = [
     "Lab",
     "Launched",
     "list_of",
-    "load_prompts",
     "load_world",
     "Look",
     "mean_interval",
@@ -102,7 +101,6 @@ __all__ = [
     "sample",
     "SampleGallery",
     "Sampler",
-    "save_prompts",
     "Schedule",
     "score",
     "score_bars",

@@ -3,9 +3,9 @@ unchanged.
 
     geneval/{split}_metadata.jsonl   one GenEval record a line: tag, include, exclude, prompt
     ocr/{split}.txt                  one prompt a line, the target text in double quotes
-    pickscore/{split}.txt            one prompt a line (Flow-GRPO's pickscore_sfw/ is read too)
+    pickscore_sfw/{split}.txt        one prompt a line
 
-DeQA, a fourth task, has no file: its prompts are PickScore's, routed to its own teacher.
+A world's file says where its tasks' files lie and of which kind they are.
 """
 
 from __future__ import annotations
@@ -18,12 +18,6 @@ from .files import write_whole
 from .records import read_record
 
 KINDS = ("geneval", "quoted", "plain")  # of prompt files
-FILES = {
-    "geneval": "geneval/{}_metadata.jsonl",
-    "ocr": "ocr/{}.txt",
-    "pickscore": "pickscore/{}.txt",
-    "deqa": "pickscore/{}.txt",
-}
 
 
 @dataclass(frozen=True)
@@ -38,16 +32,6 @@ class Prompt:
     @property
     def tag(self) -> str:
         return self.metadata.get("tag", self.task)
-
-
-def load_prompts(folder: str | Path, task: str, split: str) -> list[Prompt]:
-    """Read one split of one task from a Flow-GRPO folder; `read_prompts` says what it raises."""
-    if task not in FILES:
-        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(FILES)}")
-    path = Path(folder) / FILES[task].format(split)
-    if path.parent.name == "pickscore" and not path.parent.is_dir():
-        path = Path(folder) / "pickscore_sfw" / path.name
-    return read_prompts(path, task, {"geneval": "geneval", "ocr": "quoted"}.get(task, "plain"))
 
 
 def read_prompts(path: str | Path, task: str, kind: str) -> list[Prompt]:
@@ -83,14 +67,10 @@ def read_prompts(path: str | Path, task: str, kind: str) -> list[Prompt]:
     return prompts
 
 
-def save_prompts(folder: str | Path, task: str, split: str, prompts: list[Prompt]) -> Path:
-    """Write what `load_prompts` and Flow-GRPO read."""
-    path = Path(folder) / FILES[task].format(split)
-    if task == "geneval" and not all(p.metadata for p in prompts):
-        raise ValueError("a GenEval file needs the metadata (tag, include) of every prompt")
-    lines = [json.dumps(p.metadata) if task == "geneval" else p.text for p in prompts]
-    write_whole(path, "\n".join(lines) + "\n")
-    return path
+def write_prompts(path: str | Path, prompts: list[Prompt]) -> None:
+    """Write what `read_prompts` and Flow-GRPO read: GenEval's records where prompts have them, else texts."""
+    records = [json.dumps(p.metadata) if p.metadata else p.text for p in prompts]
+    write_whole(Path(path), "\n".join(records) + "\n")
 
 
 def target_text(prompt: str, where: str = "") -> str:

@@ -15,7 +15,7 @@ from flowopd_lib.looking.looks import looks_of
 
 WORLD = load_world()
 
-RECIPE = {**GRPO, "train": {"iterations": 6, "lr": 1e-3, "save_every": 100}}
+RECIPE = {**GRPO, "train": {"iterations": 4, "lr": 1e-3, "save_every": 100}}
 
 
 def until(condition, seconds=1800):
@@ -31,7 +31,7 @@ def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_th
         monkeypatch.setenv(name, value)
     cut = Launched(RECIPE, tmp_path / "cut", "local", look=2)
     whole = Launched(RECIPE, tmp_path / "whole", "local")
-    assert cut.state == "waiting" and cut.iterations == 6
+    assert cut.state == "waiting" and cut.iterations == 4
     cut.start()
     with pytest.raises(RuntimeError, match="running already"):
         cut.start()
@@ -39,7 +39,7 @@ def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_th
     cut.stop()
     cut.wait()
     assert cut.state == "stopped" and not (tmp_path / "cut" / "adapter").exists()
-    assert 2 <= len(read_lines(tmp_path / "cut" / "metrics.jsonl")) < 6
+    assert 2 <= len(read_lines(tmp_path / "cut" / "metrics.jsonl")) < 4
     cut.start()
     cut.wait()
     whole.start()
@@ -48,9 +48,9 @@ def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_th
         cut.state == whole.state == "over"
         and (tmp_path / "cut" / "adapter" / "adapter_model.safetensors").is_file()
     )
-    assert_same_training(tmp_path / "whole", tmp_path / "cut", 6)
+    assert_same_training(tmp_path / "whole", tmp_path / "cut", 4)
     looks = looks_of(tmp_path / "cut")
-    assert looks.models == [f"iteration {i}" for i in (0, 2, 4, 6)] and len(looks.table) == 4 * 6
+    assert looks.models == [f"iteration {i}" for i in (0, 2, 4)] and len(looks.table) == 3 * 6
     assert looks.scores(0)[0][0] == "OCR" and looks.picture(0)[:4] == b"RIFF"
     assert looks_of(tmp_path / "whole") is None
 

@@ -89,7 +89,9 @@ def test_a_typed_prompt_is_judged_by_those_who_can(judges):
     prompt, told = prompt_of('a sign that says "HELLO"', judges, known)
     assert prompt.task == "ocr" and "“HELLO” has to be read" in told and "OCR, PickScore, DeQA" in told
     prompt, told = prompt_of('nothing between ""', judges, known)
-    assert prompt.task == "own" and "PickScore, DeQA only" in told
+    assert prompt.task == "own" and told == (
+        "Judged by PickScore, DeQA only; OCR needs a text in double quotes; GenEval a prompt of its file."
+    )
     with pytest.raises(ValueError, match="there is no prompt"):
         prompt_of("  ", judges, known)
 

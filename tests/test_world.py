@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from flowopd_lib import Prompt, load_prompts, load_world, save_prompts
+from flowopd_lib import Prompt, load_world
+from flowopd_lib.prompts import read_prompts, write_prompts
 from flowopd_lib.worlds.tiny import PROMPTS
 from flowopd_lib.worlds.tiny.data import mistake, mutate, noisy_example, preference_pair, split_spec
 from flowopd_lib.worlds.tiny.scenes import DEGRADATIONS, LEVELS, degrade, lay_out, render
@@ -122,8 +123,8 @@ def test_geneval_metadata_has_genevals_form():
 def test_prompts_survive_flow_grpos_formats(tmp_path):
     for task in PROMPT_TASKS:
         prompts = WORLD.prompts(task, "test")[:20]
-        save_prompts(tmp_path, task, "test", prompts)
-        again = load_prompts(tmp_path, task, "test")
+        write_prompts(tmp_path / task, prompts)
+        again = read_prompts(tmp_path / task, task, WORLD.tasks[task].kind)
         assert again == prompts and [p.metadata for p in again] == [p.metadata for p in prompts]
 
 
@@ -143,35 +144,33 @@ def test_flow_grpos_own_lines_load(tmp_path):
     (tmp_path / "pickscore_sfw/test.txt").write_text(
         "a cat, a dog\u2028and a bird\nanother\n", encoding="utf-8"
     )
-    assert [p.tag for p in load_prompts(tmp_path, "geneval", "test")] == ["position", "counting"]
-    assert len(load_prompts(tmp_path, "pickscore", "test")) == 2
-    borrowed = load_prompts(tmp_path, "deqa", "test")  # DeQA has no prompts of its own
-    assert [p.text for p in borrowed] == ["a cat, a dog\u2028and a bird", "another"] and {
-        p.task for p in borrowed
-    } == {"deqa"}
+    records = read_prompts(tmp_path / "geneval/test_metadata.jsonl", "geneval", "geneval")
+    assert [p.tag for p in records] == ["position", "counting"]
+    plain = read_prompts(
+        tmp_path / "pickscore_sfw/test.txt", "deqa", "plain"
+    )  # a task without a file of its own
+    assert [p.text for p in plain] == ["a cat, a dog\u2028and a bird", "another"]
+    assert {p.task for p in plain} == {"deqa"}
 
 
 @pytest.mark.parametrize(
-    "task, name, line, message",
+    "kind, line, message",
     [
-        ("geneval", "test_metadata.jsonl", '{"tag": "colors", "prompt": "a"}', "line 1 lacks include"),
-        ("geneval", "test_metadata.jsonl", "a photo", "line 1 is not JSON"),
-        ("ocr", "test.txt", "a sign", "no text in double quotes"),
-        ("pickscore", "test.txt", " ", "holds no prompt"),
+        ("geneval", '{"tag": "colors", "prompt": "a"}', "line 1 lacks include"),
+        ("geneval", "a photo", "line 1 is not JSON"),
+        ("quoted", "a sign", "no text in double quotes"),
+        ("plain", " ", "holds no prompt"),
     ],
 )
-def test_a_bad_prompt_file_is_named_with_its_line(tmp_path, task, name, line, message):
-    (tmp_path / task).mkdir()
-    (tmp_path / task / name).write_text(line + "\n")
+def test_a_bad_prompt_file_is_named_with_its_line(tmp_path, kind, line, message):
+    (tmp_path / "test.txt").write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
-        load_prompts(tmp_path, task, "test")
+        read_prompts(tmp_path / "test.txt", "task", kind)
 
 
 def test_a_missing_split_says_what_there_is():
     with pytest.raises(FileNotFoundError, match="test.txt"):
-        load_prompts(PROMPTS, "ocr", "tets")
-    with pytest.raises(ValueError, match="choose one of geneval"):
-        load_prompts(PROMPTS, "orc", "test")
+        read_prompts(PROMPTS / "ocr" / "tets.txt", "ocr", "quoted")
     with pytest.raises(
         FileNotFoundError,
         match="the ocr prompts of the world tiny have no split tets; they have train, val, test, ood",

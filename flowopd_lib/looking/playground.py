@@ -75,19 +75,21 @@ def prompt_of(text: str, judges: Mapping[str, Reward], known: Sequence[Prompt] =
         if prompt.text.lower() == text.lower():
             return (prompt, f"A known {prompt.task} prompt: judged by {_judged_by(prompt, judges)}.")
     quoted = text.split('"')
-    reads = next((j for j in judges.values() if hasattr(j, "read")), None)
-    if reads is not None and len(quoted) > 2 and quoted[1].strip():
-        prompt = Prompt(text, (attribute(reads, "tasks") or ("",))[0])
+    reader = next((name for name, j in judges.items() if hasattr(j, "read")), None)
+    if reader and len(quoted) > 2 and quoted[1].strip():
+        prompt = Prompt(text, (attribute(judges[reader], "tasks") or ("",))[0])
         return (
             prompt,
             f"A prompt with a text in double quotes: judged by {_judged_by(prompt, judges)}; "
             f"“{quoted[1]}” has to be read.",
         )
     prompt = Prompt(text, "own")
-    return prompt, (
-        f"Judged by {_judged_by(prompt, judges)} only: OCR needs a text in double quotes, GenEval a prompt "
-        "of its file, which says what must be seen."
-    )
+    told = f"Judged by {_judged_by(prompt, judges)} only"
+    if reader:
+        told += f"; {reader} needs a text in double quotes"
+    if others := [n for n, j in judges.items() if n != reader and not can_judge(j, prompt)]:
+        told += f"; {', '.join(others)} a prompt of its file"
+    return prompt, told + "."
 
 
 def try_prompt(

@@ -24,7 +24,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ...files import write_json
-from ...prompts import Prompt, save_prompts
+from ...prompts import Prompt, write_prompts
 from . import ASSETS
 from .specs import PROMPT_TASKS, sample_specs
 from .train_base import train_base
@@ -40,15 +40,14 @@ def say(message: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S} {message}", flush=True)
 
 
-def write_prompts(out: Path) -> None:
+def write_files(out: Path) -> None:
+    """The prompts of all tasks and splits, under Flow-GRPO's names."""
     for task in PROMPT_TASKS:
         for split, n in PROMPT_COUNTS.items():
             specs = sample_specs(task, split, n, SEED)
-            save_prompts(
-                out,
-                task,
-                split,
-                [Prompt(s.text, task, s.metadata if task == "geneval" else {}) for s in specs],
+            prompts = [Prompt(s.text, task, s.metadata if task == "geneval" else {}) for s in specs]
+            write_prompts(
+                out / task / (f"{split}_metadata.jsonl" if task == "geneval" else f"{split}.txt"), prompts
             )
 
 
@@ -57,7 +56,7 @@ def stages(work: Path) -> dict:
         return AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
 
     return {
-        "prompts": lambda: write_prompts(work / "prompts"),
+        "prompts": lambda: write_files(work / "prompts"),
         "vae": lambda: train_vae(work / "vae", work / "state", seed=SEED, log=say),
         "base": lambda: train_base(vae(), work / "tiny-sd3", work / "state", seed=SEED, log=say),
         "pickscore": lambda: train_pickscore(vae(), work / "pickscore", work / "state", seed=SEED, log=say),
