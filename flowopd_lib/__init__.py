@@ -27,6 +27,7 @@ from .looking.figures import (
 )
 from .looking.playground import known_prompts
 from .looking.study_figures import (
+    directions_figure,
     gain_matrix,
     interference_figure,
     judge_figure,
@@ -61,6 +62,7 @@ __all__ = [
     "build",
     "captions_of",
     "check_value",
+    "directions_figure",
     "diversity",
     "evaluate",
     "fit",

@@ -30,7 +30,8 @@ def merge(
     density: float = 0.5,
     seed: int = 0,
 ) -> None:
-    """Add adapter `name`, the weighted mean (equal weights by default) of `adapters`.
+    """Add adapter `name`, the weighted mean (equal weights by default) of `adapters`; of one, with a weight,
+    so much of it.
 
     cat          the exact mean of the changes; its rank is the sum of the ranks
     svd          the best approximation of that mean with `rank` (default: the largest of the adapters'; exact
@@ -40,14 +41,17 @@ def merge(
                  DARE draws what it drops, from `seed`
     factor_wise  mean of the A, mean of the B: the public code's, kept to be compared
 
-    Raises ValueError for fewer than two adapters, unknown ones, or a method that does not exist.
+    Raises ValueError for no or unknown adapters, or a method that does not exist.
     """
     adapters = list(adapters)
     unknown = set(adapters) - set(policy.adapters)
-    if len(adapters) < 2 or unknown:
+    if not adapters or unknown:
         raise ValueError(
-            f"merging takes at least two of the adapters {', '.join(policy.adapters) or '(none)'}, not "
-            f"{adapters}"
+            f"merging takes some of the adapters {', '.join(policy.adapters) or '(none)'}, not {adapters}"
+        )
+    if len(adapters) == 1 and weights is None:
+        raise ValueError(
+            f"an average takes at least two adapters, not {adapters} alone; how much of one is said by weights"
         )
     if method not in METHODS:
         raise ValueError(f"unknown way to merge {method!r}: choose one of {', '.join(METHODS)}")

@@ -361,12 +361,13 @@ class FlowPolicy:
             v = unconditional + guidance * (conditional - unconditional)
         return v
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, H, W) to images (B, 3, 8H, 8W) in [0, 1], float32."""
+        """Latents (B, C, H, W) to images (B, 3, 8H, 8W) in [0, 1], float32. Latents that carry a graph pass
+        it on: a judge's gradient finds its way back."""
         config = self.vae.config
         z = latents.to(self.dtype) / config.scaling_factor + config.shift_factor
-        return (self.vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        with torch.set_grad_enabled(latents.requires_grad and torch.is_grad_enabled()):
+            return (self.vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     def sigmas(self, steps: int) -> list[float]:
         """The scheduler's grid for `steps` steps: `steps + 1` numbers from 1 down to 0."""

@@ -14,7 +14,6 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from flowopd_lib import load_prompts
 from flowopd_lib.inputs import (
     SEED,
     SHARES,
@@ -32,6 +31,7 @@ from flowopd_lib.inputs import (
     some_of,
     within,
 )
+from flowopd_lib.prompts import read_prompts
 from flowopd_lib.runs.runner import NOTEBOOKS, parameters_of
 
 
@@ -156,17 +156,15 @@ def test_yaml_that_is_none_names_the_line(tmp_path):
 )
 def test_a_prompt_file_names_the_line(line, message, tmp_path):
     good = {"tag": "colors", "include": [{"class": "star", "count": 1}], "prompt": "a star"}
-    (tmp_path / "geneval").mkdir()
-    (tmp_path / "geneval" / "test_metadata.jsonl").write_text(json.dumps(good) + "\n" + line + "\n")
+    (tmp_path / "test_metadata.jsonl").write_text(json.dumps(good) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=message):
-        load_prompts(tmp_path, "geneval", "test")
+        read_prompts(tmp_path / "test_metadata.jsonl", "geneval", "geneval")
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
-    (tmp_path / "ocr").mkdir()
-    (tmp_path / "ocr" / "test.txt").write_bytes(b'a sign "\xff"\n')
+    (tmp_path / "test.txt").write_bytes(b'a sign "\xff"\n')
     with pytest.raises(ValueError, match="test.txt is not UTF-8"):
-        load_prompts(tmp_path, "ocr", "test")
+        read_prompts(tmp_path / "test.txt", "ocr", "quoted")
 
 
 # ---- notebooks

@@ -10,7 +10,15 @@ from flowopd_lib.objectives import GRPO, OPD, Share
 from flowopd_lib.prompts import Prompt
 from flowopd_lib.rollout import Sampler
 from flowopd_lib.schedule import Schedule
-from flowopd_lib.studies.interference import ALL, interference, pull_gradients, reward_gradients, taylor_check
+from flowopd_lib.studies.interference import (
+    ALL,
+    interference,
+    passes_gradient,
+    pull_gradients,
+    reward_gradients,
+    taylor_check,
+    walk_gradients,
+)
 
 
 class Judge:
@@ -19,8 +27,11 @@ class Judge:
     def __init__(self, *of):
         self.of = torch.tensor(of)
 
+    def with_gradient(self, images, prompts):
+        return images[:, :2, 0, 0] @ self.of
+
     def __call__(self, images, prompts):
-        return (images[:, :2, 0, 0] @ self.of).numpy()
+        return self.with_gradient(images, prompts).numpy()
 
 
 class Policy(SmallPolicy):
@@ -86,6 +97,18 @@ def test_the_gradient_is_that_of_the_mean_reward():
             nudge[i, j] = 0.05
             slope = (reward(nudge) - reward(-nudge)) / 0.1
             assert abs(mean[i, j] - slope) < 4 * error[i, j] + 0.05 * abs(slope) + 0.02
+
+
+def test_the_gradient_through_the_judge_is_that_of_the_score_functions_with_less_noise():
+    policy, objectives = setting()
+    found = {
+        how: torch.stack([sum(how(policy, objectives["one"], "student", b).values()) for b in range(60)])
+        for how in (reward_gradients, walk_gradients)
+    }
+    (scores, noisy), (walks, quiet) = ((g.mean(0), g.std(0) / len(g) ** 0.5) for g in found.values())
+    assert passes_gradient(objectives["one"]) and walks.abs().max() > 10 * quiet.max()
+    assert (quiet < noisy / 2).all()
+    assert ((scores - walks).abs() < 4 * (noisy**2 + quiet**2).sqrt()).all()
 
 
 def test_cosines_of_tasks_that_agree_fight_and_ignore_each_other():

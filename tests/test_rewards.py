@@ -170,3 +170,18 @@ def test_a_region_means_nothing_in_pictures_of_another_size(judges):
 def test_what_is_no_picture_is_not_embedded(judges, bad, message):
     with pytest.raises(ValueError, match=f"PickScore.*{message}"):
         judges["PickScore"].embed(bad)
+
+
+@pytest.mark.parametrize("name", ["PickScore", "DeQA"])
+def test_a_judge_that_passes_a_gradient_gives_its_own_score(judges, name):
+    prompts = [Prompt(s.text, "pickscore") for s in sample_specs("pickscore", "test", 6)]
+    pixels = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.avg_pool2d(pixels, 9, 1, 4).requires_grad_(True)
+    scores = judges[name].with_gradient(images, prompts)
+    told = torch.from_numpy(judges[name](images.detach(), prompts))
+    torch.testing.assert_close(scores.detach(), told, atol=0.02, rtol=0.01)  # that one rounds to 8 bits
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    step = 0.02 * gradient / gradient.norm()
+    with torch.no_grad():
+        rise = judges[name].with_gradient(images + step, prompts) - scores
+        assert rise.sum().item() == pytest.approx(0.02 * gradient.norm().item(), rel=0.1)

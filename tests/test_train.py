@@ -18,7 +18,7 @@ from flowopd_lib import FlowPolicy, Look, Sampler, files, load_world, some_promp
 from flowopd_lib.checkpoint import load_state
 from flowopd_lib.files import RUNS
 from flowopd_lib.fit import fit
-from flowopd_lib.inputs import read_yaml
+from flowopd_lib.jobs.processes import Served
 from flowopd_lib.jobs.recipes import build
 from flowopd_lib.merge import drawn_by_teachers
 from flowopd_lib.objectives import SFT
@@ -55,6 +55,14 @@ def expert(tmp_path_factory):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.03)
     policy.save_adapter("expert", folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Two processes of one thread each, which do one training after another."""
+    served = Served("local2", tmp_path_factory.mktemp("processes"))
+    yield served
+    served.stop()
 
 
 def written(recipe, path, expert=None):
@@ -170,15 +178,11 @@ SFT_START = {
     ],
     ids=["opd", "opd drawn", "grpo", "grpo branch", "grpo of 3", "sft of 3"],
 )
-def test_two_processes_make_the_update_of_one(recipe, tolerance, expert, tmp_path):
-    recipe = written({**recipe, "train": {"iterations": 1, "lr": 1e-3}}, tmp_path / "recipe.yaml", expert)
-    policy, objective, config = build(read_yaml(recipe))
+def test_two_processes_make_the_update_of_one(recipe, tolerance, expert, two_processes, tmp_path):
+    recipe = {**recipe, "train": {"iterations": 1, "lr": 1e-3}, "adapters": {"expert": str(expert)}}
+    policy, objective, config = build(recipe)
     fit(policy, objective, tmp_path / "one", config, shown=False)
-    # `accelerate launch --cpu` would start one process, whatever it is asked for.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        launch + command(recipe, tmp_path / "two")[1:], check=True, env=ENVIRONMENT, capture_output=True
-    )
+    two_processes.do({**recipe, "world": "tiny", "name": f"of_{tmp_path.name}"}, tmp_path / "two")
     # AdamW's first moments are the (last updates') gradients; the weights themselves moved by its sign, which
     # rounding decides where it is almost 0.
     one, two = (

@@ -23,7 +23,14 @@ TEACHERS = {
     "PickScore": "pickscore expert",
     "DeQA": "deqa expert",
 }
-VERDICTS = {"reproduced": "#009E73", "on the other side": "#D55E00", "undecided": ".55"}
+# by verdict on a claim that was tested
+COLOR_OF = {"reproduced": "#009E73", "bounded": "#0072B2", "undecided": ".55", "contradicted": "#D55E00"}
+TOLD = {
+    "reproduced": "Reproduced",
+    "bounded": "Bounded: smaller than claimed, and known to be",
+    "undecided": "Undecided at this n",
+    "contradicted": "Contradicted: the other way",
+}
 
 
 def said(make: Callable[[], pd.DataFrame]) -> pd.DataFrame | str:
@@ -153,26 +160,18 @@ def ledger_table(ledger: pd.DataFrame) -> pd.DataFrame:
 
 def conclusion(ledger: pd.DataFrame) -> str:
     """Markdown: how many claims got which verdict, and which."""
-    kinds, tested = _colour(ledger), int((ledger["verdict"] != "not testable here").sum())
-    lines = [
-        f"Of {len(ledger)} claims, {(kinds == 'reproduced').sum()} are reproduced here, "
-        f"{(ledger['verdict'] == 'not reproduced').sum()} are not "
-        f"({(kinds == 'on the other side').sum()} turn out the other way, {(kinds == 'undecided').sum()} "
-        "are undecided at this n), "
-        f"and {len(ledger) - tested} are not testable here."
-    ]
-    for title, kind in (
-        ("Reproduced", "reproduced"),
-        ("Not reproduced, the other way", "on the other side"),
-        ("Not reproduced, undecided", "undecided"),
-    ):
+    kinds = ledger["verdict"]
+    tested = int((kinds != "not testable here").sum())
+    counts = ", ".join(f"{(kinds == kind).sum()} {kind}" for kind in COLOR_OF)
+    lines = [f"Of {len(ledger)} claims {tested} are tested here: {counts}."]
+    for kind, title in TOLD.items():
         rows = [
             f"- {r.statement} (`{r.claim}`): "
             + (f"{r.effect:+.3f} [{r.low:+.3f}, {r.high:+.3f}], n={r.n}" if pd.notna(r.effect) else r.note)
             for r in ledger[kinds == kind].itertuples()
         ]
         lines += ["", f"**{title}**", "", *(rows or ["- none"])]
-    reasons = ledger[kinds == ""].groupby("note", sort=False)["claim"].agg(", ".join)
+    reasons = ledger[kinds == "not testable here"].groupby("note", sort=False)["claim"].agg(", ".join)
     lines += ["", "**Not testable here**", "", *(f"- {claims}: {note}" for note, claims in reasons.items())]
     if tested:
         lines += [
@@ -184,25 +183,15 @@ def conclusion(ledger: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _colour(ledger: pd.DataFrame) -> np.ndarray:
-    """A name of `VERDICTS` for each row that was tested."""
-    decided = (ledger["low"] > 0) | (ledger["high"] < 0)
-    return np.select(
-        [ledger["verdict"] == "not testable here", ledger["verdict"] == "reproduced", decided],
-        ["", "reproduced", "on the other side"],
-        "undecided",
-    )
-
-
 def ledger_figure(ledger: pd.DataFrame, source: str) -> Figure:
     """A row per claim that was measured, in its own words: the effect over half its interval's width, turned
     so that the claim is at the right of 0; `source` names the run."""
-    rows = ledger.assign(colour=_colour(ledger))[ledger["high"] > ledger["low"]]
+    rows = ledger[ledger["high"] > ledger["low"]]
     half = (rows["high"] - rows["low"]) / 2 * np.where(rows["claimed"] == "< 0", -1, 1)
     effect, ends = rows["effect"] / half, np.sort(np.stack([rows["low"] / half, rows["high"] / half]), 0)
     figure, axis = plt.subplots(figsize=(13, 0.42 * len(rows) + 1.7))
-    for name, colour in VERDICTS.items():
-        here = np.flatnonzero(rows["colour"] == name)
+    for name, colour in COLOR_OF.items():
+        here = np.flatnonzero(rows["verdict"] == name)
         axis.errorbar(
             effect.iloc[here],
             here,
@@ -211,7 +200,7 @@ def ledger_figure(ledger: pd.DataFrame, source: str) -> Figure:
             ms=6,
             capsize=3,
             color=colour,
-            label=f"{'' if name == 'reproduced' else 'not reproduced: '}{name} ({len(here)})",
+            label=f"{name} ({len(here)})",
         )
     axis.axvline(0, color=".3", lw=1)
     words = [
@@ -243,7 +232,7 @@ def surpassing_figure(table: pd.DataFrame) -> Figure:
     for shift, (word, colour) in enumerate(
         zip(
             ("above", "equal", "below"),
-            (VERDICTS["reproduced"], VERDICTS["undecided"], VERDICTS["on the other side"]),
+            (COLOR_OF["reproduced"], COLOR_OF["undecided"], COLOR_OF["contradicted"]),
         )
     ):
         rows = table[table["student is"] == word].set_index("judge").loc[judges]

@@ -229,6 +229,39 @@ def gain_matrix(differences: pd.DataFrame, title: str, scales: Mapping[str, floa
     return figure
 
 
+def directions_figure(changes: pd.DataFrame, title: str) -> Figure:
+    """A panel per judge, a line per direction: the change of the judge's score, in shares of its full scale,
+    by the size of the step along the direction (1: the whole of it), with 95 % intervals. `changes`: see
+    `studies.directions`."""
+    judges, directions = changes["judge"].unique(), changes["along"].unique()
+    figure, axes = plt.subplots(
+        1, len(judges), figsize=(3.3 * len(judges), 3.5), squeeze=False, sharex=True, sharey=True
+    )
+    colors, reach = model_colors(directions), changes["size"].abs().max()
+    for axis, judge in zip(axes[0], judges):
+        for number, direction in enumerate(directions):
+            part = changes[(changes["judge"] == judge) & (changes["along"] == direction)].sort_values("size")
+            # apart, lest intervals hide each other; every line goes through the start
+            at = part["size"] + (number - (len(directions) - 1) / 2) * 0.02 * reach
+            points = sorted([*zip(part["size"], part["mean"]), (0.0, 0.0)])
+            axis.plot(*zip(*points), color=colors[direction], lw=1, alpha=0.5)
+            axis.plot(at, part["mean"], "o", color=colors[direction], ms=4, label=direction)
+            axis.vlines(at, part["low"], part["high"], color=colors[direction], alpha=0.6, lw=1.5)
+        axis.axhline(0, color=".6", lw=1, zorder=0)
+        axis.set(title=f"{judge} (n={part['n'].iloc[0]})", xlabel="size of the step")
+    axes[0, 0].set_ylabel("change / full scale")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(len(directions), 8),
+        fontsize=9,
+        title="along the expert of",
+        title_fontsize=9,
+    )
+    figure.suptitle(title, fontweight="bold")
+    return figure
+
+
 def interference_figure(
     table: pd.DataFrame, unit: str = "reward", title: str = "Gradients of the rewards"
 ) -> Figure:

@@ -25,6 +25,7 @@ class Reward(Protocol):
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray: ...
 
 
+# A judge that is a network may have `with_gradient(images, prompts)` too, which gives (B,) with a graph.
 # What a judge that does not say it otherwise is: `tasks` whose prompts it can judge (None: all), `scale` that
 # its scores are divided by where rewards are added up, `unseen` by every training, or for `training` only.
 PLAIN = {"tasks": None, "scale": 1.0, "unseen": False, "training": False}
@@ -140,3 +141,23 @@ def embed_pictures(model, processor, pictures: list, batch: int) -> torch.Tensor
         z = model.get_image_features(**inputs)
         found.append(torch.nn.functional.normalize(getattr(z, "pooler_output", z), dim=-1))
     return torch.cat(found)
+
+
+def prepared(images: torch.Tensor, processor) -> torch.Tensor:
+    """What an image processor does to (B, 3, H, W) in [0, 1], with gradient: the shorter side resized, the
+    middle cut out, channels normalised."""
+    size = processor.size.get("shortest_edge") or min(processor.size["height"], processor.size["width"])
+    height, width = images.shape[2:]
+    if min(height, width) != size:
+        scale = size / min(height, width)
+        to = (round(height * scale), round(width * scale))
+        images = torch.nn.functional.interpolate(images, to, mode="bicubic", antialias=True)
+    if getattr(processor, "do_center_crop", False):
+        crop = processor.crop_size["height"], processor.crop_size["width"]
+        top, left = ((side - of) // 2 for side, of in zip(images.shape[2:], crop))
+        images = images[..., top : top + crop[0], left : left + crop[1]]
+    mean, std = (
+        torch.tensor(v, device=images.device)[:, None, None]
+        for v in (processor.image_mean, processor.image_std)
+    )
+    return (images - mean) / std

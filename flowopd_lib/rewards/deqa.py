@@ -11,7 +11,7 @@ import torch
 
 from ..prompts import Prompt
 from ..quiet import quiet
-from .base import as_uint8, finite, load_frozen
+from .base import as_uint8, finite, load_frozen, prepared
 
 LEVELS = {"bad": 1, "poor": 2, "fair": 3, "good": 4, "excellent": 5}
 
@@ -63,6 +63,11 @@ class DeQA:
             inputs = self.processor(images=list(pixels[i : i + self.batch]), return_tensors="pt")
             out.append(self.model(**inputs.to(self.device)).logits.float().softmax(-1))
         return torch.cat(out)
+
+    def with_gradient(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """(B,): the score of images (B, 3, H, W) in [0, 1] with the graph they carry."""
+        logits = self.model(pixel_values=prepared(images, self.processor).to(self.device)).logits
+        return logits.float().softmax(-1) @ self.levels
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         return finite(self.distribution(images, prompts) @ self.levels, self.name)

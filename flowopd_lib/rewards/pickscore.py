@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..prompts import Prompt
-from .base import as_uint8, embed_pictures, finite, load_clip, pixels_of
+from .base import as_uint8, embed_pictures, finite, load_clip, pixels_of, prepared
 
 
 class PickScore:
@@ -41,18 +41,24 @@ class PickScore:
         pixels = as_uint8(images, prompts, self.name)
         scores = []
         for i in range(0, len(pixels), self.batch):
-            texts = [p.text for p in prompts[i : i + self.batch]]
-            inputs = self.processor(
-                images=list(pixels[i : i + self.batch]),
-                text=texts,
-                return_tensors="pt",
-                truncation=True,
-                padding="max_length",
-                max_length=self.model.config.text_config.max_position_embeddings,
-            )
-            out = self.model(**inputs.to(self.device))
-            scores.append(self.model.logit_scale.exp() * (out.image_embeds * out.text_embeds).sum(-1))
+            part = self.processor.image_processor(list(pixels[i : i + self.batch]), return_tensors="pt")
+            scores.append(self._score(part["pixel_values"], prompts[i : i + self.batch]))
         return finite(torch.cat(scores), self.name)
+
+    def with_gradient(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """(B,): the score of images (B, 3, H, W) in [0, 1] with the graph they carry."""
+        return self._score(prepared(images, self.processor.image_processor), prompts)
+
+    def _score(self, pixels: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        texts = self.processor.tokenizer(
+            [p.text for p in prompts],
+            return_tensors="pt",
+            truncation=True,
+            padding="max_length",
+            max_length=self.model.config.text_config.max_position_embeddings,
+        )
+        out = self.model(pixel_values=pixels.to(self.device), **texts.to(self.device))
+        return self.model.logit_scale.exp() * (out.image_embeds * out.text_embeds).sum(-1)
 
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> np.ndarray:

@@ -80,7 +80,8 @@ def _interference(c: Costs) -> Work:
     of_rewards = c.grpo(p["batches"], p["prompts_per_batch"] * p["images_per_prompt"]) * tasks
     moved = c.grpo(1, p["images"]) * (tasks * (tasks + 1))
     pulls = c.opd(p["batches"], p["prompts_per_batch"], anchor=False) * (2 * len(c.world.experts))
-    return of_rewards + Work(moved.images, moved.forwards) + pulls
+    along = c.evaluation(2 + 2 * len(c.world.experts) * len(p["sizes"]))
+    return along + of_rewards + Work(moved.images, moved.forwards) + pulls
 
 
 def _seesaw(c: Costs) -> Work:

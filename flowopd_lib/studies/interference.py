@@ -21,14 +21,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import load_state, save_state
 from ..objectives import GRPO, OPD, Share
 from ..policy import FlowPolicy
 from ..progress import progress
-from ..rollout import sample
+from ..rewards import attribute
+from ..rollout import NoiseStreams, sample
 
 ALL = "all"
+WALKS = 24  # whose graph is held at a time
 
 
 def _width(n: int) -> float:
@@ -68,6 +71,41 @@ def reward_gradients(
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).cpu() * scale
         found[step.sigma] = found.get(step.sigma, 0) + gradient
     return found
+
+
+def passes_gradient(objective: GRPO) -> bool:
+    """Whether `walk_gradients` can be asked: all its judges are networks that say how they differentiate."""
+    names = {name for task in objective.schedule.prompts for name in objective.weights_of(task)}
+    return all(hasattr(objective.judges[name], "with_gradient") for name in names)
+
+
+def walk_gradients(
+    policy: FlowPolicy, objective: GRPO, adapter: str, iteration: int
+) -> dict[float, torch.Tensor]:
+    """One batch's gradient of the mean reward through decoder and judge, along the whole walk with its noise
+    held fixed, (P,) in units of the reward; under the noise level at which walks begin, for its parts cannot
+    be told apart. Far less noise than score functions have. The objective must be plain, as there, and its
+    judges pass a gradient (`passes_gradient`).
+    """
+    parameters, sampler = policy.train_adapter(adapter), objective.sampler
+    batch, grid = objective.schedule.draw(iteration), policy.sigmas(sampler.steps)
+    total = torch.zeros(sum(p.numel() for p in parameters))
+    for i in range(0, len(batch), WALKS):
+        prompts, seeds = batch.prompts[i : i + WALKS], batch.seeds[i : i + WALKS]
+        noise, text = NoiseStreams(policy, seeds), policy.encode([p.text for p in prompts])
+        x = noise.draw()
+        for index, (sigma, below) in enumerate(zip(grid, grid[1:])):
+            # a step's activations are made anew on the way back: memory of one step, not of the walk
+            v = checkpoint(policy.velocity, x, sigma, text, sampler.guidance, adapter, use_reentrant=False)
+            mean, std = sampler.step(x, v, index, grid)
+            x = mean + std * noise.draw() if std else mean
+        reward = 0.0
+        for name, weight in objective.weights_of(prompts[0].task).items():
+            judge = objective.judges[name]
+            scores = judge.with_gradient(policy.decode(x), prompts)
+            reward = reward + weight / attribute(judge, "scale") * scores.sum()
+        total += torch.cat([g.flatten() for g in torch.autograd.grad(reward, parameters)]).cpu()
+    return {grid[0]: total / len(batch)}
 
 
 def pull_gradients(
@@ -254,7 +292,8 @@ def taylor_check(
     prediction; the change is measured on new prompts and seeds, the same before and after (paired), `images`
     a task. A row per pair: predicted and measured with 95 % intervals, over batches and over the `n` prompts
     measured (`only`: along some of the tasks' gradients); NaN, with a warning, for a task whose rewards never
-    varied, which has no direction.
+    varied, which has no direction. What no gradient is known of (`objectives` beyond `gradients`) is measured
+    and not predicted.
     """
     batches = min(map(len, gradients.values()))
     if batches < 4 or batches % 2:
@@ -284,13 +323,14 @@ def taylor_check(
             for p, d in zip(parameters, direction.split([p.numel() for p in parameters])):
                 p.add_(size * d.view_as(p).to(p.device))
         for on, objective in objectives.items():
-            predicted = size * (gradients[on][batches // 2 :] @ direction).numpy()
+            known = on in gradients
+            predicted = size * (gradients[on][batches // 2 :] @ direction).numpy() if known else [np.nan] * 2
             change = _rewards(policy, objective, adapter, batches, images) - before[on]
             # neighbours share one, so they are not independent
             prompt = np.arange(images) // objective.schedule.repeats
             measured = np.bincount(prompt, change) / np.bincount(prompt)
             row = dict(task=task, on=on, size=size, n=len(measured))
-            for name, values in (("predicted", predicted), ("measured", measured)):
+            for name, values in (("predicted", np.array(predicted)), ("measured", measured)):
                 error = _width(len(values)) * values.std(ddof=1) / np.sqrt(len(values))
                 row |= {
                     name: values.mean(),

@@ -20,13 +20,21 @@ from ..objectives import ESTIMATORS, GRPO, OPD
 from ..parts import keep, read_of
 from ..schedule import Schedule
 from .estimators import measure
-from .interference import Gradients, interference, pull_gradients, reward_gradients, taylor_check
+from .interference import (
+    Gradients,
+    interference,
+    passes_gradient,
+    pull_gradients,
+    reward_gradients,
+    taylor_check,
+    walk_gradients,
+)
 from .steps import worth_of_steps
 
 SOME = {"world": str, "adapters": dict[str, Any], "seed": SEED, "adapter": str, "file": str}
 OF_GRADIENTS = {
     **SOME,
-    "of": Literal["reward", "pull"],
+    "of": Literal["reward", "walk", "pull"],
     "batches": Annotated[int, Field(ge=3)],
     "prompts_per_batch": Count,
     "images_per_prompt": Annotated[int, Field(ge=2)],
@@ -93,17 +101,27 @@ def _end(target: Path, of: str, way: Path, table: pd.DataFrame, site: Site) -> N
 
 def interference_job(spec: Mapping, folder: Path, site: Site) -> None:
     """`file` (interference.parquet): inner products and cosines of the tasks' gradients at `adapter`; with
-    `step_size`, taylor.parquet: predicted and measured changes of a real step of that length."""
-    target, check = folder / spec.get("file", "interference.parquet"), folder / "taylor.parquet"
+    `step_size`, {the file's stem}_taylor.parquet: predicted and measured changes of a real step of that
+    length. `of`: rewards by score functions (reward) or through the judge (walk), or teachers' pulls."""
+    target = folder / spec.get("file", "interference.parquet")
+    check = target.with_name(f"{target.stem}_taylor.parquet")
     there, of, way = _begin(target, spec, site)
     if there:
         return
     name, seed, prompts = spec["adapter"], spec.get("seed", 0), spec["prompts_per_batch"]
-    if spec.get("of", "reward") == "reward":
-        objectives, how = reward_objectives(site, prompts, spec["images_per_prompt"], seed), reward_gradients
+    if spec.get("of", "reward") == "pull":
+        if "step_size" in spec:
+            raise ValueError("step_size measures rewards; leave it out where the pulls of teachers are asked")
+        objectives = asked = pull_objectives(site, prompts, seed, name)
+        how = pull_gradients
     else:
-        objectives, how = pull_objectives(site, prompts, seed, name), pull_gradients
-    found = interference(site.policy, objectives, name, spec["batches"], how, Gradients(way), site.share)
+        objectives = asked = reward_objectives(site, prompts, spec["images_per_prompt"], seed)
+        how = reward_gradients
+    if spec.get("of") == "walk":
+        how, asked = walk_gradients, {t: o for t, o in objectives.items() if passes_gradient(o)}
+        if not asked:  # told by a table without rows
+            return _end(target, of, way, pd.DataFrame({"task": [], "on": []}), site)
+    found = interference(site.policy, asked, name, spec["batches"], how, Gradients(way), site.share)
     if "step_size" in spec:
         parts = {task: way / f"taylor_{task}.parquet" for task in found.tasks}
         mine = [t for t in found.tasks[site.share.rank :: site.share.world] if not parts[t].is_file()]

@@ -8,7 +8,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .claims import Claim, Missing, Run, against, beyond_mix, first_order, follows, most_opposed, some
+from .claims import (
+    HALF,
+    Claim,
+    Missing,
+    Run,
+    against,
+    along_others,
+    beyond_mix,
+    first_order,
+    follows,
+    some,
+    third,
+)
 
 _MAIN, _OOD, _05, _ELSEWHERE = (
     "main table",
@@ -17,22 +29,28 @@ _MAIN, _OOD, _05, _ELSEWHERE = (
     "needs SD-3.5-M, which cannot be downloaded or trained here",
 )
 
+# Of the distance from the base to the expert, or of a gradient: where the paper gives no effect in our terms,
+# less than this is held to be none. Fixed before any run that it judges.
+SMALL_SHARE = 0.1
+
 
 CLAIMS = (
     Claim(
         "conflict",
-        "Gradients of tasks conflict: some pair has a negative cosine",
+        "Tasks conflict: what helps one lowers another",
         "4.2",
         "01_gradient_interference",
-        most_opposed,
+        along_others,
         "< 0",
+        margin=HALF * third("pickscore expert", "base", "GenEval"),
     ),
     Claim(
         "first_order",
-        "To first order, inner products of gradients predict how a step for one task moves the others",
+        "To first order, a small step for one task foretells how training for it moves the others",
         "4.2",
         "01_gradient_interference",
         first_order,
+        margin=1 / 3,
     ),
     Claim(
         "seesaw_ocr",
@@ -41,6 +59,7 @@ CLAIMS = (
         "02_mixed_reward_seesaw",
         against("+OCR", "+GenEval", "GenEval"),
         "< 0",
+        margin=SMALL_SHARE,
     ),
     Claim(
         "seesaw_pickscore",
@@ -49,6 +68,7 @@ CLAIMS = (
         "02_mixed_reward_seesaw",
         some("+PickScore", "+OCR", "GenEval", "OCR"),
         "< 0",
+        margin=SMALL_SHARE,
     ),
     Claim(
         "seesaw_deqa",
@@ -57,6 +77,7 @@ CLAIMS = (
         "02_mixed_reward_seesaw",
         some("+DeQA", "+PickScore", "GenEval", "OCR", "PickScore"),
         "< 0",
+        margin=SMALL_SHARE,
     ),
     Claim(
         "gain_geneval",
@@ -64,6 +85,7 @@ CLAIMS = (
         _MAIN,
         "03_expert_training",
         against("geneval", "base", "GenEval"),
+        margin=third("geneval expert", "base", "GenEval"),
     ),
     Claim(
         "gain_ocr",
@@ -71,6 +93,7 @@ CLAIMS = (
         _MAIN,
         "03_expert_training",
         against("ocr", "base", "OCR"),
+        margin=third("ocr expert", "base", "OCR"),
     ),
     Claim(
         "gain_pickscore",
@@ -78,6 +101,7 @@ CLAIMS = (
         _MAIN,
         "03_expert_training",
         against("pickscore", "base", "PickScore"),
+        margin=third("pickscore expert", "base", "PickScore"),
     ),
     Claim(
         "gain_deqa",
@@ -85,6 +109,7 @@ CLAIMS = (
         _MAIN,
         "03_expert_training",
         against("deqa", "base", "DeQA"),
+        margin=third("deqa expert", "base", "DeQA"),
     ),
     Claim(
         "pickscore_costs",
@@ -93,6 +118,7 @@ CLAIMS = (
         "03_expert_training",
         against("pickscore", "base", "GenEval"),
         "< 0",
+        margin=third("pickscore expert", "base", "GenEval"),
     ),
     Claim(
         "mix_geneval",
@@ -101,6 +127,7 @@ CLAIMS = (
         _05,
         against("GRPO-Mix", "geneval expert", "GenEval"),
         "< 0",
+        margin=third("GRPO-Mix", "geneval expert", "GenEval"),
     ),
     Claim(
         "mix_ocr",
@@ -109,14 +136,23 @@ CLAIMS = (
         _05,
         against("GRPO-Mix", "ocr expert", "OCR"),
         "< 0",
+        margin=third("GRPO-Mix", "ocr expert", "OCR"),
     ),
-    Claim("opd_mix", "Flow-OPD's Average is above GRPO-Mix's (.90 against .82)", _MAIN, _05, beyond_mix),
+    Claim(
+        "opd_mix",
+        "Flow-OPD's Average is above GRPO-Mix's (.90 against .82)",
+        _MAIN,
+        _05,
+        beyond_mix,
+        margin=third("student", "GRPO-Mix"),
+    ),
     Claim(
         "opd_mix_pickscore",
         "Flow-OPD's PickScore is above GRPO-Mix's (23.08 against 21.84)",
         _MAIN,
         _05,
         against("student", "GRPO-Mix", "PickScore"),
+        margin=third("student", "GRPO-Mix", "PickScore"),
     ),
     Claim(
         "opd_geneval",
@@ -124,6 +160,7 @@ CLAIMS = (
         "abstract",
         _05,
         against("student", "base", "GenEval"),
+        margin=third("student", "base", "GenEval"),
     ),
     Claim(
         "opd_ocr",
@@ -131,6 +168,7 @@ CLAIMS = (
         "abstract",
         _05,
         against("student", "base", "OCR"),
+        margin=third("student", "base", "OCR"),
     ),
     Claim(
         "opd_start",
@@ -139,6 +177,7 @@ CLAIMS = (
         _OOD,
         _05,
         against("student", "merged"),
+        margin=SMALL_SHARE,
     ),
     Claim(
         "merge_sft",
@@ -146,6 +185,7 @@ CLAIMS = (
         _MAIN,
         _05,
         against("student", "student from sft"),
+        margin=third("student", "student from sft"),
     ),
     Claim(
         "surpass_ocr",
@@ -153,6 +193,7 @@ CLAIMS = (
         _MAIN,
         _05,
         against("student", "ocr expert", "OCR"),
+        margin=third("student", "ocr expert", "OCR"),
     ),
     Claim(
         "surpass_deqa",
@@ -160,6 +201,7 @@ CLAIMS = (
         _MAIN,
         _05,
         against("student", "deqa expert", "DeQA"),
+        margin=third("student", "deqa expert", "DeQA"),
     ),
     Claim(
         "short_geneval",
@@ -168,6 +210,7 @@ CLAIMS = (
         _05,
         against("student", "geneval expert", "GenEval"),
         "< 0",
+        margin=third("student", "geneval expert", "GenEval"),
     ),
     Claim(
         "short_pickscore",
@@ -176,6 +219,7 @@ CLAIMS = (
         _05,
         against("student", "pickscore expert", "PickScore"),
         "< 0",
+        margin=third("student", "pickscore expert", "PickScore"),
     ),
     Claim(
         "mar_looks",
@@ -184,6 +228,7 @@ CLAIMS = (
         "MAR table",
         "06_mar",
         some("deqa ", "none", "DeQA"),
+        margin=SMALL_SHARE,
     ),
     Claim(
         "mar_preference",
@@ -192,6 +237,7 @@ CLAIMS = (
         "MAR table",
         "06_mar",
         some("deqa ", "none", "PickScore"),
+        margin=SMALL_SHARE,
     ),
     Claim(
         "loss_gradient",
@@ -199,6 +245,7 @@ CLAIMS = (
         "5.1.1",
         "07_opd_estimators",
         follows("paper"),
+        margin=SMALL_SHARE,
     ),
     Claim(
         "code_gradient",
@@ -206,6 +253,7 @@ CLAIMS = (
         "public code",
         "07_opd_estimators",
         follows("as_coded"),
+        margin=SMALL_SHARE,
     ),
     Claim(
         "loss_trains",
@@ -213,6 +261,7 @@ CLAIMS = (
         "5.1.1",
         "07_opd_estimators",
         against("paper", "merged"),
+        margin=SMALL_SHARE,
     ),
     Claim(
         "code_trains",
@@ -220,6 +269,7 @@ CLAIMS = (
         "public code",
         "07_opd_estimators",
         against("as_coded", "merged"),
+        margin=SMALL_SHARE,
     ),
     Claim(
         "ood_mix",
@@ -227,6 +277,7 @@ CLAIMS = (
         _OOD,
         "08_results",
         against("student", "GRPO-Mix"),
+        margin=SMALL_SHARE,
     ),
     Claim(
         "ood_start",
@@ -234,6 +285,7 @@ CLAIMS = (
         _OOD,
         "08_results",
         against("student", "merged"),
+        margin=SMALL_SHARE,
     ),
     Claim(
         "ood_start_mix",
@@ -241,6 +293,7 @@ CLAIMS = (
         _OOD,
         "08_results",
         against("merged", "GRPO-Mix"),
+        margin=SMALL_SHARE,
     ),
     Claim("numbers", "The scores themselves, such as GenEval .92 and OCR .94", "abstract", why=_ELSEWHERE),
     Claim("cost", "The training takes 4 nodes of 8 H800 about 50 hours", "experiments", why=_ELSEWHERE),
@@ -262,8 +315,8 @@ CLAIMS = (
 def judge(
     run_dir: str | Path, ood: pd.DataFrame | None = None, claims: Sequence[Claim] = CLAIMS
 ) -> pd.DataFrame:
-    """The ledger: a row a claim with verdict ("reproduced", "not reproduced", "not testable here"), claimed
-    sign, effect, low, high (95 %), n, seeds, measured, note. `ood` is notebook 08's table if it is not in the
+    """The ledger: a row a claim with verdict (one of `VERDICTS`), claimed sign, effect, low, high (95 %),
+    bound, n, seeds, measured, note. `ood` is notebook 08's table if it is not in the
     run's folder. Bootstraps draw prompts, and trainings of a model that has several."""
     run, rows = Run(run_dir, ood), []
     for claim in claims:
@@ -276,6 +329,7 @@ def judge(
             effect=np.nan,
             low=np.nan,
             high=np.nan,
+            bound=np.nan,
             n=None,
             seeds=None,
             measured="",
@@ -284,9 +338,9 @@ def judge(
         try:
             if claim.test:
                 found = claim.test(run, claim)
-                for name in ("effect", "low", "high"):
+                for name in ("effect", "low", "high", "bound"):
                     row[name] = float(getattr(found, name))
-                row["verdict"], word = _verdict(claim.claimed, row["low"], row["high"])
+                row["verdict"], word = _verdict(claim.claimed, row["low"], row["high"], row["bound"])
                 row |= dict(
                     n=int(found.n),
                     seeds=int(found.seeds),
@@ -302,13 +356,16 @@ def judge(
     )
 
 
-def _verdict(claimed: str, low: float, high: float) -> tuple[str, str]:
+VERDICTS = ("reproduced", "bounded", "undecided", "contradicted", "not testable here")
+
+
+def _verdict(claimed: str, low: float, high: float, bound: float) -> tuple[str, str]:
     if np.isnan(low) or np.isnan(high):
-        return "not reproduced", "undecided: nothing above the noise"
+        return "undecided", "nothing above the noise"
     sign = "> 0" if low > 0 else "< 0" if high < 0 else ""
-    if sign == claimed:
-        return "reproduced", ""
-    return (
-        "not reproduced",
-        "the interval is on the other side of 0" if sign else "the interval includes 0: undecided at this n",
-    )
+    if sign:
+        same = sign == claimed
+        return ("reproduced", "") if same else ("contradicted", "the interval is on the other side of 0")
+    if -bound <= low and high <= bound:
+        return "bounded", f"an effect of {bound:.3g}, a third of the paper's or what was fixed, is ruled out"
+    return "undecided", "the interval includes 0" + ("" if np.isnan(bound) else f" and {bound:.3g}")

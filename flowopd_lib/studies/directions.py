@@ -1,0 +1,106 @@
+"""Interference as what it does (Flow-OPD 4.2): how every score changes along every task's direction.
+
+    J_j(theta + a tau_i) - J_j(theta)
+
+`tau_i` is what the expert of task i changed (or its first iterations did), a fraction or a multiple of it is
+`a`. Prompts and noise are the same before and after, and no gradient has to be estimated: this is the
+paper's claim itself. A conflict is a score that falls on the way forward, a > 0. Central differences mislead,
+for they credit the harm of walking backwards; backwards is asked for the curvature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from ..stats import Home, home_scores, paired_differences
+
+
+def model_of(direction: str, size: float, start: str = "") -> str:
+    """The name of theta + a tau in a table of scores."""
+    return f"{start}{' ' if start else ''}{direction} {size:+g}"
+
+
+def adapter_of(model: str) -> str:
+    """An adapter's name for it: without dots, which PEFT does not take."""
+    return model.replace(" ", "_").replace(".", "_")
+
+
+def along(
+    directions: Sequence[str], sizes: Sequence[float], start: str = "", mean_of: Sequence[str] = ()
+) -> dict[str, dict]:
+    """Sources of the adapters theta + a tau, by model: from the base or, named `start`, from the average of
+    `mean_of`. Raises ValueError for a size of 0, which is the start."""
+    if not all(sizes):
+        raise ValueError("a step of size 0 goes nowhere: leave it out of the sizes")
+    found = {}
+    for direction in directions:
+        for size in sizes:
+            weights = {name: 1 / len(mean_of) for name in mean_of}
+            weights[direction] = weights.get(direction, 0.0) + size
+            found[model_of(direction, size, start)] = {
+                "merge": "cat",
+                "adapters": list(weights),
+                "weights": list(weights.values()),
+            }
+    return found
+
+
+def changes(
+    table: pd.DataFrame, home: Home, directions: Sequence[str], sizes: Sequence[float], start: str = ""
+) -> pd.DataFrame:
+    """A row per direction, size and judge: along, size, judge, mean, low, high (95 %, over n prompts), in
+    shares of the full scale, against the model `start` (the base if it is empty). `table`: `evaluate`'s."""
+    asked = {model_of(d, a, start): (d, a) for d in directions for a in sizes}
+    scale = {judge: full for judge, _, full in home}
+    baseline = start or "base"
+    own = home_scores(table[table["model"].isin([baseline, *asked])], home)
+    found = paired_differences(own, baseline, list(scale), by=())
+    shares = found[["mean", "low", "high"]].div(found["judge"].map(scale), axis=0)
+    names = pd.DataFrame([asked[m] for m in found["model"]], columns=["along", "size"], index=found.index)
+    return pd.concat([names, found[["judge"]], shares, found[["n"]]], axis=1)
+
+
+def foretold(
+    table: pd.DataFrame,
+    home: Home,
+    directions: Mapping[str, str],
+    small: float,
+    whole: float,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float, int]:
+    """Does the change of a small step, times whole / small, foretell that of the whole? The slope of the
+    measured on the foretold change, from the base, over all pairs of a direction and another judge than that
+    it was trained for (`directions`: by name, that judge): slope, low, high (95 %, prompts drawn), number of
+    pairs. 1 is exact.
+
+    One half of the prompts foretells and the other is measured, each way, so that no prompt's noise is on
+    both sides; and what noise takes from the slope, sum(p_A m_B) / sum(p_A p_B) gives back.
+    """
+    parts = []
+    for judge, task, scale in home:
+        rows = table[table["task"] == task]
+        scores = rows.groupby(["prompt", "model"], sort=False)[judge].mean().unstack("model") / scale
+        others = [d for d, own in directions.items() if own != judge]
+        p = np.stack([scores[model_of(d, small)] - scores["base"] for d in others], 1) * (whole / small)
+        m = np.stack([scores[model_of(d, whole)] - scores["base"] for d in others], 1)
+        parts.append((p, m))
+    rng, top, bottom = np.random.default_rng(seed), 0.0, 0.0
+    for p, m in parts:
+        means = []
+        for side in (0, 1):
+            n = len(p[side::2])
+            # the first row is the half itself, the others are draws of its prompts
+            drawn = np.vstack([np.ones(n), rng.multinomial(n, [1 / n] * n, size=resamples)]) / n
+            means.append((drawn @ p[side::2], drawn @ m[side::2]))
+        (pa, ma), (pb, mb) = means
+        top = top + (pa * mb + pb * ma).sum(1)
+        bottom = bottom + 2 * (pa * pb).sum(1)
+    slopes = np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+    # else the small steps move nothing above their noise
+    known = np.isfinite(slopes).mean() >= 0.95
+    low, high = np.nanquantile(slopes[1:], (0.025, 0.975)) if known else (np.nan, np.nan)
+    return float(slopes[0]), float(low), float(high), sum(p.shape[1] for p, _ in parts)
