@@ -51,7 +51,7 @@ def merge(
         )
     if len(adapters) == 1 and weights is None:
         raise ValueError(
-            f"an average takes at least two adapters, not {adapters} alone; how much of one is said by weights"
+            f"an average takes at least two adapters, not {adapters} alone; of one, weights say how much"
         )
     if method not in METHODS:
         raise ValueError(f"unknown way to merge {method!r}: choose one of {', '.join(METHODS)}")

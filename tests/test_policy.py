@@ -135,7 +135,7 @@ def test_ties_and_dare_merge_and_bad_merges_are_named(crowd):
     assert {"ties", "dare"} < set(METHODS)
     for call, message in [
         (lambda: merge(crowd, ("one",), "x"), "at least two"),
-        (lambda: merge(crowd, ("one", "ten"), "x"), "at least two of"),
+        (lambda: merge(crowd, ("one", "ten"), "x"), "merging takes some of"),
         (lambda: merge(crowd, ("one", "two"), "x", "mean"), "unknown way"),
         (lambda: merge(crowd, ("one", "two"), "one"), "new name"),
         (
