@@ -22,7 +22,7 @@ from flowopd_lib.looking.result_figures import (
 )
 from flowopd_lib.runs.runner import NOTEBOOKS
 from flowopd_lib.studies.claims import Claim, Missing, Run, paired, some
-from flowopd_lib.studies.ledger import CLAIMS, judge
+from flowopd_lib.studies.ledger import CLAIMS, _verdict, judge
 from flowopd_lib.studies.power import power
 
 SCALE = {"GenEval": 1.0, "OCR": 1.0, "PickScore": 26.0, "DeQA": 5.0}
@@ -393,18 +393,29 @@ def test_the_notebook_needs_what_the_claims_need():
     assert {c.needs for c in CLAIMS if c.test} - {"08_results"} <= set(needs)
 
 
+def test_an_interval_as_long_as_the_bound_decides_whatever_is_true():
+    def undecided(width):
+        return [
+            e
+            for e in np.linspace(-3, 3, 121)
+            if _verdict("> 0", e - width / 2, e + width / 2, 1.0)[0] == "undecided"
+        ]
+
+    assert not undecided(0.999) and undecided(1.2)
+
+
 def test_what_a_larger_run_can_decide_is_foretold(tmp_path):
     """The interval at four times the prompts, foretold from a pilot, and met by a run of that size."""
     same = TRUE["05_opd"] | {"student": {}, "GRPO-Mix": {}}
-    halves = {}
+    widths = {}
     for n in (40, 160):
         run = write_run(tmp_path / str(n))
         samples(same, noise=0.6, n=n).to_parquet(run / "05_opd" / "samples.parquet")
-        halves[n] = power(judge(run)).set_index("claim").loc["opd_mix"]
+        widths[n] = power(judge(run)).set_index("claim").loc["opd_mix"]
     told = power(judge(tmp_path / "40"), times=4).set_index("claim").loc["opd_mix"]
-    assert told["half"] == pytest.approx(halves[160]["half"], rel=0.2) and told["n"] == 480
-    assert not halves[40]["decidable"] and told["decidable"] == (told["half"] <= told["bound"])
-    assert told["needs"] == pytest.approx(120 * (halves[40]["half"] / told["bound"]) ** 2, abs=1)
+    assert told["width"] == pytest.approx(widths[160]["width"], rel=0.2) and told["n"] == 480
+    assert not widths[40]["decidable"]
+    assert told["needs"] == pytest.approx(120 * (widths[40]["width"] / told["bound"]) ** 2, abs=1)
     done = subprocess.run(
         [sys.executable, "-m", "flowopd_lib.studies.power", tmp_path / "none"], capture_output=True, text=True
     )

@@ -13,7 +13,6 @@ from flowopd_lib.schedule import Schedule
 from flowopd_lib.studies.interference import (
     ALL,
     interference,
-    passes_gradient,
     pull_gradients,
     reward_gradients,
     taylor_check,
@@ -106,7 +105,7 @@ def test_the_gradient_through_the_judge_is_that_of_the_score_functions_with_less
         for how in (reward_gradients, walk_gradients)
     }
     (scores, noisy), (walks, quiet) = ((g.mean(0), g.std(0) / len(g) ** 0.5) for g in found.values())
-    assert passes_gradient(objectives["one"]) and walks.abs().max() > 10 * quiet.max()
+    assert walks.abs().max() > 10 * quiet.max()
     assert (quiet < noisy / 2).all()
     assert ((scores - walks).abs() < 4 * (noisy**2 + quiet**2).sqrt()).all()
 

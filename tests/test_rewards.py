@@ -172,10 +172,11 @@ def test_what_is_no_picture_is_not_embedded(judges, bad, message):
         judges["PickScore"].embed(bad)
 
 
+@pytest.mark.parametrize("side", [(64, 64), (96, 130)])  # as it is, and resized and cut
 @pytest.mark.parametrize("name", ["PickScore", "DeQA"])
-def test_a_judge_that_passes_a_gradient_gives_its_own_score(judges, name):
+def test_a_judge_that_passes_a_gradient_gives_its_own_score(judges, name, side):
     prompts = [Prompt(s.text, "pickscore") for s in sample_specs("pickscore", "test", 6)]
-    pixels = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(6, 3, *side, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.avg_pool2d(pixels, 9, 1, 4).requires_grad_(True)
     scores = judges[name].with_gradient(images, prompts)
     told = torch.from_numpy(judges[name](images.detach(), prompts))

@@ -23,13 +23,11 @@ TEACHERS = {
     "PickScore": "pickscore expert",
     "DeQA": "deqa expert",
 }
-# by verdict on a claim that was tested
-COLOR_OF = {"reproduced": "#009E73", "bounded": "#0072B2", "undecided": ".55", "contradicted": "#D55E00"}
-TOLD = {
-    "reproduced": "Reproduced",
-    "bounded": "Bounded: smaller than claimed, and known to be",
-    "undecided": "Undecided at this n",
-    "contradicted": "Contradicted: the other way",
+VERDICTS = {  # on a claim that was tested: its title and its colour
+    "reproduced": ("Reproduced", "#009E73"),
+    "bounded": ("Bounded: smaller than claimed, and known to be", "#0072B2"),
+    "undecided": ("Undecided at this n", ".55"),
+    "contradicted": ("Contradicted: the other way", "#D55E00"),
 }
 
 
@@ -162,9 +160,9 @@ def conclusion(ledger: pd.DataFrame) -> str:
     """Markdown: how many claims got which verdict, and which."""
     kinds = ledger["verdict"]
     tested = int((kinds != "not testable here").sum())
-    counts = ", ".join(f"{(kinds == kind).sum()} {kind}" for kind in COLOR_OF)
+    counts = ", ".join(f"{(kinds == kind).sum()} {kind}" for kind in VERDICTS)
     lines = [f"Of {len(ledger)} claims {tested} are tested here: {counts}."]
-    for kind, title in TOLD.items():
+    for kind, (title, _) in VERDICTS.items():
         rows = [
             f"- {r.statement} (`{r.claim}`): "
             + (f"{r.effect:+.3f} [{r.low:+.3f}, {r.high:+.3f}], n={r.n}" if pd.notna(r.effect) else r.note)
@@ -190,7 +188,7 @@ def ledger_figure(ledger: pd.DataFrame, source: str) -> Figure:
     half = (rows["high"] - rows["low"]) / 2 * np.where(rows["claimed"] == "< 0", -1, 1)
     effect, ends = rows["effect"] / half, np.sort(np.stack([rows["low"] / half, rows["high"] / half]), 0)
     figure, axis = plt.subplots(figsize=(13, 0.42 * len(rows) + 1.7))
-    for name, colour in COLOR_OF.items():
+    for name, (_, colour) in VERDICTS.items():
         here = np.flatnonzero(rows["verdict"] == name)
         axis.errorbar(
             effect.iloc[here],
@@ -229,12 +227,8 @@ def surpassing_figure(table: pd.DataFrame) -> Figure:
     per judge."""
     figure, axis = plt.subplots(figsize=(7.5, 3.2))
     judges = list(table["judge"].unique())
-    for shift, (word, colour) in enumerate(
-        zip(
-            ("above", "equal", "below"),
-            (COLOR_OF["reproduced"], COLOR_OF["undecided"], COLOR_OF["contradicted"]),
-        )
-    ):
+    words = {"above": "reproduced", "equal": "undecided", "below": "contradicted"}
+    for shift, (word, verdict) in enumerate(words.items()):
         rows = table[table["student is"] == word].set_index("judge").loc[judges]
         axis.errorbar(
             np.arange(len(judges)) + 0.2 * (shift - 1),
@@ -243,7 +237,7 @@ def surpassing_figure(table: pd.DataFrame) -> Figure:
             fmt="o",
             ms=7,
             capsize=4,
-            color=colour,
+            color=VERDICTS[verdict][1],
             label=f"student {word}",
         )
     n = table.groupby("judge")["n"].first()

@@ -17,7 +17,8 @@ from ..quiet import quiet
 
 class Reward(Protocol):
     """Scores pictures for prompts: images (B, 3, H, W) in [0, 1] and B prompts give (B,) float32, higher is
-    better. What a judge may have beside is told by `attribute`."""
+    better. What a judge may have beside is told by `attribute`; one that is a network may have
+    `with_gradient(images, prompts)`, which gives (B,) with the graph of the images."""
 
     name: str
     range: tuple[float, float]
@@ -25,7 +26,6 @@ class Reward(Protocol):
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray: ...
 
 
-# A judge that is a network may have `with_gradient(images, prompts)` too, which gives (B,) with a graph.
 # What a judge that does not say it otherwise is: `tasks` whose prompts it can judge (None: all), `scale` that
 # its scores are divided by where rewards are added up, `unseen` by every training, or for `training` only.
 PLAIN = {"tasks": None, "scale": 1.0, "unseen": False, "training": False}
@@ -144,14 +144,15 @@ def embed_pictures(model, processor, pictures: list, batch: int) -> torch.Tensor
 
 
 def prepared(images: torch.Tensor, processor) -> torch.Tensor:
-    """What an image processor does to (B, 3, H, W) in [0, 1], with gradient: the shorter side resized, the
-    middle cut out, channels normalised."""
-    size = processor.size.get("shortest_edge") or min(processor.size["height"], processor.size["width"])
+    """What an image processor does to (B, 3, H, W) in [0, 1], with gradient: resized, to a size or by the
+    shorter side, the middle cut out, channels normalised."""
     height, width = images.shape[2:]
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        to = (round(height * scale), round(width * scale))
-        images = torch.nn.functional.interpolate(images, to, mode="bicubic", antialias=True)
+    if shorter := processor.size.get("shortest_edge"):
+        to = tuple(int(side * shorter / min(height, width)) for side in (height, width))
+    else:
+        to = processor.size["height"], processor.size["width"]
+    if to != (height, width):
+        images = torch.nn.functional.interpolate(images, to, mode="bicubic", antialias=True).clamp(0, 1)
     if getattr(processor, "do_center_crop", False):
         crop = processor.crop_size["height"], processor.crop_size["width"]
         top, left = ((side - of) // 2 for side, of in zip(images.shape[2:], crop))

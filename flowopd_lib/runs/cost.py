@@ -77,11 +77,16 @@ class Costs:
 
 def _interference(c: Costs) -> Work:
     p, tasks = c.p, len(c.world.tasks)
-    of_rewards = c.grpo(p["batches"], p["prompts_per_batch"] * p["images_per_prompt"]) * tasks
-    moved = c.grpo(1, p["images"]) * (tasks * (tasks + 1))
+    size = p["prompts_per_batch"] * p["images_per_prompt"]
+    of_rewards = c.grpo(p["batches"], size) * tasks
+    through = sum(c.world.passes_gradient(task.judge) for task in c.world.tasks.values())
+    moved = c.grpo(1, p["images"]) * (tasks * (tasks + 1 + through + bool(through)))
+    steps, walked = c.world.exploration.steps, c.grpo(p["batches"], size)
+    # on the way back every step is made once more
+    walks = Work(walked.images, walked.forwards, walked.images * steps) * through
     pulls = c.opd(p["batches"], p["prompts_per_batch"], anchor=False) * (2 * len(c.world.experts))
     along = c.evaluation(2 + 2 * len(c.world.experts) * len(p["sizes"]))
-    return along + of_rewards + Work(moved.images, moved.forwards) + pulls
+    return along + of_rewards + walks + Work(moved.images, moved.forwards) + pulls
 
 
 def _seesaw(c: Costs) -> Work:

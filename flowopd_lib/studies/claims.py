@@ -198,6 +198,11 @@ def distance(run: Run, parts: Sequence[tuple[str, str, float]]) -> float:
     return float(np.mean(apart)) if min(apart) > 0 else np.nan
 
 
+def least(run: Run, parts: Sequence[tuple[str, str, float]]) -> float:
+    """The shortest of the parts' distances; NaN if one is not known."""
+    return float(np.min([distance(run, [part]) for part in parts]))
+
+
 def against(model: str, baseline: str, judge: str = "Average"):
     """Test: model minus baseline by a judge on its own prompts, in its units."""
     parts = AVERAGE if judge == "Average" else [(judge, HOME[judge], 1.0)]
@@ -260,7 +265,7 @@ def some(prefix: str, baseline: str, *judges: str):
             f"{judge}{' / full scale' if len(judges) > 1 else ''}, {model} minus {baseline}, by prompts"
         )
         note = f"the most favourable of {len(pairs)}, Bonferroni's interval" if len(pairs) > 1 else ""
-        bound = claim.margin * min(distance(run, [(j, HOME[j], scale[j])]) for j in judges)
+        bound = claim.margin * least(run, [(j, HOME[j], scale[j]) for j in judges])
         return Effect(effect, low, high, found[model, judge][3], trainings, measured, note, bound)
 
     return test
@@ -286,7 +291,7 @@ def along_others(run: Run, claim: Claim) -> Effect:
         1,
         f"{pairs[where][1]} / full scale, {HALF:g} of the {pairs[where][0]} expert minus base, by prompts",
         f"the lowest of {len(pairs)}, Bonferroni's interval",
-        claim.margin * min(distance(run, [part]) for part in AVERAGE),
+        claim.margin * least(run, AVERAGE),
     )
 
 

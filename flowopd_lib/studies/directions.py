@@ -2,10 +2,10 @@
 
     J_j(theta + a tau_i) - J_j(theta)
 
-`tau_i` is what the expert of task i changed (or its first iterations did), a fraction or a multiple of it is
-`a`. Prompts and noise are the same before and after, and no gradient has to be estimated: this is the
-paper's claim itself. A conflict is a score that falls on the way forward, a > 0. Central differences mislead,
-for they credit the harm of walking backwards; backwards is asked for the curvature.
+`tau_i` is what the expert of task i changed, a fraction or a multiple of it is `a`. Prompts and noise are
+the same before and after, and no gradient has to be estimated: this is the paper's claim itself. A conflict
+is a score that falls on the way forward, a > 0. Central differences mislead, for they credit the harm of
+walking backwards; backwards is asked for the curvature.
 """
 
 from __future__ import annotations

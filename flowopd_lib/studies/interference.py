@@ -73,19 +73,13 @@ def reward_gradients(
     return found
 
 
-def passes_gradient(objective: GRPO) -> bool:
-    """Whether `walk_gradients` can be asked: all its judges are networks that say how they differentiate."""
-    names = {name for task in objective.schedule.prompts for name in objective.weights_of(task)}
-    return all(hasattr(objective.judges[name], "with_gradient") for name in names)
-
-
 def walk_gradients(
     policy: FlowPolicy, objective: GRPO, adapter: str, iteration: int
 ) -> dict[float, torch.Tensor]:
     """One batch's gradient of the mean reward through decoder and judge, along the whole walk with its noise
     held fixed, (P,) in units of the reward; under the noise level at which walks begin, for its parts cannot
-    be told apart. Far less noise than score functions have. The objective must be plain, as there, and its
-    judges pass a gradient (`passes_gradient`).
+    be told apart. Far less noise than score functions have. The objective must be plain, as there, its
+    rewards the same for all its tasks, and its judges pass a gradient (`with_gradient`).
     """
     parameters, sampler = policy.train_adapter(adapter), objective.sampler
     batch, grid = objective.schedule.draw(iteration), policy.sigmas(sampler.steps)
@@ -94,15 +88,15 @@ def walk_gradients(
         prompts, seeds = batch.prompts[i : i + WALKS], batch.seeds[i : i + WALKS]
         noise, text = NoiseStreams(policy, seeds), policy.encode([p.text for p in prompts])
         x = noise.draw()
-        for index, (sigma, below) in enumerate(zip(grid, grid[1:])):
+        for index, sigma in enumerate(grid[:-1]):
             # a step's activations are made anew on the way back: memory of one step, not of the walk
             v = checkpoint(policy.velocity, x, sigma, text, sampler.guidance, adapter, use_reentrant=False)
             mean, std = sampler.step(x, v, index, grid)
             x = mean + std * noise.draw() if std else mean
-        reward = 0.0
+        images, reward = policy.decode(x), 0.0
         for name, weight in objective.weights_of(prompts[0].task).items():
             judge = objective.judges[name]
-            scores = judge.with_gradient(policy.decode(x), prompts)
+            scores = judge.with_gradient(images, prompts)
             reward = reward + weight / attribute(judge, "scale") * scores.sum()
         total += torch.cat([g.flatten() for g in torch.autograd.grad(reward, parameters)]).cpu()
     return {grid[0]: total / len(batch)}

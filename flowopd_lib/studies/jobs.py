@@ -23,7 +23,6 @@ from .estimators import measure
 from .interference import (
     Gradients,
     interference,
-    passes_gradient,
     pull_gradients,
     reward_gradients,
     taylor_check,
@@ -118,7 +117,8 @@ def interference_job(spec: Mapping, folder: Path, site: Site) -> None:
         objectives = asked = reward_objectives(site, prompts, spec["images_per_prompt"], seed)
         how = reward_gradients
     if spec.get("of") == "walk":
-        how, asked = walk_gradients, {t: o for t, o in objectives.items() if passes_gradient(o)}
+        passing = [t for t, task in site.world.tasks.items() if site.world.passes_gradient(task.judge)]
+        how, asked = walk_gradients, {task: objectives[task] for task in passing}
         if not asked:  # told by a table without rows
             return _end(target, of, way, pd.DataFrame({"task": [], "on": []}), site)
     found = interference(site.policy, asked, name, spec["batches"], how, Gradients(way), site.share)

@@ -315,9 +315,10 @@ CLAIMS = (
 def judge(
     run_dir: str | Path, ood: pd.DataFrame | None = None, claims: Sequence[Claim] = CLAIMS
 ) -> pd.DataFrame:
-    """The ledger: a row a claim with verdict (one of `VERDICTS`), claimed sign, effect, low, high (95 %),
-    bound, n, seeds, measured, note. `ood` is notebook 08's table if it is not in the
-    run's folder. Bootstraps draw prompts, and trainings of a model that has several."""
+    """The ledger: a row a claim with verdict ("reproduced", "bounded", "undecided", "contradicted" or "not
+    testable here"), claimed sign, effect, low, high (95 %), bound, n, seeds, measured, note. `ood` is
+    notebook 08's table if it is not in the run's folder. Bootstraps draw prompts, and trainings of a model
+    that has several."""
     run, rows = Run(run_dir, ood), []
     for claim in claims:
         row = dict(
@@ -356,9 +357,6 @@ def judge(
     )
 
 
-VERDICTS = ("reproduced", "bounded", "undecided", "contradicted", "not testable here")
-
-
 def _verdict(claimed: str, low: float, high: float, bound: float) -> tuple[str, str]:
     if np.isnan(low) or np.isnan(high):
         return "undecided", "nothing above the noise"
@@ -368,4 +366,5 @@ def _verdict(claimed: str, low: float, high: float, bound: float) -> tuple[str, 
         return ("reproduced", "") if same else ("contradicted", "the interval is on the other side of 0")
     if -bound <= low and high <= bound:
         return "bounded", f"an effect of {bound:.3g}, a third of the paper's or what was fixed, is ruled out"
-    return "undecided", "the interval includes 0" + ("" if np.isnan(bound) else f" and {bound:.3g}")
+    beyond = "" if np.isnan(bound) else f" and reaches beyond {bound:.3g} from it"
+    return "undecided", f"the interval includes 0{beyond}"

@@ -1,9 +1,9 @@
 """What a run can decide, before it is run: `python -m flowopd_lib.studies.power PILOT --times 4`.
 
-A claim is decidable at n if half its interval there is no longer than the bound: then it comes out as
-reproduced, contradicted or bounded, whatever is true. The interval is a pilot's, shortened as prompts,
-batches or pairs become more; what other trainings would change does not shrink with them, so a claim that
-rests on several is told more hopefully than it is.
+A claim is decidable at n if its interval there is no longer than the bound: an interval that holds 0 then
+lies within the bound on both sides, so the claim comes out as reproduced, contradicted or bounded, whatever
+is true. The interval is a pilot's, shortened as n grows; what other trainings would change does not shrink
+with it, so a claim that rests on several is told more hopefully than it is.
 """
 
 from __future__ import annotations
@@ -18,21 +18,18 @@ from .ledger import judge
 
 
 def power(ledger: pd.DataFrame, times: float = 1.0) -> pd.DataFrame:
-    """A row a claim that a pilot's `ledger` has measured: claim, n, half (the interval's at `times`
-    that n), paper (the paper's own effect in the units of ours), bound, needs (the n at which half the
-    interval is the bound) and decidable."""
+    """A row a claim that a pilot's `ledger` has measured: claim, n, width (of the interval at `times` that
+    n), bound, needs (the n at which the interval is as long as the bound) and decidable."""
     rows = ledger[ledger["high"] > ledger["low"]]
-    half = (rows["high"] - rows["low"]) / 2
-    n = rows["n"].astype(float)
+    width, n = rows["high"] - rows["low"], rows["n"].astype(float)
     return pd.DataFrame(
         {
             "claim": rows["claim"],
             "n": (n * times).round().astype(int),
-            "half": half / np.sqrt(times),
-            "paper": 3 * rows["bound"],
+            "width": width / np.sqrt(times),
             "bound": rows["bound"],
-            "needs": np.ceil(n * (half / rows["bound"]) ** 2),
-            "decidable": half / np.sqrt(times) <= rows["bound"],
+            "needs": np.ceil(n * (width / rows["bound"]) ** 2),
+            "decidable": width / np.sqrt(times) <= rows["bound"],
         }
     ).reset_index(drop=True)
 

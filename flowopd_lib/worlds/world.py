@@ -198,6 +198,10 @@ class World:
         """Whether a judge is one of these kinds, as its file or its class says."""
         return any(self._told(name, w, False) for w in what)
 
+    def passes_gradient(self, name: str) -> bool:
+        """Whether a judge says how its score follows a picture (`with_gradient`)."""
+        return bool(self._told(name, "with_gradient", None))
+
     def _told(self, name: str, what: str, default: Any) -> Any:
         """Of a judge that need not be loaded for it: as its file says, or its class."""
         kind = judge_class(f"judges.{name}", self.specs[name]["class"], self.folder)
