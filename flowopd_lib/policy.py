@@ -245,6 +245,15 @@ class FlowPolicy:
         self._settle()
         return self._trained
 
+    @_alone
+    def remove_adapters(self) -> None:
+        """Leave the model as it was loaded."""
+        if self.peft is not None:
+            self.transformer = self.peft.unload()
+        self.peft, self._training, self._trained = None, None, []
+        self._starts.clear()
+        self._settle()
+
     def _check_new(self, name: str) -> None:
         if (
             not isinstance(name, str)

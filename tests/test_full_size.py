@@ -62,9 +62,9 @@ def test_every_notebook_in_two_processes(world, tmp_path):
     assert {s["state"] for s in status.values()} == {"done"} and len(status) == 10
     table = pd.read_parquet(tmp_path / "05_opd" / "samples.parquet")
     assert {"GenEval", "OCR", "PickScore", "DeQA"} <= set(table) and table["DeQA"].notna().all()
-    for notebook in status:
-        if notebook not in ("08_results", "09_gallery"):
-            assert list((tmp_path / notebook / ".jobs").glob("*/log.txt")), notebook
+    # what two notebooks beside one another ask serves all of them
+    assert len(list((tmp_path / ".jobs").glob("*/log.txt"))) <= 2
+    assert len(list((tmp_path / ".jobs").glob("*/*.done"))) > 20
     judged = [c for c in json.loads((tmp_path / "00_quickstart.ipynb").read_text())["cells"]]
     said = "".join("".join(o.get("text", [])) for c in judged for o in c.get("outputs", []))
     assert "cannot draw right pictures of its prompts" in said

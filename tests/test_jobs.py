@@ -18,6 +18,7 @@ from flowopd_lib import Lab, build
 from flowopd_lib.checkpoint import load_state
 from flowopd_lib.files import ROOT, RUNS, read_lines
 from flowopd_lib.jobs.launchers import load_launcher
+from flowopd_lib.jobs.processes import serving, shared
 from flowopd_lib.jobs.site import Site
 from flowopd_lib.jobs.work import JOBS, check_spec, run_job
 from flowopd_lib.objectives import Share
@@ -173,20 +174,42 @@ def test_a_job_in_this_process_is_the_job_of_another(tmp_path, policy):
     there.stop()
 
 
-def test_with_a_launcher_the_notebooks_process_loads_no_model(tmp_path):
-    """Nor a judge's."""
+def asked_of_a_launcher(folder: Path, source: str, environment: dict) -> tuple[pd.DataFrame, str]:
+    """What a notebook gets that evaluates an adapter `x` made of `source`, and what it tells of itself."""
     code = f"""
 import sys
 from pathlib import Path
 from flowopd_lib import Lab
-lab = Lab("tiny", "local", Path({str(tmp_path)!r}))
-table = lab.evaluate({{"base": None}}, n=1, steps=1)
-assert len(table) == 3
+lab = Lab("tiny", "local", Path({str(folder)!r}))
+lab.sources["x"] = {source!r}
+lab.evaluate({{"x": "x", "expert": {source!r}}}, n=1, steps=1)
 print("policy" in lab.site.__dict__, "flowopd_lib.worlds.tiny.detector" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(
+        run, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-2:] == ["False", "False"]
+    return pd.read_parquet(folder / "samples.parquet"), done.stdout
+
+
+def test_the_processes_of_a_launcher_serve_all_notebooks_of_a_run(tmp_path):
+    """And a notebook's own process loads no model, nor a judge's."""
+    with shared(tmp_path / ".jobs") as variable:
+        tables = []
+        for source in ("geneval", "ocr"):
+            table, told = asked_of_a_launcher(tmp_path / source, source, variable)
+            assert told.split()[-2:] == ["False", "False"]
+            scores = {m: of.drop(columns="model").reset_index(drop=True) for m, of in table.groupby("model")}
+            pd.testing.assert_frame_equal(scores["x"], scores["expert"])
+            tables.append(scores["x"])
+        # an adapter of the same name that another notebook had is forgotten
+        assert not tables[0]["PickScore"].equals(tables[1]["PickScore"])
+        (notes,) = (tmp_path / ".jobs").glob("[0-9]*")
+        assert sorted(p.name for p in notes.glob("*.done")) == ["0.done", "1.done"]
+        process = serving(notes, launcher="local", parent=os.getpid())
+        assert process is not None and serving(notes, launcher="local2") is None
+    process.wait(60)  # its run is over
 
 
 def test_the_studies_jobs_are_shared_out_and_go_on(tmp_path, policy):

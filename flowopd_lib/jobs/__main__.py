@@ -104,8 +104,8 @@ def looked_at(
 
 
 def serve(queue: Path, parent: int, accelerator: Accelerator, dtype: torch.dtype) -> None:
-    """The jobs 0.yaml, 1.yaml, ... of a folder as they come, in all processes, until the process that asks
-    for them is gone. The model and its adapters stay loaded."""
+    """The jobs 0.yaml, 1.yaml, ... of a folder as they come, in all processes, until the process `parent` is
+    gone. The model stays loaded, and its adapters until another notebook asks."""
     stopping, sites, host = Stopping(accelerator), {}, platform.node()
     for number in itertools.count():
         asked = queue / f"{number}.yaml"
@@ -120,6 +120,9 @@ def serve(queue: Path, parent: int, accelerator: Accelerator, dtype: torch.dtype
         spec, folder = job["spec"], Path(job["folder"])
         check_spec(spec)
         world = spec.get("world", DEFAULT)
+        if job["first"]:  # of another notebook, whose adapters may have the same names
+            for site in sites.values():
+                site.forget()
         if world not in sites:
             sites[world] = Site(world, dtype, accelerator)
         stopping.run(spec, folder, sites[world])
@@ -155,8 +158,8 @@ def main() -> None:
         default="auto",
         help="auto: that of the folder, or of accelerate, or what is faster here",
     )
-    parser.add_argument("--serve", type=Path, metavar="QUEUE", help="for a notebook: its jobs as they come")
-    parser.add_argument("--parent", type=int, default=0, help="with --serve: the process that asks")
+    parser.add_argument("--serve", type=Path, metavar="QUEUE", help="for notebooks: their jobs as they come")
+    parser.add_argument("--parent", type=int, default=0, help="with --serve: until this process is gone")
     args = parser.parse_args()
     if args.look < 0:
         parser.error(f"--look is a number of iterations, or 0, not {args.look}")

@@ -99,6 +99,11 @@ class Site:
             targets = tuple(source.get("targets", self.world.targets))
             self.policy.add_adapter(name, source["rank"], alpha, targets, source.get("seed", 0))
 
+    def forget(self) -> None:
+        """Drop all adapters."""
+        if "policy" in self.__dict__:
+            self.policy.remove_adapters()
+
     def adapters(self, names: Iterable[str], sources: Mapping[str, Any] = {}) -> None:
         for name in names:
             self.adapter(name, sources.get(name))

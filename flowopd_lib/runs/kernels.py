@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from ..jobs.processes import shared
 from ..precision import VARIABLE, decide
 from ..progress import MARK
 
@@ -16,19 +17,21 @@ from ..progress import MARK
 @contextlib.contextmanager
 def environment(folder: Path, jobs: int) -> Iterator[None]:
     """For the kernels: no bars in the executed copies, sheets instead of widgets, the precision decided for
-    the folder, their share of the cores."""
+    the folder, their share of the cores, a launcher's processes that serve one after another."""
     ours = {"FLOWOPD_HEADLESS": "1", VARIABLE: str(decide(folder)).removeprefix("torch.")}
     if jobs > 1:
         ours["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for variable, value in before.items():
-            os.environ.pop(variable)
-            if value is not None:
-                os.environ[variable] = value
+    with shared(folder / ".jobs") as variable:
+        ours |= variable
+        before = {name: os.environ.get(name) for name in ours}
+        os.environ.update(ours)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def stop_kernels() -> None:
