@@ -120,8 +120,8 @@ def assemble(
 
 
 class MuonInFloat32(TorchFunctionMode):
-    """torch's Muon orthogonalises in bfloat16. A processor that has none does that on one thread, where it took
-    97 % of a step's time; in float32 it takes 30 %."""
+    """torch's Muon orthogonalises in bfloat16. A processor that has none does that on one thread, and it
+    took 97 % of a step's time; in float32 it takes 30 %."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0].clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
