@@ -364,6 +364,8 @@ def _verdict(claimed: str, low: float, high: float, bound: float) -> tuple[str, 
     if sign:
         same = sign == claimed
         return ("reproduced", "") if same else ("contradicted", "the interval is on the other side of 0")
+    if low == high:
+        return "undecided", "no score changed on any prompt, which tells nothing of the next prompt"
     if -bound <= low and high <= bound:
         return "bounded", f"an effect of {bound:.3g}, a third of the paper's or what was fixed, is ruled out"
     beyond = "" if np.isnan(bound) else f" and reaches beyond {bound:.3g} from it"
