@@ -15,6 +15,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from flowopd_lib import load_world  # noqa: E402
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: tests wait, too, for a browser, a kernel, a server, a process."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="session")
 def world():
     return load_world()

@@ -69,6 +69,13 @@ def test_every_notebook_in_two_processes(world, tmp_path):
     said = "".join("".join(o.get("text", [])) for c in judged for o in c.get("outputs", []))
     assert "cannot draw right pictures of its prompts" in said
     assert "leave launcher empty to see it" in said
+    # the pictures that are counted before a run are the rows of its tables
+    whole = parameters_of(NOTEBOOKS / "00_quickstart.ipynb") | load_profile("smoke")["00_quickstart"]
+    told = cost_table({"00_quickstart": whole | {"world": str(world)}}, load_world).set_index("notebook")
+    drawn = [tmp_path / "00_quickstart" / p for p in ("samples.parquet", "few/samples.parquet")]
+    assert told.loc["00_quickstart", "pictures"] == sum(len(pd.read_parquet(p)) for p in drawn)
+    guided = 2 * whole["steps"]
+    assert told.loc["all", "forwards, thousands"] == told.loc["all", "pictures"] * guided / 1e3
 
 
 def test_papermill_alone_runs_a_notebook(world, tmp_path):
@@ -92,18 +99,6 @@ def test_the_full_profiles_name_the_world_and_a_launcher(profile):
     assert list(chosen) == sorted(p.stem for p in NOTEBOOKS.glob("[0-9]*.ipynb"))
     launcher = {"sd35_8gpu": "gpus8", "sd35_4x8": "slurm"}[profile]
     assert {(p["world"], p["launcher"]) for p in chosen.values()} == {("sd35", launcher)}
-
-
-def test_what_a_run_will_cost_is_what_it_costs(world, tmp_path):
-    """The pictures that are counted before are the rows of the table after."""
-    chosen = {"00_quickstart": load_profile("smoke")["00_quickstart"] | {"world": str(world)}}
-    run_profile("smoke", "00", {"world": str(world)}, tmp_path, log=lambda message: None)
-    whole = {n: {**parameters_of(NOTEBOOKS / f"{n}.ipynb"), **p} for n, p in chosen.items()}
-    told = cost_table(whole, load_world).set_index("notebook")
-    drawn = [tmp_path / "00_quickstart" / p for p in ("samples.parquet", "few/samples.parquet")]
-    assert told.loc["00_quickstart", "pictures"] == sum(len(pd.read_parquet(p)) for p in drawn)
-    guided = 2 * whole["00_quickstart"]["steps"]
-    assert told.loc["all", "forwards, thousands"] == told.loc["all", "pictures"] * guided / 1e3
 
 
 def test_hours_by_the_rates_of_the_world():

@@ -29,6 +29,7 @@ from ..policy import FlowPolicy
 from ..progress import progress
 from ..rewards import attribute
 from ..rollout import NoiseStreams, sample
+from ..schedule import Batch
 
 ALL = "all"
 WALKS = 24  # whose graph is held at a time
@@ -342,13 +343,15 @@ def taylor_check(
 def _rewards(policy: FlowPolicy, objective: GRPO, adapter: str, first: int, images: int) -> np.ndarray:
     """(images,) weighted rewards of iterations from `first` on, whose prompts and seeds no gradient has
     seen."""
-    values: list[float] = []
-    iteration = first
-    while len(values) < images:
+    prompts, seeds, values = [], [], []
+    for iteration in itertools.count(first):
+        if len(prompts) >= images:
+            break
         batch = objective.schedule.draw(iteration)
-        rewards, weights, _ = objective.score(
-            sample(policy, batch.prompts, batch.seeds, objective.sampler, adapter, objective.micro), batch
-        )
+        prompts, seeds = prompts + batch.prompts, seeds + batch.seeds
+    for i in range(0, images, objective.micro):  # whatever an iteration's batch is
+        part = Batch(*(of[i : min(i + objective.micro, images)] for of in (prompts, seeds)))
+        drawn = sample(policy, part.prompts, part.seeds, objective.sampler, adapter, objective.micro)
+        rewards, weights, _ = objective.score(drawn, part)
         values += (rewards * weights).sum(1).tolist()
-        iteration += 1
-    return np.array(values[:images])
+    return np.array(values)
