@@ -16,6 +16,7 @@ from .jobs.processes import Launched
 from .jobs.recipes import build, grpo_mix
 from .looking.figures import (
     captions_of,
+    gold_figure,
     image_grid,
     model_panels,
     pictures_of,
@@ -46,6 +47,7 @@ from .schedule import Schedule
 from .stats import (
     diversity,
     gain_kept,
+    gold_gains,
     home_scores,
     kernel_distance,
     mean_interval,
@@ -69,6 +71,8 @@ __all__ = [
     "FlowPolicy",
     "gain_kept",
     "gain_matrix",
+    "gold_figure",
+    "gold_gains",
     "GRPO",
     "grpo_mix",
     "home_scores",

@@ -30,9 +30,14 @@ def mean_interval(
 ABOUT = ("model", "task", "tag", "prompt", "repeat", "seed", "train_seed", "split", "picture", "embedding")
 
 
+# A judge's twin, which nothing is trained on, has its name and this.
+GOLD = " gold"
+
+
 def judges_in(table: pd.DataFrame) -> list[str]:
-    """The judges whose scores a table of samples has."""
-    return [c for c in table if c not in ABOUT and pd.api.types.is_numeric_dtype(table[c])]
+    """The judges whose scores a table of samples has, without their twins."""
+    scores = [c for c in table if c not in ABOUT and pd.api.types.is_numeric_dtype(table[c])]
+    return [c for c in scores if not c.endswith(GOLD)]
 
 
 def summary(table: pd.DataFrame, by: Sequence[str] = (), judges: Sequence[str] | None = None) -> pd.DataFrame:
@@ -165,6 +170,23 @@ def model_scores(table: pd.DataFrame, home: Home = AVERAGE) -> pd.DataFrame:
         home_scores(table, home).groupby(["model", "task", "prompt"], sort=False)[judges].mean().reset_index()
     )
     return pd.concat([summary(by_prompt, ["model"]), paper_average(table, home)], ignore_index=True)
+
+
+def gold_gains(table: pd.DataFrame, baseline: str = "base", home: Home = AVERAGE) -> pd.DataFrame:
+    """What every model gained over the baseline by a judge (`proxy`) and by its twin (`gold`), on the same
+    samples of the judge's own prompts, in full scales: model, judge, by (proxy, gold or gap: proxy less
+    gold), mean, low, high (95 %), n prompts. A gap above 0 is a gain that only the judge sees. Empty where
+    the table has no twins."""
+    found = []
+    for judge, task, scale in home:
+        if judge + GOLD in table:
+            here = table[table["task"] == task]
+            proxy, gold = here[judge] / scale, here[judge + GOLD] / scale
+            here = here[["model", "task", "prompt"]].assign(proxy=proxy, gold=gold, gap=proxy - gold)
+            rows = paired_differences(here, baseline, ["proxy", "gold", "gap"], by=())
+            found.append(rows.rename(columns={"judge": "by"}).assign(judge=judge))
+    columns = ["model", "judge", "by", "mean", "low", "high", "n"]
+    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
 
 def gain_kept(

@@ -14,6 +14,8 @@ from flowopd_lib import (
     diversity,
     evaluate,
     gain_kept,
+    gold_figure,
+    gold_gains,
     home_scores,
     kernel_distance,
     load_world,
@@ -343,3 +345,39 @@ def test_the_share_of_an_experts_gain_that_a_student_keeps():
         table.assign(OCR=rng.normal(size=len(table))), "student", {"OCR": "expert"}, resamples=200
     )
     assert unsure[["mean", "low", "high"]].isna().all(axis=None)
+
+
+def test_a_gain_that_only_the_judge_sees_is_told_by_its_twin(tmp_path):
+    rng = np.random.default_rng(0)
+    hard, one = rng.normal(20, 1, 90), [f"p{i}" for i in range(90)]
+    table = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "model": model,
+                    "task": "pickscore",
+                    "prompt": one,
+                    "PickScore": hard + proxy + rng.normal(0, 0.1, 90),
+                    "PickScore gold": hard + gold + rng.normal(0, 0.1, 90),
+                }
+            )
+            for model, proxy, gold in (("base", 0, 0), ("honest", 1.3, 1.3), ("hacked", 2.6, -0.52))
+        ]
+        # on others' prompts a judge does not count
+        + [pd.DataFrame({"model": m, "task": "ocr", "prompt": one, "OCR": 1.0}) for m in ("base", "honest")]
+    )
+    gains = gold_gains(table)
+    found = gains.set_index(["model", "by"])
+    assert set(gains["judge"]) == {"PickScore"} and (found["n"] == 90).all()
+    for model, proxy, gold in (("honest", 0.05, 0.05), ("hacked", 0.1, -0.02)):  # of the full scale, 26
+        assert found.loc[(model, "proxy"), "mean"] == pytest.approx(proxy, abs=0.003)
+        assert found.loc[(model, "gold"), "mean"] == pytest.approx(gold, abs=0.003)
+        gap = found.loc[(model, "gap")]
+        assert (
+            gap["mean"] == pytest.approx(proxy - gold, abs=0.004) and gap["low"] < gap["mean"] < gap["high"]
+        )
+    assert found.loc[("hacked", "gap"), "low"] > 0.1 and found.loc[("honest", "gap"), "low"] < 0.003
+    gold_figure(gains, "Gains").savefig(tmp_path / "gold.png")
+    # what has no twin has no gap, and a twin is no judge of its own
+    assert gold_gains(table.drop(columns="PickScore gold")).empty
+    assert "PickScore gold" not in set(summary(table, ["model"])["judge"])

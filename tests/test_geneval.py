@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowopd_lib.rewards import Detection
+from flowopd_lib.rewards import Detection, GenEval
 from flowopd_lib.rewards.geneval import credit, judge, relations
 
 
@@ -66,6 +66,17 @@ def test_position(relation, x, y):
     assert right(wanted, at("circle", 32, 32), at("star", x, y))
     assert not right(wanted, at("circle", 32, 32), at("star", 64 - x, 64 - y))
     assert not right(wanted, at("star", x, y))
+
+
+def test_the_exact_verdict_forbids_what_nobody_asked_for():
+    one, circle, star = record("single_object", CIRCLE), at("circle", 20, 20), at("star", 40, 40)
+    assert right(one, circle, star) and right(one, circle, circle)
+    for found, told in (([circle], True), ([circle, star], False), ([circle, at("circle", 40, 40)], False)):
+        assert judge(one, found, 0.3, 0.9, exact=True)[0] is told
+    # what is too faint to be there is not too many
+    assert judge(one, [circle, at("star", 40, 40)], 0.3, 0.9, exact=True)[1] == "expected 1 in all, found 2"
+    with pytest.raises(ValueError, match="exclude each other"):
+        GenEval(None, partial=True, exact=True)
 
 
 def test_position_has_genevals_margin():

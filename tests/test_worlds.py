@@ -77,7 +77,7 @@ def test_which_judges_can_judge_which_prompts(world, judges):
 def test_a_judge_is_loaded_once_and_those_for_training_are_not_reported(world):
     assert world.judges("cpu")["OCR"] is world.training_judges("cpu")["OCR"]
     assert set(world.training_judges("cpu")) - set(world.judges("cpu")) == {"GenEvalPartial"}
-    assert world.unseen_judges("cpu") == {}
+    assert set(world.unseen_judges("cpu")) == {"GenEval gold"}
 
 
 def test_a_scale_that_the_file_leaves_out_is_that_of_the_judges_class(tmp_path):
@@ -184,7 +184,7 @@ def test_an_unseen_judge_trains_nothing(tmp_path):
     world = yaml.safe_load((ROOT / "flowopd_lib" / "worlds" / "tiny" / "world.yaml").read_text())
     judges = world["judges"] | {"Gold": {"class": "OCR", "unseen": True, "tasks": ["ocr"]}}
     path = world_with(tmp_path, judges=judges)
-    assert list(load_world(path).unseen_judges("cpu")) == ["Gold"]
+    assert load_world(path).judge_is("Gold", "unseen")
     recipe = {
         "world": str(path),
         "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 2},
@@ -193,6 +193,20 @@ def test_an_unseen_judge_trains_nothing(tmp_path):
     }
     with pytest.raises(ValueError, match="Gold is an unseen judge, by which nothing may be trained"):
         build(recipe, "cpu")
+
+
+def test_a_twin_has_its_judges_tasks_and_scale_and_trains_nothing(tmp_path):
+    world = yaml.safe_load((ROOT / "flowopd_lib" / "worlds" / "tiny" / "world.yaml").read_text())
+    judges = {
+        name: {k: v for k, v in judge.items() if k != "gold"} for name, judge in world["judges"].items()
+    }
+    judges["DeQA"]["gold"] = {"class": "DeQA", "model_id": "deqa"}
+    judges["OCR"]["gold"] = {"class": "OCR"}
+    found = load_world(world_with(tmp_path, judges=judges))
+    twins = found.unseen_judges("cpu")
+    assert set(twins) == {"OCR gold", "DeQA gold"}
+    assert twins["OCR gold"].tasks == ["ocr"] and found.scales["DeQA gold"] == 5.0
+    assert not set(twins) & {*found.judges("cpu"), *found.training_judges("cpu")}
 
 
 def test_grpo_refuses_an_unseen_judge_that_it_is_handed(world, policy):
@@ -224,6 +238,19 @@ FAULTS = {
         "experts.ocr.guidance must be at least 0",
     ),
     "sampler": ({"sampling": {"evaluation": {"stepps": 3}}}, "sampling.evaluation has no 'stepps'"),
+    "twin of what is not trained on": (
+        {"judges": {"OCR": {"class": "OCR", "unseen": True, "gold": {"class": "OCR"}}}},
+        "judges.OCR.gold: only a judge that is reported and trained on has a twin",
+    ),
+    "a twin's scale": (
+        {"judges": {"OCR": {"class": "OCR", "gold": {"class": "OCR", "scale": 2.0}}}},
+        "judges.OCR.gold has scale, which it takes from OCR",
+    ),
+    "a twin of no class": ({"judges": {"OCR": {"class": "OCR", "gold": {}}}}, "judges.OCR.gold lacks class"),
+    "a twin's name": (
+        {"judges": {"OCR": {"class": "OCR", "gold": {"class": "OCR"}}, "OCR gold": {"class": "OCR"}}},
+        "judges.OCR.gold is the judge OCR gold, which is there already",
+    ),
     "turns": ({"mix": {"turns": {"deqa": 1}}}, "mix.turns names 'deqa'"),
     "resolution": ({"resolution": 0}, "resolution must be at least 1"),
 }

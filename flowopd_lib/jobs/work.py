@@ -95,7 +95,10 @@ def evaluate_job(spec: Mapping, folder: Path, site: Site) -> None:
     prompts = world.first_prompts(spec.get("split", "test"), spec.get("n", 60))
     prompts = [p for p in prompts if p.task in spec.get("tasks", world.own)]
     device = site.device
-    judges = world.some_judges(spec["judges"], device) if "judges" in spec else world.judges(device)
+    if "judges" in spec:
+        judges = world.some_judges(spec["judges"], device)
+    else:
+        judges = world.judges(device) | world.unseen_judges(device)
     evaluate(
         policy,
         prompts,

@@ -230,3 +230,40 @@ def probe_curves(probes: Mapping[str, pd.DataFrame], x: str, title: str) -> Figu
     )
     figure.suptitle(title, fontweight="bold")
     return figure
+
+
+def gold_figure(gains: pd.DataFrame, title: str = "") -> Figure:
+    """`gold_gains`: for each judge what every model gained with it and with its twin that nothing is trained
+    on, in full scales with 95 % intervals. Below the line a gain is the judge's alone."""
+    judges = list(gains["judge"].unique())
+    figure, axes = plt.subplots(1, len(judges), figsize=(4.2 * len(judges), 4.6), squeeze=False)
+    colors = model_colors(gains["model"].unique())
+    for axis, judge in zip(axes.flat, judges):
+        here = gains[gains["judge"] == judge].set_index(["by", "model"])
+        proxy, gold = here.loc["proxy"], here.loc["gold"]
+        for model in proxy.index:
+            x, y = proxy.loc[model], gold.loc[model]
+            axis.errorbar(
+                x["mean"],
+                y["mean"],
+                xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
+                yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]],
+                fmt="o",
+                ms=6,
+                color=colors[model],
+                label=model,
+            )
+        ends = [
+            min(proxy["low"].min(), gold["low"].min(), 0),
+            max(proxy["high"].max(), gold["high"].max(), 0),
+        ]
+        axis.plot(ends, ends, color=".6", lw=1, zorder=0)
+        axis.axhline(0, color=".8", lw=1, zorder=0)
+        axis.axvline(0, color=".8", lw=1, zorder=0)
+        axis.set(title=f"{judge} (n={int(proxy['n'].max())})", xlabel="gained with the judge")
+    axes[0, 0].set_ylabel("gained with its twin")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=9)
+    if title:
+        figure.suptitle(title, fontweight="bold")
+    return figure

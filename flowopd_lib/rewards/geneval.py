@@ -82,8 +82,10 @@ def judge(
     threshold: float,
     counting_threshold: float,
     max_objects: int = 16,
+    exact: bool = False,
 ) -> tuple[bool, str]:
-    """GenEval's verdict on one picture and, if wrong, why."""
+    """GenEval's verdict on one picture and, if wrong, why. `exact`: nothing may be there beside what is asked
+    for."""
     found = _by_class(record, detections, threshold, counting_threshold, max_objects)
     reasons, groups = [], []
     for wanted in record["include"]:
@@ -110,6 +112,9 @@ def judge(
         number = len(found.get(unwanted["class"], []))
         if number >= unwanted["count"]:
             reasons.append(f"expected fewer than {unwanted['count']} {unwanted['class']}, found {number}")
+    asked, there = sum(w["count"] for w in record["include"]), sum(map(len, found.values()))
+    if exact and there > asked:
+        reasons.append(f"expected {asked} in all, found {there}")
     return not reasons, "; ".join(reasons)
 
 
@@ -147,14 +152,17 @@ def credit(
 
 class GenEval:
     """1 if the picture shows what the prompt's metadata asks for, else 0. With `partial`, the share of it
-    (see `credit`): to train on, never to report.
+    (see `credit`): to train on, never to report. With `exact`, and nothing else: GenEval's rule forbids too
+    many only where a prompt counts, and a model that is paid by it finds out.
 
     The rule is GenEval's; scores are comparable with those of the same detector only (`detector.name`)."""
 
     name, range, tasks = "GenEval", (0.0, 1.0), ("geneval",)
 
-    def __init__(self, detector: Detector, partial: bool = False):
-        self.detector, self.partial, self.training = detector, partial, partial
+    def __init__(self, detector: Detector, partial: bool = False, exact: bool = False):
+        if partial and exact:
+            raise ValueError("partial credit and the exact verdict exclude each other: give one of them")
+        self.detector, self.partial, self.training, self.exact = detector, partial, partial, exact
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         least = self.detector.threshold, self.detector.counting_threshold
@@ -172,7 +180,13 @@ class GenEval:
         """The verdict on each picture and what was wrong. Raises ValueError for a prompt without GenEval
         metadata."""
         return [
-            judge(prompt.metadata, found, self.detector.threshold, self.detector.counting_threshold)
+            judge(
+                prompt.metadata,
+                found,
+                self.detector.threshold,
+                self.detector.counting_threshold,
+                exact=self.exact,
+            )
             for prompt, found in zip(prompts, self._detect(images, prompts))
         ]
 

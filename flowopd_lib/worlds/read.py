@@ -22,6 +22,7 @@ from ..inputs import (
 )
 from ..prompts import KINDS
 from ..rollout import Sampler
+from ..stats import GOLD
 
 SPLITS = ("train", "val", "test", "ood")
 KEYS = {
@@ -56,7 +57,7 @@ TASK = {
 EXPERT = {"adapter": str, "guidance": NotNegative, "recipe": str}
 ADAPTERS = {"rank": Count, "alpha": Positive, "targets": list[str]}
 MIX = {"turns": SHARES, "beside": dict[str, float]}
-JUDGE = {"class": str, "scale": Positive, "tasks": list[str], "unseen": bool, "training": bool}
+JUDGE = {"class": str, "scale": Positive, "tasks": list[str], "unseen": bool, "training": bool, "gold": dict}
 SAMPLING = ("evaluation", "exploration", "distillation")
 
 
@@ -92,6 +93,7 @@ def _fields(path: Path, given: Any) -> dict[str, Any]:
     for name, judge in judges.items():
         plain = {k: v for k, v in judge.items() if k in JUDGE}
         check_mapping(f"judges.{name}", plain, JUDGE, f"judges.{name}.", ("class",))
+    judges |= twins(judges)
     for name, expert in experts.items():
         check_mapping(f"experts.{name}", expert, EXPERT, f"experts.{name}.", ("adapter",))
     patterns = {}
@@ -162,6 +164,28 @@ def _fields(path: Path, given: Any) -> dict[str, Any]:
         **adapters,
         **samplers,
     }
+
+
+def twins(judges: Mapping[str, dict]) -> dict[str, dict]:
+    """By its name, the settings of each judge's twin: it has the judge's tasks and scale, and nothing is
+    trained on it."""
+    found = {}
+    for name, judge in judges.items():
+        if "gold" in judge:
+            where = f"judges.{name}.gold"
+            if judge.get("unseen") or judge.get("training"):
+                raise ValueError(f"{where}: only a judge that is reported and trained on has a twin")
+            twin = judge["gold"]
+            for key in ("tasks", "scale", "unseen", "training", "gold"):
+                if key in twin:
+                    raise ValueError(f"{where} has {key}, which it takes from {name}; leave it out")
+            if "class" not in twin:
+                raise ValueError(f"{where} lacks class")
+            if name + GOLD in judges:
+                raise ValueError(f"{where} is the judge {name + GOLD}, which is there already; rename that")
+            shared = {k: judge[k] for k in ("tasks", "scale") if k in judge}
+            found[name + GOLD] = {**shared, **twin, "unseen": True}
+    return found
 
 
 def _there(where: str, name: str, known: Mapping, what: str = "") -> None:

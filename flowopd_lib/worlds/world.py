@@ -182,7 +182,7 @@ class World:
         return self.some_judges([n for n in self.specs if not self.judge_is(n, "unseen")], device)
 
     def unseen_judges(self, device: str = "") -> dict[str, Reward]:
-        """Those that nothing may be trained on."""
+        """Those that nothing may be trained on, twins (`stats.GOLD`) among them."""
         return self.some_judges([n for n in self.specs if self.judge_is(n, "unseen")], device)
 
     def some_judges(self, names: Iterable[str], device: str = "") -> dict[str, Reward]:
