@@ -50,7 +50,7 @@ def write_prompts(folder: Path) -> None:
         for i in range(n):
             color, thing = COLORS[i % 3], OBJECTS[i % 4]
             include = [{"class": thing, "count": 1, "color": color}]
-            prompt = f"a photo of a {color} {thing} {split} {i}"
+            prompt = f"a photo of a {color} {thing} and {split} {i}"
             records.append({"tag": "colors", "include": include, "prompt": prompt})
         lines = "\n".join(json.dumps(r) for r in records) + "\n"
         (folder / "geneval" / f"{split}_metadata.jsonl").write_text(lines)

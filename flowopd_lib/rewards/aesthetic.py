@@ -65,7 +65,7 @@ class Aesthetic:
                 f"no aesthetic head at {head}; make one with convert_head from LAION's file"
             )
         try:
-            state = load_file(head, device=device)
+            state = {name: w.to(device) for name, w in load_file(head).items()}  # which knows no cpu:0
         except SafetensorError as error:
             raise ValueError(
                 f"{head} is no safetensors file ({error}); make one with convert_head"
