@@ -80,7 +80,8 @@ def write_world(folder: Path, server: str = "") -> Path:
     deqa = {"class": "RemoteJudge", "url": server, "judge": "Brightness", "scale": 1.0}
     judges = {
         "GenEval": genevals,
-        "OCR": {"class": "OCR", "tasks": ["ocr"]},
+        # of a part of the picture: to look for text in a whole one takes a hundred times as long
+        "OCR": {"class": "OCR", "tasks": ["ocr"], "region": [1, 17, 63, 47], "size": [64, 64]},
         "PickScore": {"class": "PickScore", "model_id": "clip", "scale": 26.0},
         **({"DeQA": deqa} if server else {}),
         "GenEvalPartial": {**genevals, "partial": True, "training": True},

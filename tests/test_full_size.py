@@ -79,7 +79,7 @@ def test_every_notebook_in_two_processes(world, tmp_path):
 
 
 def test_papermill_alone_runs_a_notebook(world, tmp_path):
-    parameters = {"world": world, "launcher": "local2", "n_test": 12, "n_show": 1, "steps": 1}
+    parameters = {"world": world, "launcher": "local", "n_test": 12, "n_show": 1, "steps": 1}
     given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "00_quickstart.ipynb"]
     done = subprocess.run(
