@@ -43,6 +43,23 @@ def test_a_new_adapter_changes_nothing_and_costs_itself_only(policy):
         assert torch.equal(look(fresh, adapter), before)
 
 
+def test_a_model_whose_adapters_were_removed_is_as_it_was_loaded(crowd):
+    fresh = FlowPolicy(WORLD.base)
+    before, places = look(fresh, None), set(fresh.transformer.state_dict())
+    weights = crowd.adapter("two")
+    for _ in range(2):  # the same name again
+        fresh.add_adapter("two", rank=4, alpha=8, seed=1)
+        with torch.no_grad():
+            for name, p in fresh.adapter_parameters("two").items():
+                p.copy_(crowd.adapter_parameters("two")[name])
+        fresh.train_adapter("two")
+        assert not torch.equal(look(fresh, "two"), before) and fresh.adapter("two").sha256 == weights.sha256
+        fresh.remove_adapters()
+        assert fresh.adapters == [] and torch.equal(look(fresh, None), before)
+        assert set(fresh.transformer.state_dict()) == places
+        assert not any(p.requires_grad for p in fresh.transformer.parameters())
+
+
 def test_velocities_do_not_depend_on_what_was_asked_before(crowd):
     first = {name: look(crowd, name) for name in (None, "one", "two", "three")}
     assert all((first[name] - first[None]).abs().max() > 1e-3 for name in ("one", "two", "three"))
