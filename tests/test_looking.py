@@ -1,14 +1,17 @@
 """The pure parts of the trajectory explorer and the playground."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from small_policy import SmallPolicy
 
 from flowopd_lib import OPD, FlowPolicy, Prompt, Sampler, Schedule, load_world, trajectory, walk_figure
+from flowopd_lib.looking.figures import model_colors
 from flowopd_lib.looking.playground import (
     Trial,
     draw_findings,
@@ -139,3 +142,12 @@ def test_findings_are_drawn_where_they_are():
         "a label above, and what is inside left as it is"
     )
     assert trial.alt == "base, seed 0: a photo of one red star; DeQA 3.00; read: GWEN; seen: red star"
+
+
+def test_no_two_models_have_colours_that_are_hardly_told_apart():
+    experts = [f"{name} expert" for name in ("geneval", "ocr", "pickscore", "deqa")]
+    colors = model_colors(["base", *experts, "merged", "student", "GRPO-Mix", "student from sft"])
+    rgb = [np.array(to_rgb(c)) for c in colors.values()]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(rgb, 2)) > 0.2
+    assert colors["base"] == "#666666"
+    assert len(set(model_colors([f"training {i}" for i in range(12)]).values())) == 12

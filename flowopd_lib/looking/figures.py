@@ -4,6 +4,7 @@ half size."""
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -59,10 +61,12 @@ def use_style() -> None:
 
 def model_colors(models: Iterable[str]) -> dict[str, str]:
     """A colour for every model or training: the same in every figure for those of `MODEL_COLORS`, the rest in
-    order."""
+    order of palettes, without what is hardly told from those."""
     import seaborn as sns
 
-    rest = iter(sns.color_palette("colorblind").as_hex() + sns.color_palette("dark").as_hex())
+    taken = np.array([to_rgb(color) for color in MODEL_COLORS.values()])
+    palette = sns.color_palette("colorblind").as_hex() + sns.color_palette("dark").as_hex()
+    rest = itertools.cycle(c for c in palette if np.linalg.norm(taken - to_rgb(c), axis=1).min() > 0.2)
     return {name: MODEL_COLORS.get(name) or next(rest) for name in models}
 
 
