@@ -74,6 +74,7 @@ def test_the_exact_verdict_forbids_what_nobody_asked_for():
     for found, told in (([circle], True), ([circle, star], False), ([circle, at("circle", 40, 40)], False)):
         assert judge(one, found, 0.3, 0.9, exact=True)[0] is told
     # what is too faint to be there is not too many
+    assert judge(one, [circle, at("star", 40, 40, score=0.2)], 0.3, 0.9, exact=True)[0]
     assert judge(one, [circle, at("star", 40, 40)], 0.3, 0.9, exact=True)[1] == "expected 1 in all, found 2"
     with pytest.raises(ValueError, match="exclude each other"):
         GenEval(None, partial=True, exact=True)

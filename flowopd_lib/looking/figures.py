@@ -236,7 +236,7 @@ def probe_curves(probes: Mapping[str, pd.DataFrame], x: str, title: str) -> Figu
     return figure
 
 
-def gold_figure(gains: pd.DataFrame, title: str = "") -> Figure:
+def gold_figure(gains: pd.DataFrame, title: str) -> Figure:
     """`gold_gains`: for each judge what every model gained with it and with its twin that nothing is trained
     on, in full scales with 95 % intervals. Below the line a gain is the judge's alone."""
     judges = list(gains["judge"].unique())
@@ -268,6 +268,5 @@ def gold_figure(gains: pd.DataFrame, title: str = "") -> Figure:
     axes[0, 0].set_ylabel("gained with its twin")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=9)
-    if title:
-        figure.suptitle(title, fontweight="bold")
+    figure.suptitle(title, fontweight="bold")
     return figure

@@ -133,7 +133,6 @@ def inputs() -> dict[str, str]:
             *(library / "assets").rglob("manifest.json"),
         )
     }
-    files |= {p.relative_to(ROOT).as_posix(): p for p in (library / "worlds").rglob("*.yaml")}
     files |= {f"papermill_runs/recipes/{p.name}": p for p in (RUNS / "recipes").glob("*.yaml")}
     return {name: report.sha256(files[name]) for name in sorted(files)}
 

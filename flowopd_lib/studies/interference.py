@@ -296,7 +296,7 @@ def taylor_check(
             "half of the batches give the direction and half the prediction: take an even number from 4, "
             f"not {batches}"
         )
-    policy.train_adapter(None)  # an adapter that does not train is sampled in half the time
+    policy.train_adapter(None)  # one that does not train is sampled with a third of the products
     parameters = list(policy.adapter_parameters(adapter).values())
     parameters_before = [p.detach().clone() for p in parameters]
     before = {task: _rewards(policy, o, adapter, batches, images) for task, o in objectives.items()}

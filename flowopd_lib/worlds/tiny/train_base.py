@@ -82,7 +82,9 @@ def build_pool(vae: AutoencoderKL, path: Path, modules: dict, n: int, seed: int,
             mean = vae.encode(to_tensor(list(images))).latent_dist.mean.float()
             z.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half())
             texts += captions
-    pool = {"z": torch.cat(z)[:n], **tokenize(modules, texts[:n]), "settings": settings}
+    # laid out as a file gives them back: a convolution rounds otherwise over channels that come last
+    z = torch.cat(z)[:n].contiguous()
+    pool = {"z": z, **tokenize(modules, texts[:n]), "settings": settings}
     save_state(path, pool)
     log(f"pool of {n}: {time.time() - began:.0f} s")
     return pool
@@ -120,8 +122,8 @@ def assemble(
 
 
 class MuonInFloat32(TorchFunctionMode):
-    """torch's Muon orthogonalises in bfloat16. A processor that has none does that on one thread, and it
-    took 97 % of a step's time; in float32 it takes 30 %."""
+    """torch's Muon orthogonalises in bfloat16, which a processor that has none does on one thread: nearly all
+    of a step's time."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0].clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
