@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Installed first; any release that pyproject.toml allows will do: make setup TORCH=torch
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-browser test-nodes drill lab figures clean
+.PHONY: setup demo test test-browser test-nodes drill lab reference figures clean
 
 setup: .venv/done
 
@@ -46,6 +46,11 @@ drill: setup
 figures: setup test-browser
 	$(BIN)/python docs/figures.py
 	cp build/browser/gallery.png docs/gallery.png
+
+# The reference run anew, from this commit, and made small: an evening, and it goes on where it was cut off.
+reference: setup
+	$(BIN)/python -m flowopd_lib.runs lab --resume
+	$(BIN)/python -m flowopd_lib.runs.reference papermill_runs/lab papermill_runs/reference
 
 lab: setup
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb

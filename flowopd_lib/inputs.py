@@ -62,6 +62,7 @@ KINDS = {
     "SHARES": SHARES,
     "SEED": SEED,
     "str": str,
+    "bool": bool,
 }
 
 

@@ -169,7 +169,7 @@ def model_scores(table: pd.DataFrame, home: Home = AVERAGE) -> pd.DataFrame:
     by_prompt = (
         home_scores(table, home).groupby(["model", "task", "prompt"], sort=False)[judges].mean().reset_index()
     )
-    return pd.concat([summary(by_prompt, ["model"]), paper_average(table, home)], ignore_index=True)
+    return pd.concat([summary(by_prompt, ["model"], judges), paper_average(table, home)], ignore_index=True)
 
 
 def gold_gains(table: pd.DataFrame, baseline: str = "base", home: Home = AVERAGE) -> pd.DataFrame:

@@ -13,8 +13,10 @@ from flowopd_lib.looking.result_figures import (
     beside,
     conclusion,
     cost,
+    in_all,
     ledger_figure,
     ledger_table,
+    manifests,
     mar_scores,
     said,
     surpassing,
@@ -33,6 +35,11 @@ TRUE = {
         "base": {},
         "+GenEval": {},
         **{m: {j: -s for j in SCALE} for m, s in (("+OCR", 0.3), ("+PickScore", 0.6), ("+DeQA", 0.9))},
+        "Mix 3:1:1": {},
+        "Mix total": {},
+        "average of experts": {j: 0.2 for j in SCALE},
+        "geneval expert": {"GenEval": 0.4},
+        "ocr expert": {"OCR": 0.4},
     },
     "03_expert_training": {
         "base": {},
@@ -167,6 +174,21 @@ def test_an_effect_is_bounded_where_a_third_of_the_papers_is_ruled_out(tmp_path)
     assert verdicts[1.0]["verdict"] == "undecided"
     (run / "03_expert_training" / "samples.parquet").unlink()  # no distance, no bound
     assert judge(run).set_index("claim").loc["opd_mix", "verdict"] == "undecided"
+
+
+def test_what_a_world_was_made_to_have_is_no_result(tmp_path):
+    run = write_run(tmp_path)
+    plain, told = judge(run), judge(run, calibrated={"pickscore_costs": "made so"})
+    row = told.set_index("claim").loc["pickscore_costs"]
+    assert (row["verdict"], row["note"]) == ("calibrated", "made so") and row["effect"] == pytest.approx(
+        plain.set_index("claim").loc["pickscore_costs", "effect"]
+    )
+    assert (plain["verdict"] == "reproduced").sum() == (told["verdict"] == "reproduced").sum() + 1
+    tested = sum(c.test is not None for c in CLAIMS)
+    text = conclusion(told)
+    assert f"{tested - 1} are tested here" in text and "**Calibrated: the world was made so" in text
+    with pytest.raises(ValueError, match="'pickscore_cots' .did you mean 'pickscore_costs'"):
+        judge(run, calibrated={"pickscore_cots": "made so"})
 
 
 def test_effects_are_in_the_units_of_the_judge(tmp_path):
@@ -340,6 +362,20 @@ def test_the_slope_of_first_order_is_covered_and_not_pulled_to_nothing_by_noise(
     assert found[0].n == 12 and "1, the exact prediction" in found[0].note
     # nothing moves: nothing to foretell by
     assert np.isnan(told("first_order", moved(0.0, 0.0, noise=0.5)).low)
+
+
+def test_a_table_tells_score_gold_and_seconds_in_all(world):
+    table = samples(TRUE["05_opd"])
+    table["GenEval gold"] = table["GenEval"] - 0.1
+    told = in_all(table, world, {"student": 60.0, "GRPO-Mix": 61.0})
+    assert list(told.index) == list(TRUE["05_opd"])
+    assert list(told) == ["GenEval", "GenEval gold", "OCR", "PickScore", "DeQA", "Average", "seconds in all"]
+    mean = told[["GenEval", "GenEval gold"]].map(lambda text: float(text.split()[0]))
+    assert (mean["GenEval"] - mean["GenEval gold"]).to_numpy() == pytest.approx(0.1, abs=0.0015)
+    spent, each = told["seconds in all"], {name: m["seconds"] for name, m in manifests(world).items()}
+    assert spent["base"] == 0 and spent["GRPO-Mix"] == 61 and spent["ocr expert"] == each["ocr"]
+    assert spent["merged"] == sum(each.values()) == spent["student"] - 60
+    assert np.isnan(spent["student from sft"])  # whose own training nobody told of
 
 
 def test_the_tables_and_figures_of_the_results(tmp_path):

@@ -5,13 +5,28 @@ import json
 import nbformat
 import pytest
 
+from flowopd_lib.files import ROOT, write_json
+from flowopd_lib.inputs import read_yaml
 from flowopd_lib.runs.runner import NOTEBOOKS, check_parameters, load_profile, run_profile
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
-def test_smoke_profile_runs_every_notebook(tmp_path):
-    run_profile("smoke", folder=tmp_path, log=lambda message: None, jobs=2)
+@pytest.fixture
+def short_walks(tmp_path, world):
+    """The small world, but for its walks, which have four steps: a YAML file."""
+    told = read_yaml(ROOT / "flowopd_lib" / "worlds" / "tiny" / "world.yaml") | {"folder": str(world.folder)}
+    for walk in ("exploration", "distillation"):
+        told["sampling"][walk] |= {"steps": 4}
+    told["sampling"]["exploration"] |= {"noisy": 2}
+    path = tmp_path / "short_walks.yaml"
+    write_json(path, told)
+    return str(path)
+
+
+def test_smoke_profile_runs_every_notebook(tmp_path, short_walks):
+    tmp_path = tmp_path / "run"
+    run_profile("smoke", overrides={"world": short_walks}, folder=tmp_path, log=lambda message: None, jobs=2)
     status = json.loads((tmp_path / "status.json").read_text())
     assert list(status) == [p.stem for p in ALL] and all(s["state"] == "done" for s in status.values())
     results = json.loads((tmp_path / "00_quickstart" / "results.json").read_text())

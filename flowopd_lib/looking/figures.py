@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..stats import judges_in
+from ..stats import Home, judges_in
 from ..thumbnails import read_thumbnail
 
 
@@ -232,6 +232,29 @@ def probe_curves(probes: Mapping[str, pd.DataFrame], x: str, title: str) -> Figu
         ncols=min(len(probes), 6),
         fontsize=9,
     )
+    figure.suptitle(title, fontweight="bold")
+    return figure
+
+
+def paths_figure(probes: Mapping[str, pd.DataFrame], home: Home, title: str) -> Figure:
+    """A panel per pair of judges, a line per training: where its two scores went while it trained, from the
+    ring to the dot. A line down to the right, or up to the left, is a seesaw."""
+    pairs = list(itertools.combinations([judge for judge, *_ in home], 2))
+    columns = min(len(pairs), 3)
+    rows = -(-len(pairs) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)
+    colors = model_colors(probes)
+    for axis, (x, y) in zip(axes.flat, pairs):
+        for name, seen in probes.items():
+            path = seen.pivot(index="iteration", columns="judge", values="mean").sort_index()
+            axis.plot(path[x], path[y], "-", color=colors[name], lw=2, label=name)
+            axis.plot(*path[[x, y]].iloc[0], "o", color=colors[name], mfc="white", ms=7)
+            axis.plot(*path[[x, y]].iloc[-1], "o", color=colors[name], ms=6)
+        axis.set(xlabel=x, ylabel=y)
+    for axis in axes.flat[len(pairs) :]:
+        axis.set_axis_off()
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=min(len(probes), 6), fontsize=9)
     figure.suptitle(title, fontweight="bold")
     return figure
 

@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..stats import mean_interval, model_scores
+from ..stats import GOLD, mean_interval, model_scores
 from ..studies.claims import HOME, Missing, Run
 from ..worlds import World
+from .figures import readable
 
 TEACHERS = {
     "GenEval": "geneval expert",
@@ -28,6 +29,7 @@ VERDICTS = {  # on a claim that was tested: its title and its colour
     "bounded": ("Bounded: smaller than claimed, and known to be", "#0072B2"),
     "undecided": ("Undecided at this n", ".55"),
     "contradicted": ("Contradicted: the other way", "#D55E00"),
+    "calibrated": ("Calibrated: the world was made so, which is no result", "#CC79A7"),
 }
 
 
@@ -100,22 +102,44 @@ def surpassing(table: pd.DataFrame, student: str = "student") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def manifests(world: World) -> dict[str, dict]:
+    """What is told of the training of the world's experts; nothing of those that others trained."""
+    paths = {name: Path(world.adapter(name)) / "manifest.json" for name in world.experts}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+
+
+def in_all(table: pd.DataFrame, world: World, seconds: Mapping[str, float]) -> pd.DataFrame:
+    """A row a model: each score, beside it that of the judge's twin, the Average, with 95 % intervals, and
+    the seconds of training in all: `seconds`, of the trainings here by model, and theirs for who learns from
+    the experts or averages them."""
+    twins = [(judge + GOLD, task, scale) for judge, task, scale in world.home if judge + GOLD in table]
+    found = [model_scores(table, world.home)]
+    if twins:
+        found.append(model_scores(table, twins)[lambda rows: rows["judge"] != "Average"])
+    order = [name for judge, *_ in world.home for name in (judge, judge + GOLD)] + ["Average"]
+    shown = readable(pd.concat(found)).pivot(index="model", columns="judge", values="mean [95 % interval]")
+    shown = shown.reindex(table["model"].unique())[[name for name in order if name in shown]]
+    spent = {f"{name} expert": told["seconds"] for name, told in manifests(world).items()}
+    every = sum(spent.values()) if len(spent) == len(world.experts) else np.nan
+
+    def total(model: str) -> float:
+        of_experts = every if model.split()[0] in ("merged", "student") else 0.0
+        return of_experts + {"base": 0.0, "merged": 0.0, **spent, **seconds}.get(model, np.nan)
+
+    return shown.assign(**{"seconds in all": [total(model) for model in shown.index]})
+
+
 def cost(run: Run, world: World) -> pd.DataFrame:
     """Training time of every stage, one run each: stage, minutes, measured where. What has not been run has
     no minutes."""
-    rows = []
-    for name in world.experts:
-        path = Path(world.adapter(name)) / "manifest.json"
-        if not path.is_file():  # trained by others
-            continue
-        manifest = json.loads(path.read_text())
-        rows.append(
-            {
-                "stage": f"{name} expert",
-                "minutes": manifest["seconds"] / 60,
-                "measured": f"its manifest: {manifest['machine']}",
-            }
-        )
+    rows = [
+        {
+            "stage": f"{name} expert",
+            "minutes": manifest["seconds"] / 60,
+            "measured": f"its manifest: {manifest['machine']}",
+        }
+        for name, manifest in manifests(world).items()
+    ]
     if rows:
         rows.append({"stage": "all experts", "minutes": sum(r["minutes"] for r in rows), "measured": "sum"})
     for notebook in ("05_opd", "02_mixed_reward_seesaw"):
@@ -157,10 +181,11 @@ def ledger_table(ledger: pd.DataFrame) -> pd.DataFrame:
 
 
 def conclusion(ledger: pd.DataFrame) -> str:
-    """Markdown: how many claims got which verdict, and which."""
+    """Markdown: how many claims got which verdict, and which; those the world was calibrated for count as
+    none."""
     kinds = ledger["verdict"]
-    tested = int((kinds != "not testable here").sum())
-    counts = ", ".join(f"{(kinds == kind).sum()} {kind}" for kind in VERDICTS)
+    tested = int((~kinds.isin(["not testable here", "calibrated"])).sum())
+    counts = ", ".join(f"{(kinds == kind).sum()} {kind}" for kind in VERDICTS if kind != "calibrated")
     lines = [f"Of {len(ledger)} claims {tested} are tested here: {counts}."]
     for kind, (title, _) in VERDICTS.items():
         rows = [

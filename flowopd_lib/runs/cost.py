@@ -92,9 +92,20 @@ def _interference(c: Costs) -> Work:
 def _seesaw(c: Costs) -> Work:
     p = c.p
     arms = len(p["arms"]) or len(c.world.own) + bool(c.world.beside) + 2
-    one = c.grpo(p["iterations"], p["prompts_per_batch"] * p["images_per_prompt"])
-    looks = c.evaluation(1, "val", "n_probe") * (p["iterations"] // p["every"] + 1)
-    return (one + looks) * arms + c.evaluation(1 + arms)
+    size, seeds = p["prompts_per_batch"] * p["images_per_prompt"], p["train_seeds"]
+
+    def one(iterations: int) -> Work:
+        looks = c.evaluation(1, "val", "n_probe") * (-(-iterations // p["every"]) + 1)
+        return c.grpo(iterations, size) + looks
+
+    # an arm that still rises at the end takes all it may
+    found = one(max(p["iterations"], p["most"])) * arms
+    if p["budgets"]:
+        found += one(max(p["budgets"].values()))
+    experts = len(c.world.experts) if p["singles"] else 0
+    found += c.grpo(max(1, p["iterations"] // max(experts, 1)), size) * experts
+    models = arms * (1 + (p["most"] > 0)) + bool(experts) + len(p["budgets"])
+    return (found + c.evaluation(models)) * seeds + c.evaluation(1 + len(c.world.experts))
 
 
 def _distillation(c: Costs) -> Work:

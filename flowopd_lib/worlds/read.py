@@ -42,6 +42,7 @@ KEYS = {
     "truth": str,
     "about": str,
     "rates": dict,
+    "calibrated": dict[str, str],
 }
 RATES = {key: Positive for key in ("forwards", "updates")} | {"device": str}
 TASK = {
@@ -147,7 +148,11 @@ def _fields(path: Path, given: Any) -> dict[str, Any]:
     for judge in judges.values():
         for task in judge.get("tasks", []):
             _there("judges", task, tasks, "task")
-    optional = {k: world[k] for k in ("resolution", "text_length", "anchor", "about", "rates") if k in world}
+    optional = {
+        k: world[k]
+        for k in ("resolution", "text_length", "anchor", "about", "rates", "calibrated")
+        if k in world
+    }
     return {
         "name": path.parent.name if path.stem == "world" else path.stem,
         "base": str(placed(world["model"], folder, name=True)),

@@ -89,6 +89,8 @@ class World:
     distillation: Sampler = Sampler(10, "sde")
     truth_module: str = ""
     rates: Mapping[str, float] = field(default_factory=dict)  # measured: see `runs.cost`
+    # claims of the ledger that were made true here, or follow from such, and why: no result
+    calibrated: Mapping[str, str] = field(default_factory=dict)
     about: str = ""  # a sentence or two for a reader
 
     @property

@@ -1,0 +1,116 @@
+"""A whole run made small enough to be committed: `python -m flowopd_lib.runs.reference RUN FOLDER`.
+
+Notebooks as they were run, their results, figures, scores and curves; of the adapters those that the gallery
+shows, in half precision. States, embeddings and the pictures of all other notebooks are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save
+
+from ..files import write_json
+from .runner import NOTEBOOKS, read_status
+
+LARGEST = 25_000_000  # bytes
+SHOWN = "05_opd"  # whose students and pictures the gallery shows
+ADAPTERS = ("student", "GRPO-Mix")
+KEPT = (
+    f"Left out to stay small: states, adapters but those of {SHOWN}/{{{','.join(ADAPTERS)}}} (kept in "
+    f"bfloat16), embeddings, pictures but those of {SHOWN}, report.html."
+)
+
+
+def make_small(run: str | Path, out: str | Path) -> int:
+    """Copy what a reader needs of `run` into `out`, in place of what lies there; its bytes.
+
+    Raises ValueError for a run that is not whole, is of several commits or of changed files, or is too large.
+    """
+    run, out = Path(run), Path(out)
+    status, record = read_status(run), json.loads((run / "manifest.json").read_text())
+    for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+        state = status.get(path.stem, {}).get("state", "not there")
+        if state != "done":
+            raise ValueError(f"{run} is no whole run: {path.stem} is {state}; go on with it (--resume)")
+    commits = {name: told["git"] for name, told in record["notebooks"].items()}
+    different = {git["commit"] for git in commits.values()}
+    if len(different) > 1:
+        raise ValueError(
+            f"{run} is of {len(different)} commits ({', '.join(sorted(c[:7] for c in different))}); a "
+            "reference is of one: run anew what is of another"
+        )
+    changed = [name for name, git in commits.items() if git["dirty"]]
+    if changed:
+        raise ValueError(f"{changed[0]} ran from files that no commit has; commit them and run it anew")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        small = Path(folder) / "reference"
+        for source in sorted(p for p in run.rglob("*") if p.is_file()):
+            data = _kept(source, source.relative_to(run))
+            if data is not None:
+                target = small / source.relative_to(run)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+        write_json(small / "manifest.json", record | {"kept": KEPT})
+        sizes = {p.relative_to(small): p.stat().st_size for p in small.rglob("*") if p.is_file()}
+        if sum(sizes.values()) > LARGEST:
+            most = sorted(sizes, key=sizes.get, reverse=True)[:3]
+            told = ", ".join(f"{p} {sizes[p] / 1e6:.1f}" for p in most)
+            raise ValueError(
+                f"the reference would have {sum(sizes.values()) / 1e6:.0f} MB, more than "
+                f"{LARGEST / 1e6:.0f}; the largest: {told} MB"
+            )
+        shutil.rmtree(out, ignore_errors=True)
+        small.rename(out)
+    return sum(sizes.values())
+
+
+def _kept(source: Path, place: Path) -> bytes | None:
+    """What is kept of a file of the run at `place`."""
+    if any(part.startswith(".") or part in ("earlier", "parts") for part in place.parts):
+        return None
+    if len(place.parts) == 1:
+        return source.read_bytes() if place.suffix == ".ipynb" or place.name == "status.json" else None
+    if place.suffix == ".parquet":
+        if place.name not in ("samples.parquet", "ood.parquet") or len(place.parts) != 2:
+            return None
+        table, packed = pd.read_parquet(source), io.BytesIO()
+        table.drop(columns=["embedding"], errors="ignore").to_parquet(packed, index=False)
+        return packed.getvalue()
+    if "adapter" in place.parts:
+        if place.parts[:2] not in [(SHOWN, name) for name in ADAPTERS]:
+            return None
+        if place.suffix == ".safetensors":
+            return save({key: w.to(torch.bfloat16) for key, w in load_file(source).items()}, {"format": "pt"})
+        return source.read_bytes()
+    if place.suffix == ".zip" or place.name == "about.json":
+        return source.read_bytes() if place.parts[0] == SHOWN or "looks" in place.parts else None
+    return source.read_bytes() if place.suffix in (".json", ".jsonl", ".png", ".csv") else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flowopd_lib.runs.reference",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, such as papermill_runs/lab")
+    parser.add_argument("out", type=Path, help="such as papermill_runs/reference")
+    args = parser.parse_args()
+    try:
+        size = make_small(args.run, args.out)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    print(f"{args.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

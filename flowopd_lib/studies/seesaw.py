@@ -1,0 +1,114 @@
+"""One model, several rewards (Flow-OPD 4.3): the arms, and when a training has come to where it goes, by a
+rule that is fixed before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ..inputs import Count, NotNegative, check_fields
+from ..jobs.recipes import grpo_mix
+from ..stats import Home
+from ..worlds import World
+
+if TYPE_CHECKING:
+    from ..jobs.lab import Lab
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """A training stands still where, on val, the mean of the scores it is for (in full scales) has come no
+    `rise` above its best in `patience` looks, one every `every` iterations. It ends there, or after `most`.
+
+    Raises ValueError for a rule that could never fire.
+    """
+
+    every: Count
+    most: Count
+    patience: Count = 3
+    rise: NotNegative = 0.005
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.patience * self.every >= self.most:
+            raise ValueError(
+                f"a patience of {self.patience} looks, one every {self.every} iterations, ends no "
+                f"training of at most {self.most}; take fewer looks, or more than "
+                f"{self.patience * self.every} iterations"
+            )
+
+    def reached(self, probes: pd.DataFrame, judges: Sequence[str], home: Home) -> bool:
+        """Whether the looks so far (`probes`: iteration, judge, mean) fire the rule for a training on
+        `judges`."""
+        scales = {judge: scale for judge, _, scale in home}
+        seen = probes[probes["judge"].isin(judges)]
+        shares = seen.assign(share=seen["mean"] / seen["judge"].map(scales))
+        looks = shares.groupby("iteration")["share"].mean().sort_index()
+        best, since = looks.iloc[0], 0
+        for value in looks.iloc[1:]:
+            best, since = (value, 0) if value > best + self.rise else (best, since + 1)
+        return since >= self.patience
+
+
+def _on(recipe: Mapping[str, Any], rewards: Mapping[str, Mapping[str, float]]) -> dict:
+    """The recipe of GRPO-Mix on some prompts and rewards alone, which do not take turns."""
+    batches = {k: recipe["schedule"][k] for k in ("prompts_per_batch", "images_per_prompt")}
+    grpo = {**recipe["grpo"], "rewards": dict(rewards)}
+    return {**recipe, "schedule": {"tasks": list(rewards), **batches}, "grpo": grpo}
+
+
+def mix_of(world: World) -> str:
+    """What GRPO-Mix is called there: by how often each task's prompts come."""
+    return "Mix " + ":".join(str(world.turns.get(task, 1)) for task in world.own)
+
+
+def arms_of(world: World, *size) -> dict[str, dict]:
+    """The paper's arms by name, as recipes: rewards stacked one after the other, GRPO-Mix, and that with
+    advantages by reward (GDPO). `size`: see `grpo_mix`."""
+    mix, name = grpo_mix(world, *size), mix_of(world)
+    stacked, own = {}, list(world.own)
+    for n, task in enumerate(own, 1):
+        rewards = world.rewards()
+        stacked[f"+{world.tasks[task].judge}"] = _on(mix, {t: rewards[t] for t in own[:n]})
+    if world.beside:
+        stacked[f"+{'+'.join(world.beside)}"] = _on(mix, world.rewards(beside=True))
+    return stacked | {name: mix, f"{name}, GDPO": grpo_mix(world, *size, normalise="gdpo")}
+
+
+def alone(world: World, *size) -> dict[str, dict]:
+    """A recipe for each expert of the world by itself, all together for as many iterations as an arm."""
+    mix = grpo_mix(world, *size)
+    taught = {task.expert: task for task in world.tasks.values() if task.expert}
+    train = {**mix["train"], "iterations": max(1, mix["train"]["iterations"] // len(taught))}
+    return {name: {**_on(mix, {t.home: t.rewards}), "train": train} for name, t in taught.items()}
+
+
+def judges_of(recipe: Mapping[str, Any], home: Home) -> list[str]:
+    """The judges that are reported among those a GRPO recipe trains on."""
+    rewards = recipe["grpo"]["rewards"].values()
+    return [judge for judge, *_ in home if any(judge in of for of in rewards)]
+
+
+def train_on(
+    lab: Lab,
+    name: str,
+    recipe: Mapping[str, Any],
+    probe: Mapping[str, Any],
+    most: int,
+    rule: Plateau | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame, bool]:
+    """A GRPO training by `lab` for `most` iterations, or until the rule ends it before: what `Lab.train`
+    returns, and whether it was the rule. It stops at every look, so that each is at the averaged weights,
+    and goes on from where the adapter `name` has been trained to already."""
+    judges, every, stands = judges_of(recipe, lab.world.home), probe["every"], False
+    for iterations in sorted({*range(every, most, every), most}):
+        part = {**recipe, "train": {**recipe["train"], "iterations": iterations}}
+        curve, seen = lab.train(name, part, probe)
+        upto = seen[seen["iteration"] <= iterations]
+        stands = rule is not None and rule.reached(upto, judges, lab.world.home)
+        if stands:
+            break
+    return curve, seen, stands

@@ -1,0 +1,37 @@
+"""What a world is held to, on made-up scores whose truth is known."""
+
+import numpy as np
+import pandas as pd
+
+from flowopd_lib.stats import AVERAGE
+from flowopd_lib.studies.calibration import beside_paper
+from flowopd_lib.studies.paper import PAPER_MAIN
+
+
+def table(shifts, n=60, noise=0.02, seed=0):
+    rng, rows = np.random.default_rng(seed), []
+    hard = {judge: rng.uniform(0.3, 0.6, n) for judge, *_ in AVERAGE}
+    for model, of in shifts.items():
+        for task in ("geneval", "ocr", "pickscore"):
+            scores = {
+                judge: scale * (hard[judge] + of.get(judge, 0.0) + noise * rng.normal(size=n))
+                for judge, home, scale in AVERAGE
+                if home == task
+            }
+            rows.append(
+                pd.DataFrame({"model": model, "task": task, "prompt": range(n), "repeat": 0, **scores})
+            )
+    return pd.concat(rows, ignore_index=True)
+
+
+def test_an_expert_agrees_where_the_papers_change_is_large():
+    moved = {"GenEval": -0.1, "OCR": -0.05, "PickScore": 0.1, "DeQA": 0.1}
+    told = beside_paper(table({"base": {}, "pickscore": moved}), AVERAGE).set_index(["model", "judge"])
+    assert told.loc[("base", "OCR"), "paper"] == PAPER_MAIN["base"]["OCR"]
+    geneval, ocr, deqa = (told.loc[("pickscore", judge)] for judge in ("GenEval", "OCR", "DeQA"))
+    assert abs(geneval["paper"] + 0.12) < 1e-9 and geneval["agrees"] is True  # .63 to .51
+    assert abs(ocr["paper"] - 0.10) < 1e-9 and ocr["agrees"] is False
+    assert deqa["agrees"] is None and abs(deqa["mean"] - 0.5) < 0.05 and deqa["n"] == 60  # .15 of 5
+    unsure = beside_paper(table({"base": {}, "pickscore": {}}, noise=0.2), AVERAGE)
+    row = unsure.set_index(["model", "judge"]).loc[("pickscore", "GenEval")]
+    assert row["low"] < 0 < row["high"] and row["agrees"] is False

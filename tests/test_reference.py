@@ -1,0 +1,73 @@
+"""A whole run made small."""
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flowopd_lib.files import write_json
+from flowopd_lib.runs import reference
+from flowopd_lib.runs.runner import NOTEBOOKS
+
+NAMES = sorted(p.stem for p in NOTEBOOKS.glob("[0-9]*.ipynb"))
+
+
+def write_run(folder, commits=("a" * 40,), dirty=False, state="done"):
+    told = {}
+    for number, name in enumerate(NAMES):
+        (folder / name / "arm" / "adapter").mkdir(parents=True)
+        (folder / f"{name}.ipynb").write_text("{}")
+        write_json(folder / name / "results.json", {})
+        (folder / name / "arm" / "metrics.jsonl").write_text('{"kl": 1.0}\n')
+        (folder / name / "arm" / "state.safetensors").write_bytes(b"0" * 1000)
+        save_file({"w": torch.ones(3)}, folder / name / "arm" / "adapter" / "adapter_model.safetensors")
+        table = pd.DataFrame({"model": ["base"], "OCR": [0.5], "embedding": [[1.0, 2.0]]})
+        table.to_parquet(folder / name / "samples.parquet")
+        table.to_parquet(folder / name / "equal.parquet")
+        told[name] = {"git": {"commit": commits[number % len(commits)], "dirty": dirty}}
+    student = folder / reference.SHOWN / "student" / "adapter"
+    student.mkdir(parents=True)
+    save_file({"w": torch.full((3,), 0.1)}, student / "adapter_model.safetensors")
+    for name in (reference.SHOWN, "06_mar"):
+        (folder / name / "pictures").mkdir()
+        (folder / name / "pictures" / "00_base.zip").write_bytes(b"pictures")
+    (folder / "report.html").write_text("<html>")
+    states = dict.fromkeys(NAMES, {"state": "done"}) | {NAMES[3]: {"state": state}}
+    write_json(folder / "status.json", states)
+    write_json(folder / "manifest.json", {"profile": "lab", "notebooks": told})
+    return folder
+
+
+def test_what_a_reader_needs_is_kept_and_replaces_what_was_there(tmp_path):
+    run, out = write_run(tmp_path / "run"), tmp_path / "reference"
+    out.mkdir()
+    (out / "old.json").write_text("{}")
+    size = reference.make_small(run, out)
+    kept = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert size == sum((out / k).stat().st_size for k in kept)
+    each = ("results.json", "arm/metrics.jsonl", "samples.parquet")
+    wanted = {f"{n}.ipynb" for n in NAMES} | {f"{n}/{f}" for n in NAMES for f in each}
+    wanted |= {"manifest.json", "status.json", "05_opd/pictures/00_base.zip"}
+    assert kept == wanted | {"05_opd/student/adapter/adapter_model.safetensors"}
+    assert list(pd.read_parquet(out / NAMES[0] / "samples.parquet")) == ["model", "OCR"]
+    weights = load_file(out / "05_opd/student/adapter/adapter_model.safetensors")["w"]
+    assert weights.dtype == torch.bfloat16 and torch.allclose(weights.float(), torch.tensor(0.1), atol=1e-3)
+
+
+def test_no_reference_of_a_part_of_two_commits_or_too_large(tmp_path, monkeypatch):
+    out = tmp_path / "reference"
+    for name, run, message in (
+        ("part", {"state": "failed"}, f"no whole run: {NAMES[3]} is failed"),
+        (
+            "two",
+            {"commits": ("a" * 40, "b" * 40)},
+            r"of 2 commits \(aaaaaaa, bbbbbbb\); a reference is of one",
+        ),
+        ("dirty", {"dirty": True}, f"{NAMES[0]} ran from files that no commit has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reference.make_small(write_run(tmp_path / name, **run), out)
+    monkeypatch.setattr(reference, "LARGEST", 100)
+    with pytest.raises(ValueError, match="more than 0; the largest: "):
+        reference.make_small(write_run(tmp_path / "large"), out)
+    assert not out.exists()

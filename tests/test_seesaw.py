@@ -1,0 +1,77 @@
+"""The arms of the seesaw, and the rule that ends a training."""
+
+import pandas as pd
+import pytest
+
+from flowopd_lib.jobs.recipes import build
+from flowopd_lib.jobs.site import Site
+from flowopd_lib.studies.seesaw import Plateau, alone, arms_of, judges_of, mix_of, train_on
+
+SIZE = (8, 4, 3, 0, 1e-3)  # iterations, prompts, images, seed, rate
+
+
+def looks(values: dict[str, list[float]], every: int = 2) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"iteration": every * i, "judge": judge, "mean": mean}
+            for judge, means in values.items()
+            for i, mean in enumerate(means)
+        ]
+    )
+
+
+def test_a_training_stands_still_when_its_own_scores_have_not_risen(world):
+    rule = Plateau(2, 20, patience=2, rise=0.01)
+    rising = [0.1, 0.2, 0.3, 0.4]
+    assert not rule.reached(looks({"GenEval": rising}), ["GenEval"], world.home)
+    assert not rule.reached(looks({"GenEval": [*rising, 0.405]}), ["GenEval"], world.home)
+    assert rule.reached(looks({"GenEval": [*rising, 0.405, 0.409]}), ["GenEval"], world.home)
+    # a rise too small for a look, but not for two of them
+    assert not rule.reached(looks({"GenEval": [*rising, 0.406, 0.412]}), ["GenEval"], world.home)
+    both = looks({"GenEval": [*rising, 0.4, 0.4], "PickScore": [10, 10, 10, 10, 11, 12]})
+    assert rule.reached(both, ["GenEval"], world.home)
+    assert not rule.reached(both, ["GenEval", "PickScore"], world.home)  # 1 / 26 / 2 a look
+    with pytest.raises(
+        ValueError, match="patience of 3 looks, one every 5 iterations, ends no training of at most 15"
+    ):
+        Plateau(5, 15, patience=3)
+
+
+def test_the_arms_are_the_papers(world, policy):
+    arms = arms_of(world, *SIZE)
+    assert list(arms) == ["+GenEval", "+OCR", "+PickScore", "+DeQA", "Mix 3:1:1", "Mix 3:1:1, GDPO"]
+    assert mix_of(world) == "Mix 3:1:1"
+    assert arms["+OCR"]["schedule"]["tasks"] == ["geneval", "ocr"]
+    assert arms["+PickScore"]["grpo"]["rewards"]["pickscore"] == {"PickScore": 1.0}
+    assert arms["+DeQA"]["grpo"]["rewards"]["ocr"] == {"OCR": 0.8, "DeQA": 0.2}
+    assert judges_of(arms["+OCR"], world.home) == ["GenEval", "OCR"]
+    assert judges_of(arms["Mix 3:1:1"], world.home) == ["GenEval", "OCR", "PickScore", "DeQA"]
+    single = alone(world, *SIZE)
+    assert list(single) == list(world.experts) and {r["train"]["iterations"] for r in single.values()} == {2}
+    assert single["deqa"]["grpo"]["rewards"] == {"pickscore": {"DeQA": 1.0}}
+    for recipe in (*arms.values(), *single.values()):  # each is one that can be trained
+        _, objective, config = build(recipe, site=Site(world, policy=policy), name="arm")
+        assert objective.schedule.size == 4 and config.iterations in (8, 2)
+        policy.remove_adapters()
+
+
+def test_a_training_goes_on_look_by_look_until_the_rule_ends_it(world):
+    class Trained:
+        """A lab whose training rises until its sixth iteration."""
+
+        def __init__(self):
+            self.world, self.asked, self.seen = world, [], []
+
+        def train(self, name, recipe, probe):
+            done = recipe["train"]["iterations"]
+            self.asked.append(done)
+            told = [i for i in range(0, done + 1, probe["every"])]
+            rows = [{"iteration": i, "judge": "OCR", "mean": 0.5 + 0.05 * min(i, 6)} for i in told]
+            return pd.DataFrame({"seconds": [1.0] * done}), pd.DataFrame(rows)
+
+    recipe = {"grpo": {"rewards": {"ocr": {"OCR": 1.0}}}, "train": {"lr": 1e-3}}
+    lab = Trained()
+    curve, seen, stands = train_on(lab, "a", recipe, {"every": 2}, 20, Plateau(2, 20, patience=2))
+    assert lab.asked == [2, 4, 6, 8, 10] and stands and len(curve) == 10 and seen["iteration"].max() == 10
+    lab = Trained()
+    assert not train_on(lab, "a", recipe, {"every": 4}, 10)[2] and lab.asked == [4, 8, 10]
