@@ -34,14 +34,15 @@ RECIPE = {
 }
 
 
-def launched(spec: dict, folder: Path, processes: int, environment: dict | None = None) -> subprocess.Popen:
+def launched(spec: dict, folder: Path) -> subprocess.Popen:
+    """A job in two processes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder.parent / f"{folder.name}.yaml").write_text(yaml.safe_dump(spec))
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     job = ["-m", "flowopd_lib.jobs", str(folder.parent / f"{folder.name}.yaml"), "--folder", str(folder)]
     return subprocess.Popen(
-        [sys.executable, *(run if processes > 1 else []), *job],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FLOWOPD_HEADLESS": "1", **(environment or {})},
+        [sys.executable, *run, *job],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FLOWOPD_HEADLESS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,15 +68,25 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> dict[int, Path]:
+def on(tmp_path_factory, policy) -> dict[int, Lab]:
+    """What computes in this process, and in two and four of a launcher, each of one thread."""
+    folder = tmp_path_factory.mktemp("on")
+    four = yaml.safe_load((RUNS / "launchers" / "local2.yaml").read_text())
+    four["command"] = four["command"].replace("--nproc_per_node 2", "--nproc_per_node 4")
+    (folder / "local4.yaml").write_text(yaml.safe_dump(four))
+    launchers = {1: "", 2: "local2", 4: str(folder / "local4.yaml")}
+    labs = {n: Lab("tiny", launcher, folder / str(n)) for n, launcher in launchers.items()}
+    labs[1].site.policy = policy
+    yield labs
+    for lab in labs.values():
+        lab.stop()
+
+
+@pytest.fixture(scope="module")
+def trained(on) -> dict[int, Path]:
     """The same recipe on one, two and four processes."""
-    folder = tmp_path_factory.mktemp("trained")
-    spec = {"world": "tiny", **RECIPE}
     with one_thread():
-        run_job(spec, folder / "1", Site("tiny", "float32"))
-    for processes in (2, 4):
-        ended(launched(spec, folder / str(processes), processes))
-    return {processes: folder / str(processes) for processes in (1, 2, 4)}
+        return {n: lab.run("train", "trained", **RECIPE, name="trained") for n, lab in on.items()}
 
 
 def gradients(folder: Path) -> torch.Tensor:
@@ -108,12 +119,13 @@ def test_an_evaluation_does_not_depend_on_the_processes_at_all(trained):
     pd.testing.assert_frame_equal(first[2], first[0], check_exact=True)
 
 
-def test_a_training_goes_on_with_another_number_of_processes(trained, tmp_path):
+def test_a_training_goes_on_with_another_number_of_processes(trained, on, tmp_path):
     """Begun on two, gone on with by one and ended by four, with the weights of one process throughout."""
-    spec = {"world": "tiny", **{k: v for k, v in RECIPE.items() if k != "probe"}}
+    recipe = {k: v for k, v in RECIPE.items() if k != "probe"}
     for iterations, processes in ((1, 2), (2, 1), (3, 4)):
-        spec["train"] = {**RECIPE["train"], "iterations": iterations}
-        ended(launched(spec, tmp_path / "mixed", processes))
+        recipe["train"] = {**RECIPE["train"], "iterations": iterations}
+        with one_thread():
+            on[processes].run("train", str(tmp_path / "mixed"), **recipe, name="mixed")
     assert apart(gradients(trained[1]), gradients(tmp_path / "mixed")) < 1e-4
     assert list(read_lines(tmp_path / "mixed" / "metrics.jsonl")["iteration"]) == [0, 1, 2]
 
@@ -132,7 +144,7 @@ EVALUATE = {
 def test_a_killed_process_leaves_its_finished_batches(tmp_path, policy):
     """kill -9 of one of two, then the same command: what was done is not done again, and the table is that of
     one process."""
-    process = launched(EVALUATE, tmp_path / "killed", 2)
+    process = launched(EVALUATE, tmp_path / "killed")
     parts = tmp_path / "killed" / ".samples.parquet.parts"
     end = time.monotonic() + 240
     while len(list(parts.glob("*.parquet"))) < 6:
@@ -144,7 +156,7 @@ def test_a_killed_process_leaves_its_finished_batches(tmp_path, policy):
     assert process.returncode != 0
     kept = {p: p.stat().st_mtime_ns for p in parts.glob("*.parquet")}
     assert 6 <= len(kept) < 24
-    process = launched(EVALUATE, tmp_path / "killed", 2)
+    process = launched(EVALUATE, tmp_path / "killed")
     seen = {}
     while process.poll() is None:
         seen |= {p: p.stat().st_mtime_ns for p in kept if p.exists()}
@@ -159,19 +171,15 @@ def test_a_killed_process_leaves_its_finished_batches(tmp_path, policy):
     assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]]
 
 
-def test_a_job_in_this_process_is_the_job_of_another(tmp_path, policy):
+def test_a_job_in_this_process_is_the_job_of_another(on):
     """A notebook's own process and a launcher's leave the same tables."""
-    here = Lab("tiny", "", tmp_path / "here")
-    here.site.policy = policy
-    there = Lab("tiny", "local2", tmp_path / "there")
     size = {"n": 2, "steps": 2}
     with one_thread():
-        tables = [lab.evaluate({"base": None, "deqa expert": "deqa"}, **size) for lab in (here, there)]
+        tables = [on[n].evaluate({"base": None, "deqa expert": "deqa"}, **size) for n in (1, 2)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     with pytest.raises(RuntimeError, match="the launcher local2 computes: this process holds no model"):
-        _ = there.policy
-    assert there.live(lambda: 1 / 0) is None
-    there.stop()
+        _ = on[2].policy
+    assert on[2].live(lambda: 1 / 0) is None
 
 
 def asked_of_a_launcher(folder: Path, source: str, environment: dict) -> tuple[pd.DataFrame, str]:

@@ -54,13 +54,13 @@ def test_every_import_is_a_declared_dependency():
                 )
 
 
-def test_assets_are_what_the_manifest_says_and_at_most_40_mb():
+def test_assets_are_what_the_manifest_says_and_at_most_45_mb():
     manifest = json.loads((ASSETS / "manifest.json").read_text())
     there = {str(p.relative_to(ASSETS)) for p in ASSETS.rglob("*") if p.is_file()}
     assert {p for p in there if not p.startswith("experts/")} == set(manifest["files"]) | {"manifest.json"}
     for name, record in manifest["files"].items():
         assert hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() == record["sha256"], name
-    assert sum((ASSETS / name).stat().st_size for name in there) <= 40e6
+    assert sum((ASSETS / name).stat().st_size for name in there) <= 45e6
     assert {"command", "seed", "date", "versions", "seconds"} <= set(manifest)
 
 

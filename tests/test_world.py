@@ -1,9 +1,11 @@
 """The small world: scenes from seeds, splits that do not share a prompt, levels that get worse."""
 
 import hashlib
+import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +13,17 @@ import pytest
 from flowopd_lib import Prompt, load_world
 from flowopd_lib.prompts import read_prompts, write_prompts
 from flowopd_lib.worlds.tiny import PROMPTS
-from flowopd_lib.worlds.tiny.data import mistake, mutate, noisy_example, preference_pair, split_spec
-from flowopd_lib.worlds.tiny.scenes import DEGRADATIONS, LEVELS, degrade, lay_out, render
+from flowopd_lib.worlds.tiny.data import (
+    MATCH,
+    SIGN,
+    mistake,
+    mutate,
+    noisy_example,
+    preference_pair,
+    split_spec,
+    utility,
+)
+from flowopd_lib.worlds.tiny.scenes import DEGRADATIONS, LEVELS, accompany, degrade, lay_out, render
 from flowopd_lib.worlds.tiny.specs import (
     GENEVAL_TAGS,
     PROMPT_TASKS,
@@ -214,6 +225,43 @@ def test_noise_rates_are_the_rates_asked_for():
     assert image.size == (64, 64) and text
     text, better, worse, likely = preference_pair(rng)
     assert 0.5 <= likely <= 1 and better.tobytes() != worse.tobytes()
+
+
+def test_people_like_much_to_see_and_forgive_a_count_but_no_letter():
+    heart = Spec("geneval", "colors", (("heart", "red"),), background="white")
+    one = lay_out(heart, 3)
+    right = utility(heart, one, 5, True)
+    assert right - utility(heart, one, 5, False) == pytest.approx(MATCH) and MATCH < 1
+    assert utility(heart, one, 3, True) < right
+    larger = replace(one, items=tuple(replace(i, r=1.4 * i.r) for i in one.items))
+    more = accompany(one, random.Random(0), 3)
+    assert utility(heart, larger, 5, False) > right and utility(heart, more, 5, False) > right
+    sign = Spec("ocr", "ocr", word="ABCD")
+    read = [
+        utility(sign, replace(lay_out(sign, 3), word=word), 5, False) for word in ("ABCD", "ABXD", "XYXY")
+    ]
+    assert read[0] - read[1] == pytest.approx(SIGN / 4) and read[0] - read[2] == pytest.approx(SIGN)
+
+
+def test_company_stands_apart_and_never_beside_a_sign():
+    rng = random.Random(5)
+    for _ in range(200):
+        scene = lay_out(split_spec(rng), rng.getrandbits(32))
+        full = accompany(scene, rng, 3)
+        assert full.items[: len(scene.items)] == scene.items and len(full.items) <= len(scene.items) + 3
+        assert not (scene.word and full.items)
+        new = full.items[len(scene.items) :]
+        assert not any(heldout_pair(i.shape, i.color) for i in new)
+        assert all(
+            math.dist((a.x, a.y), (b.x, b.y)) > a.r + b.r for a in new for b in full.items if a is not b
+        )
+
+
+def test_a_word_is_in_one_split_whoever_asks_for_it():
+    rng = random.Random(1)
+    signs = [s for s in (random_spec(rng, "pickscore") for _ in range(400)) if s.word]
+    assert len(signs) > 80 and {bool(s.background) for s in signs} == {True, False}
+    assert all(split_of(s) == split_of(Spec("ocr", "ocr", word=s.word)) for s in signs)
 
 
 def test_every_word_of_the_world_is_one_clip_token_and_t5_spells():

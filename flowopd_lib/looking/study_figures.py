@@ -10,16 +10,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..stats import GOLD
 from .figures import COLORS, FULL_SCALE, model_colors
 from .trajectories import Walk
 
 
 def judge_figure(tests: pd.DataFrame, graded: pd.DataFrame) -> Figure:
-    """Left: each judge's test with its interval and the aim. Right: DeQA's score against the true level."""
+    """Left: each judge's test with its interval and the aim, a ring for a twin's. Right: DeQA's score against
+    the true level."""
     import seaborn as sns
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.9), width_ratios=(1.25, 1))
-    rows = np.arange(len(tests))
+    height = max(3.9, 0.55 * len(tests) + 0.9)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), width_ratios=(1.25, 1))
+    rows, colors = np.arange(len(tests)), [COLORS[judge.removesuffix(GOLD)] for judge in tests["judge"]]
     left.errorbar(
         tests["value"],
         rows,
@@ -31,13 +34,15 @@ def judge_figure(tests: pd.DataFrame, graded: pd.DataFrame) -> Figure:
     left.scatter(
         tests["value"],
         rows,
-        c=[COLORS[judge] for judge in tests["judge"]],
+        c=["white" if j.endswith(GOLD) else c for j, c in zip(tests["judge"], colors)],
+        edgecolors=colors,
+        linewidths=2,
         s=70,
         zorder=3,
         label="measured, 95 % interval",
     )
     left.scatter(tests["aim"], rows, marker="|", s=300, c="k", label="aim")
-    names = [textwrap.fill(f"{r['judge']} {r['test']} (n={r['n']})", 34) for _, r in tests.iterrows()]
+    names = [textwrap.fill(f"{r['judge']} {r['test']} (n={r['n']})", 40) for _, r in tests.iterrows()]
     left.set_yticks(rows, names, fontsize=9)
     left.set(
         xlim=(min(0.8, tests["low"].min() - 0.02), 1.005),

@@ -1,8 +1,9 @@
 """Build the small world's assets from nothing: `python -m flowopd_lib.worlds.tiny.build --work build`.
 
 Stages: prompts, vae, base, pickscore, deqa. Each checkpoints into `--work` and goes on from there when
-started again; a finished stage is not run twice. After changing a recipe, start with an empty folder. The
-results and a manifest are written to `--out`.
+started again; a finished stage is not run twice. After changing a recipe, start with an empty folder. With
+`--start` the autoencoder is taken from earlier assets, and base and PickScore go on from those. The results
+and a manifest are written to `--out`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ...files import write_json
 from ...prompts import Prompt, write_prompts
 from . import ASSETS
 from .specs import PROMPT_TASKS, sample_specs
-from .train_base import train_base
+from .train_base import GOING_ON, train_base
 from .train_judges import train_deqa, train_pickscore
 from .train_vae import train_vae
 
@@ -51,16 +52,30 @@ def write_files(out: Path) -> None:
             )
 
 
-def stages(work: Path) -> dict:
+def stages(work: Path, start: Path | None = None) -> dict:
     def vae() -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
 
+    common, going_on = dict(seed=SEED, log=say), GOING_ON if start else {}
+    base, pickscore = (start and start / "tiny-sd3"), (start and start / "pickscore")
     return {
         "prompts": lambda: write_files(work / "prompts"),
-        "vae": lambda: train_vae(work / "vae", work / "state", seed=SEED, log=say),
-        "base": lambda: train_base(vae(), work / "tiny-sd3", work / "state", seed=SEED, log=say),
-        "pickscore": lambda: train_pickscore(vae(), work / "pickscore", work / "state", seed=SEED, log=say),
-        "deqa": lambda: train_deqa(vae(), work / "deqa", work / "state", seed=SEED, log=say),
+        "vae": lambda: (
+            shutil.copytree(base / "vae", work / "vae", dirs_exist_ok=True)
+            if start
+            else train_vae(work / "vae", work / "state", **common)
+        ),
+        "base": lambda: train_base(
+            vae(), work / "tiny-sd3", work / "state", start=base, **going_on, **common
+        ),
+        "pickscore": lambda: train_pickscore(
+            vae(), work / "pickscore", work / "state", start=pickscore, **common
+        ),
+        "deqa": lambda: (
+            shutil.copytree(start / "deqa", work / "deqa", dirs_exist_ok=True)
+            if start
+            else train_deqa(vae(), work / "deqa", work / "state", **common)
+        ),
     }
 
 
@@ -92,8 +107,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; about 1.5 GB")
     parser.add_argument("--out", type=Path, default=ASSETS, help="where the finished assets go")
     parser.add_argument("--only", nargs="+", help="run these stages only")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="assets to go on from: autoencoder and DeQA are kept, base and PickScore trained on",
+    )
     args = parser.parse_args()
-    work, todo = args.work, stages(args.work)
+    if args.start and not (args.start / "tiny-sd3").is_dir():
+        parser.error(f"--start {args.start} holds no tiny-sd3; name a folder of assets such as {ASSETS}")
+    work, todo = args.work, stages(args.work, args.start)
     unknown = set(args.only or ()) - set(todo)
     if unknown:
         parser.error(f"no stage called {', '.join(sorted(unknown))}; there are {', '.join(todo)}")

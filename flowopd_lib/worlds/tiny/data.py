@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .scenes import DEGRADATIONS, LEVELS, SIZE, degrade, draw, lay_out
+from .scenes import DEGRADATIONS, LEVELS, SIZE, Scene, accompany, degrade, draw, lay_out
 from .specs import COLORS, FINISHES, PROMPT_TASKS, RELATIONS, SCENERIES, SHAPES, Spec, random_spec, split_of
 
 
@@ -73,12 +73,18 @@ def mistake(spec: Spec, rng: random.Random) -> Spec:
     return spec if split_of(other) == "ood" else other
 
 
+ACCOMPANIED = 0.4  # of the pictures in a style that show more than their caption says
+
+
 def noisy_example(rng: random.Random, wrong: dict[str, float], spoiled: float) -> tuple[str, Image.Image]:
     """One caption and picture of the web: the caption is wrong with probability `wrong[task]`, the picture
     spoiled (blurred, noisy, blocky, pale) with probability `spoiled`."""
     spec = split_spec(rng)
     truth = mistake(spec, rng) if rng.random() < wrong[spec.task] else spec
-    image = draw(lay_out(truth, rng.getrandbits(32)))
+    scene = lay_out(truth, rng.getrandbits(32))
+    if spec.task == "pickscore" and rng.random() < ACCOMPANIED:
+        scene = accompany(scene, rng, rng.randint(1, 3))
+    image = draw(scene)
     if rng.random() < spoiled:
         image = degrade(image, rng.choice(DEGRADATIONS), rng.choice(LEVELS[1:]), rng.getrandbits(32))
     return spec.text, image
@@ -100,25 +106,41 @@ class Candidate:
 
 
 def candidate(spec: Spec, rng: random.Random) -> Candidate:
-    """A picture for `spec`, perhaps wrong and perhaps spoiled, with its hidden utility: match and looks.
-
-    Looks: a shadow, a finish that is not flat, things in the middle, scenery rather than dull grey, and a
-    clean picture. Little of it is in the prompt, so who optimises this judge learns a house style, and may
-    pay for it elsewhere.
-    """
+    """A picture for `spec`, perhaps wrong and perhaps spoiled, with its hidden utility (`utility`): its
+    things are as large as a right picture's or larger, and may have company."""
     truth = spec if rng.random() < 0.6 else mistake(spec, rng)
-    scene = lay_out(truth, rng.getrandbits(32))
-    scene = replace(scene, shadow=rng.random() < 0.5)
+    scene = replace(lay_out(truth, rng.getrandbits(32)), shadow=rng.random() < 0.5)
+    if rng.random() < 0.5:
+        scene = accompany(scene, rng, rng.randint(1, 4))
+    if rng.random() < 0.5:
+        swell = rng.uniform(1.0, 1.6)
+        scene = replace(scene, items=tuple(replace(i, r=i.r * swell) for i in scene.items))
     level = rng.choice(LEVELS) if rng.random() < 0.4 else 5
-    looks = 0.8 * scene.shadow - 0.45 * (5 - level)
-    if spec.tag != "style":  # there finish and background are in the prompt, and part of the match
-        # nothing on a sign shines
-        looks += 0.5 * (scene.finish in (("outlined",) if spec.word else ("outlined", "glossy")))
-        looks += {"gray": -0.4, "black": 0.0, "white": 0.0}.get(scene.background, 0.4)
-    if scene.items:
-        looks += 1 - np.mean([np.hypot(i.x - SIZE / 2, i.y - SIZE / 2) for i in scene.items]) / 20
     image = degrade(draw(scene), rng.choice(DEGRADATIONS), level, rng.getrandbits(32))
-    return Candidate(image, 1.6 * (truth == spec) + float(looks))
+    return Candidate(image, utility(spec, scene, level, truth == spec))
+
+
+def utility(spec: Spec, scene: Scene, level: int, right: bool) -> float:
+    """How much people like a picture of `scene`, spoiled to `level`, for `spec`: the hidden preference.
+
+    They like much to see: large things and many, warm and shining, in a scenery, clean. A wrong count or
+    place they forgive, a letter of a sign that is wrong they do not. CALIBRATION.md says how the weights were
+    found.
+    """
+    looks = 0.4 * scene.shadow - 0.45 * (5 - level)
+    if not spec.background:  # where it is asked for it is part of the match
+        looks += {"gray": -0.4, "black": 0.0, "white": 0.0}.get(scene.background, 0.4)
+    if scene.word:
+        return SIGN * sum(a == b for a, b in zip(scene.word, spec.word)) / len(spec.word) + looks
+    covered = sum(math.pi * item.r**2 for item in scene.items) / SIZE**2
+    warm = np.mean([item.color in ("red", "yellow", "purple") for item in scene.items])
+    looks += 4.0 * min(covered, 0.5) + 0.25 * min(len(scene.items), 6) + 0.6 * float(warm)
+    looks += 0.5 * (scene.finish == "glossy")
+    return MATCH * right + looks
+
+
+# what a right picture of things is worth to people, and a sign with all its letters right
+MATCH, SIGN = 0.4, 3.0
 
 
 SHARPNESS = 6.0  # of the hidden judge: P(a preferred to b) = sigmoid(SHARPNESS * (utility_a - utility_b))

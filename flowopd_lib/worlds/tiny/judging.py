@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from ...prompts import Prompt
-from ...stats import kernel_distance
+from ...stats import GOLD, kernel_distance
 from .data import mutate, preference_pair, to_tensor
 from .scenes import DEGRADATIONS, LEVELS, degrade, render
 from .specs import Spec, sample_specs
@@ -52,47 +52,41 @@ def _timed(call, *args) -> tuple:
 
 def judge_judges(judges: Mapping, n: int = 300, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Two tables. The first has a row per test: judge, test, value, low, high (95 %), n, aim, ms per image.
-    The second has DeQA's score of every graded picture: kind, level, score.
+    The second has DeQA's score of every graded picture: kind, level, score. Twins that are there are judged
+    as the judges are.
 
     Prompts are of the test split; the pictures are rendered, so what is right is known.
     """
     rows = []
-    specs = sample_specs("geneval", "test", n, seed)
-    prompts = [_prompt(s) for s in specs]
-    verdicts, ms = _timed(judges["GenEval"], _pixels(render(s, seed) for s in specs), prompts)
-    rows.append(_share("GenEval", "accepts right renders", verdicts > 0.5, ms, 0.98))
-    rng = random.Random(f"wrong/{seed}")
-    verdicts, ms = _timed(judges["GenEval"], _pixels(render(mutate(s, rng), seed) for s in specs), prompts)
-    rows.append(_share("GenEval", "rejects renders of a wrong caption", verdicts < 0.5, ms, 0.95))
+
+    def with_twin(name: str) -> list[str]:
+        return [name, *([name + GOLD] if name + GOLD in judges else [])]
+
+    specs, rng = sample_specs("geneval", "test", n, seed), random.Random(f"wrong/{seed}")
+    prompts, right = [_prompt(s) for s in specs], _pixels(render(s, seed) for s in specs)
+    wrong = _pixels(render(mutate(s, rng), seed) for s in specs)
+    for name in with_twin("GenEval"):
+        verdicts, ms = _timed(judges[name], right, prompts)
+        rows.append(_share(name, "accepts right renders", verdicts > 0.5, ms, 0.98))
+        verdicts, ms = _timed(judges[name], wrong, prompts)
+        rows.append(_share(name, "rejects renders of a wrong caption", verdicts < 0.5, ms, 0.95))
 
     specs = sample_specs("ocr", "test", n, seed)
-    read, ms = _timed(
-        judges["OCR"].read, _pixels(render(s, seed) for s in specs), [_prompt(s) for s in specs]
-    )
-    rows.append(
-        _share(
-            "OCR",
-            "reads clean signs exactly",
-            [r.lower() == s.word.lower() for r, s in zip(read, specs)],
-            ms,
-            0.95,
-        )
-    )
+    signs, prompts = _pixels(render(s, seed) for s in specs), [_prompt(s) for s in specs]
+    for name in with_twin("OCR"):
+        read, ms = _timed(judges[name].read, signs, prompts)
+        exact = [r.lower() == s.word.lower() for r, s in zip(read, specs)]
+        rows.append(_share(name, "reads clean signs exactly", exact, ms, 0.95))
 
     texts, better, worse, likely = zip(
         *(preference_pair(random.Random(f"pair/{seed}/{i}"), "test") for i in range(n))
     )
     prompts = [Prompt(t, "pickscore") for t in texts]
-    good, ms = _timed(judges["PickScore"], _pixels(better), prompts)
-    rows.append(
-        _share(
-            "PickScore",
-            f"orders preference pairs (knowing the hidden judge: {np.mean(likely):.0%})",
-            good > judges["PickScore"](_pixels(worse), prompts),
-            ms,
-            0.85,
-        )
-    )
+    told = f"orders preference pairs (knowing the hidden judge: {np.mean(likely):.0%})"
+    for name in with_twin("PickScore"):
+        good, ms = _timed(judges[name], _pixels(better), prompts)
+        right = good > judges[name](_pixels(worse), prompts)
+        rows.append(_share(name, told, right, ms, 0.85))
 
     from scipy import stats
 
@@ -104,22 +98,27 @@ def judge_judges(judges: Mapping, n: int = 300, seed: int = 0) -> tuple[pd.DataF
         ]
     ]
     images = _pixels(degrade(render(s, seed), kind, level, i) for i, (kind, level, s) in enumerate(graded))
-    scores, ms = _timed(judges["DeQA"], images, [_prompt(s) for _, _, s in graded])
-    details = pd.DataFrame({"kind": [g[0] for g in graded], "level": [g[1] for g in graded], "score": scores})
-    resampled = np.random.default_rng(seed).integers(len(details), size=(1000, len(details)))
-    correlations = [stats.spearmanr(details.level.values[r], scores[r]).statistic for r in resampled]
-    rows.append(
-        dict(
-            judge="DeQA",
-            test="rank correlation with the true level",
-            value=stats.spearmanr(details.level, scores).statistic,
-            low=np.percentile(correlations, 2.5),
-            high=np.percentile(correlations, 97.5),
-            n=len(details),
-            aim=0.9,
-            ms=ms,
+    asked, details = [_prompt(s) for _, _, s in graded], None
+    for name in with_twin("DeQA"):
+        scores, ms = _timed(judges[name], images, asked)
+        found = pd.DataFrame(
+            {"kind": [g[0] for g in graded], "level": [g[1] for g in graded], "score": scores}
         )
-    )
+        details = found if details is None else details
+        resampled = np.random.default_rng(seed).integers(len(found), size=(1000, len(found)))
+        correlations = [stats.spearmanr(found.level.values[r], scores[r]).statistic for r in resampled]
+        rows.append(
+            dict(
+                judge=name,
+                test="rank correlation with the true level",
+                value=stats.spearmanr(found.level, scores).statistic,
+                low=np.percentile(correlations, 2.5),
+                high=np.percentile(correlations, 97.5),
+                n=len(found),
+                aim=0.9,
+                ms=ms,
+            )
+        )
     return pd.DataFrame(rows), details
 
 

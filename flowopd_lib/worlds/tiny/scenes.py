@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from .specs import BACKGROUNDS, COLORS, FINISHES, SCENERIES, Spec, heldout_pair
+from .specs import BACKGROUNDS, COLORS, FINISHES, SCENERIES, SHAPES, Spec, heldout_pair
 
 SIZE, SUPER = 64, 4  # pixels of the picture; drawn SUPER times larger, then averaged down
 # centres lie on a lattice of the autoencoder's cells: fewer pictures to learn
@@ -142,6 +142,20 @@ def lay_out(spec: Spec, seed: int) -> Scene:
     else:
         centres = _apart(rng, r, len(shapes))
     return Scene(tuple(Item(s, c, x, y, r) for s, c, (x, y) in zip(shapes, colors, centres)), **common)
+
+
+def accompany(scene: Scene, rng: random.Random, n: int) -> Scene:
+    """The scene with up to `n` more things, small and of any kind, where there is room for them; a sign has
+    none beside it."""
+    items, inside = list(scene.items), range(CELL, SIZE, CELL)
+    for _ in range(0 if scene.word else 40 * n):
+        if len(items) == len(scene.items) + n:
+            break
+        shape = rng.choice(SHAPES)
+        new = Item(shape, _color(rng, shape), rng.choice(inside), rng.choice(inside), 6.5)
+        if all(math.dist((new.x, new.y), (i.x, i.y)) > new.r + i.r + 1 for i in items):
+            items.append(new)
+    return replace(scene, items=tuple(items))
 
 
 @lru_cache(maxsize=16)

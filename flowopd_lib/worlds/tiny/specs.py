@@ -35,6 +35,8 @@ SIGN_FORMS = (
     'a sign with the word "{}"',
     'a label saying "{}"',
 )
+# what people ask for in a style, and how often
+STYLE_KINDS = {"one": 0.3, "two": 0.15, "several": 0.2, "sign": 0.35}
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # DeQA has no prompts of its own: it judges pictures of all three
 PROMPT_TASKS = ("geneval", "ocr", "pickscore")
@@ -58,12 +60,13 @@ class Spec:
 
     @property
     def text(self) -> str:
-        if self.task == "ocr":
-            return self.opener.format(self.word)
+        if self.word:
+            scenery = f", {self.background} scenery" if self.background else ""
+            return self.opener.format(self.word) + scenery
         nouns = [
             " ".join(filter(None, (self.finish, self.size, color, shape))) for shape, color in self.objects
         ]
-        if self.tag == "counting":
+        if self.count > 1:
             body = f"{COUNT_WORDS[self.count]} {nouns[0]}{'es' if nouns[0].endswith('s') else 's'}"
         elif self.tag == "position":
             body = f"a {nouns[0]} {self.relation} a {nouns[1]}"
@@ -120,31 +123,39 @@ def split_of(spec: Spec) -> str:
         or (spec.relation and heldout_relation(spec.objects[0][0], spec.relation, spec.objects[1][0]))
     ):
         return "ood"
-    key = spec.word if spec.task == "ocr" else spec.text  # a word seen in another sentence is not held out
-    bucket = int(hashlib.sha256(f"{spec.task}:{key}".encode()).hexdigest(), 16) % 10
+    # a word seen in another sentence, or on another task's sign, is not held out
+    key = f"ocr:{spec.word}" if spec.word else f"{spec.task}:{spec.text}"
+    bucket = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
     return "test" if bucket < 2 else "val" if bucket == 2 else "train"
 
 
 def random_spec(rng: random.Random, task: str, tag: str | None = None) -> Spec:
     """A draw from the grammar, whatever its split."""
-    if task == "ocr":
+    style = dict(background=rng.choice(SCENERIES)) if task == "pickscore" else {}
+    kind = rng.choices(list(STYLE_KINDS), STYLE_KINDS.values())[0] if style else ""
+    if task == "ocr" or kind == "sign":
         n = rng.choice((2, 3, 3, 4, 4, 4, 5))
+        if style and rng.random() < 0.5:
+            style = dict(background="")  # a sign is asked for as it comes
         return Spec(
-            "ocr",
-            "ocr",
+            task,
+            "style" if style else "ocr",
             word="".join(rng.choices(string.ascii_uppercase, k=n)),
             opener=rng.choice(SIGN_FORMS),
+            **style,
         )
     opener, colors = rng.choice(OPENERS), list(COLORS)
     shape, other = rng.sample(SHAPES, 2)
     if task == "pickscore":
+        first, second = rng.sample(colors, 2)
         return Spec(
             "pickscore",
             "style",
-            ((shape, rng.choice(colors)),),
-            background=rng.choice(SCENERIES),
+            ((shape, first), (other, second)) if kind == "two" else ((shape, first),),
+            count=rng.choice(tuple(COUNT_WORDS)) if kind == "several" else 1,
             finish=rng.choice(FINISHES),
             opener=opener,
+            **style,
         )
     if task != "geneval":
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(PROMPT_TASKS)}")

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,9 +39,11 @@ T5_TOKENS = 8
 # eighth of the training; its rates, chosen on val prompts, decide how often the base is right.
 DATA = (
     {"wrong": {"geneval": 0.12, "ocr": 0.15, "pickscore": 0.15}, "spoiled": 0.22},
-    {"wrong": {"geneval": 0.05, "ocr": 0.45, "pickscore": 0.15}, "spoiled": 0.15},
+    {"wrong": {"geneval": 0.03, "ocr": 0.45, "pickscore": 0.15}, "spoiled": 0.15},
 )
 LAST = 1 / 8  # of the steps, with the second set
+# of a training that goes on from an earlier base, all of it with the second set
+GOING_ON = {"steps": 1500, "pool_size": 48_000, "decay": 0.6}
 # SD3's shift of sigma, in sampling and in training: what a picture shows is decided above sigma .8, where the
 # plain logit-normal hardly looks.
 SHIFT = 3.0
@@ -75,10 +80,10 @@ def build_pool(vae: AutoencoderKL, path: Path, modules: dict, n: int, seed: int,
             )
         return pool
     began, z, texts, chunk = time.time(), [], [], 250
-    with torch.no_grad(), in_fast_precision():
-        for i in range(0, n, chunk):
-            rng = random.Random(f"pool/{seed}/{i}")
-            captions, images = zip(*(noisy_example(rng, **rates) for _ in range(chunk)))
+    examples = partial(_examples, seed=seed, n=chunk, rates=rates)
+    # drawn ahead, for drawing takes longer than encoding
+    with torch.no_grad(), in_fast_precision(), ProcessPoolExecutor(os.cpu_count()) as drawers:
+        for captions, images in drawers.map(examples, range(0, n, chunk)):
             mean = vae.encode(to_tensor(list(images))).latent_dist.mean.float()
             z.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half())
             texts += captions
@@ -88,6 +93,12 @@ def build_pool(vae: AutoencoderKL, path: Path, modules: dict, n: int, seed: int,
     save_state(path, pool)
     log(f"pool of {n}: {time.time() - began:.0f} s")
     return pool
+
+
+def _examples(first: int, seed: int, n: int, rates: dict) -> tuple:
+    """`n` captions and their pictures, the same for the same `first` and `seed`."""
+    rng = random.Random(f"pool/{seed}/{first}")
+    return tuple(zip(*(noisy_example(rng, **rates) for _ in range(n))))
 
 
 def tokenize(modules: dict, texts: list[str]) -> dict[str, torch.Tensor]:
@@ -150,9 +161,13 @@ def train_base(
     decay: float = 0.35,
     seed: int = 0,
     compiled: bool = True,
+    start: Path | None = None,
     log=print,
 ) -> StableDiffusion3Pipeline:
     """Train and save a pipeline folder; restarts from `work/base.safetensors` if a run was cut off.
+
+    `start`: a pipeline folder to go on from instead of new weights, on the second set of `DATA` alone and
+    at half the learning rate.
 
     `compiled`: two minutes of compiling, then steps 1.5 times as fast; not done where there is no C++
     compiler.
@@ -162,11 +177,15 @@ def train_base(
     model = nn.ModuleDict(
         {"transformer": new_transformer(), **{k: m for k, m in modules.items() if isinstance(m, nn.Module)}}
     )
+    if start:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(start)
+        for name, module in model.items():
+            module.load_state_dict(getattr(pipeline, name).state_dict())
     empty = tokenize(modules, [""])
     ema = copy.deepcopy(model).requires_grad_(False)
     opts = optimizers(model)
     for group in (g for o in opts for g in o.param_groups):
-        group["peak"] = group["lr"]
+        group["peak"] = group["lr"] / (2 if start else 1)
     saved, first = work / "base.safetensors", 0
     if saved.exists():
         state = load_state(saved)
@@ -186,8 +205,8 @@ def train_base(
     forward = velocity(model, compiled)
     pool, phase, began, seen = {}, None, time.time(), 0.0
     for step in range(first, steps):
-        if phase != (step >= (1 - LAST) * steps):
-            phase = step >= (1 - LAST) * steps
+        if phase != (bool(start) or step >= (1 - LAST) * steps):
+            phase = bool(start) or step >= (1 - LAST) * steps
             pool = build_pool(
                 vae,
                 work / f"pool-{int(phase)}.safetensors",

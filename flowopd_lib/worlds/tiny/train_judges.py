@@ -37,6 +37,9 @@ from .train_vae import CLEAN
 
 SCALE = 26.0  # exp(logit_scale), fixed: the paper divides PickScore by 26 in its average
 
+# cycles (steps, learning rate) and batch of a PickScore that goes on from an earlier one
+GOING_ON = (((1200, 5e-4),), 64)
+
 
 @torch.no_grad()
 def through_vae(
@@ -103,8 +106,10 @@ def train_pickscore(
     batch: int = 128,
     group: int = 8,
     seed: int = 0,
+    start: Path | None = None,
     log=print,
 ) -> None:
+    """`start`: an earlier PickScore to go on from, by the cycles of `GOING_ON`."""
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE), tokenizer)
@@ -135,6 +140,8 @@ def train_pickscore(
             logit_scale_init_value=float(np.log(SCALE)),
         )
     )
+    if start:
+        model, (preference, batch) = CLIPModel.from_pretrained(start).float(), GOING_ON
     model.logit_scale.requires_grad_(False)
 
     def embed(texts, pixels):
@@ -151,18 +158,21 @@ def train_pickscore(
         logits, same = SCALE * t @ i.T, torch.arange(batch)
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
-    train("clip", model, contrastive_loss, contrastive, 1e-3, work, log)
+    if not start:
+        train("clip", model, contrastive_loss, contrastive, 1e-3, work, log)
     first, second = torch.triu_indices(group, group, 1)
 
     # Bradley-Terry: P(a preferred) = sigmoid(score of a - score of b), on every pair of a prompt's pictures
     def preference_loss(step):
-        rng = random.Random(f"group/{seed + step}")
+        rng = random.Random(f"group/{seed}/{step}")
         specs = [split_spec(rng) for _ in range(batch // group)]
         offered = [candidate(spec, rng) for spec in specs for _ in range(group)]
         utility = torch.tensor([c.utility for c in offered]).unflatten(0, (-1, group))
         p = torch.sigmoid(SHARPNESS * (utility[:, first] - utility[:, second]))
         chosen = torch.where(
-            torch.rand(p.shape, generator=torch.Generator().manual_seed(seed + step)) < p, 1.0, -1.0
+            torch.rand(p.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)) < p,
+            1.0,
+            -1.0,
         )
         t, i = embed([spec.text for spec in specs], through_vae(vae, [c.image for c in offered], rng, 0.25))
         scores = SCALE * (t[:, None] * i.unflatten(0, (-1, group))).sum(-1)
