@@ -44,8 +44,10 @@ def test_the_arms_are_the_papers(world, policy):
     assert arms["+OCR"]["schedule"]["tasks"] == ["geneval", "ocr"]
     assert arms["+PickScore"]["grpo"]["rewards"]["pickscore"] == {"PickScore": 1.0}
     assert arms["+DeQA"]["grpo"]["rewards"]["ocr"] == {"OCR": 0.8, "DeQA": 0.2}
-    assert judges_of(arms["+OCR"], world.home) == ["GenEval", "OCR"]
-    assert judges_of(arms["Mix 3:1:1"], world.home) == ["GenEval", "OCR", "PickScore", "DeQA"]
+    assert judges_of(arms["+OCR"], world) == ["GenEval", "OCR"]
+    assert judges_of(arms["Mix 3:1:1"], world) == ["GenEval", "OCR", "PickScore", "DeQA"]
+    partial = {"grpo": {"rewards": {"geneval": {"GenEvalPartial": 1.0}}}}
+    assert judges_of(partial, world) == ["GenEval"]  # what pays is not reported
     single = alone(world, *SIZE)
     assert list(single) == list(world.experts) and {r["train"]["iterations"] for r in single.values()} == {2}
     assert single["deqa"]["grpo"]["rewards"] == {"pickscore": {"DeQA": 1.0}}

@@ -86,10 +86,13 @@ def alone(world: World, *size) -> dict[str, dict]:
     return {name: {**_on(mix, {t.home: t.rewards}), "train": train} for name, t in taught.items()}
 
 
-def judges_of(recipe: Mapping[str, Any], home: Home) -> list[str]:
-    """The judges that are reported among those a GRPO recipe trains on."""
-    rewards = recipe["grpo"]["rewards"].values()
-    return [judge for judge, *_ in home if any(judge in of for of in rewards)]
+def judges_of(recipe: Mapping[str, Any], world: World) -> list[str]:
+    """The judges that are reported among those a GRPO recipe trains on; a task's own, where it is paid by
+    others."""
+    reported, named = [judge for judge, *_ in world.home], set()
+    for task, rewards in recipe["grpo"]["rewards"].items():
+        named |= set(rewards) & set(reported) or {world.tasks[task].judge}
+    return [judge for judge in reported if judge in named]
 
 
 def train_on(
@@ -103,7 +106,7 @@ def train_on(
     """A GRPO training by `lab` for `most` iterations, or until the rule ends it before: what `Lab.train`
     returns, and whether it was the rule. It stops at every look, so that each is at the averaged weights,
     and goes on from where the adapter `name` has been trained to already."""
-    judges, every, stands = judges_of(recipe, lab.world.home), probe["every"], False
+    judges, every, stands = judges_of(recipe, lab.world), probe["every"], False
     for iterations in sorted({*range(every, most, every), most}):
         part = {**recipe, "train": {**recipe["train"], "iterations": iterations}}
         curve, seen = lab.train(name, part, probe)
