@@ -39,7 +39,7 @@ T5_TOKENS = 8
 # eighth of the training; its rates, chosen on val prompts, decide how often the base is right.
 DATA = (
     {"wrong": {"geneval": 0.12, "ocr": 0.15, "pickscore": 0.15}, "spoiled": 0.22},
-    {"wrong": {"geneval": 0.03, "ocr": 0.45, "pickscore": 0.15}, "spoiled": 0.15},
+    {"wrong": {"geneval": 0.05, "ocr": 0.45, "pickscore": 0.15}, "spoiled": 0.15},
 )
 LAST = 1 / 8  # of the steps, with the second set
 # of a training that goes on from an earlier base, all of it with the second set
