@@ -32,6 +32,12 @@ def test_an_expert_agrees_where_the_papers_change_is_large():
     assert abs(geneval["paper"] + 0.12) < 1e-9 and geneval["agrees"] is True  # .63 to .51
     assert abs(ocr["paper"] - 0.10) < 1e-9 and ocr["agrees"] is False
     assert deqa["agrees"] is None and abs(deqa["mean"] - 0.5) < 0.05 and deqa["n"] == 60  # .15 of 5
+    # a judge and an expert that the paper does not know
+    mine = [("Warmth" if judge == "DeQA" else judge, task, scale) for judge, task, scale in AVERAGE]
+    own = table({"base": {}, "warm": moved}).rename(columns={"DeQA": "Warmth"})
+    told = beside_paper(own, mine).set_index(["model", "judge"])
+    assert np.isnan(told.loc[("base", "Warmth"), "paper"]) and told.loc["warm", "paper"].isna().all()
+    assert told.loc[("warm", "Warmth"), "agrees"] is None and told.loc[("warm", "Warmth"), "low"] > 0
     unsure = beside_paper(table({"base": {}, "pickscore": {}}, noise=0.2), AVERAGE)
     row = unsure.set_index(["model", "judge"]).loc[("pickscore", "GenEval")]
     assert row["low"] < 0 < row["high"] and row["agrees"] is False

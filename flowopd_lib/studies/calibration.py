@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..evaluate import evaluate
@@ -23,20 +24,19 @@ LARGE = 0.08  # of full scale: where the paper's change is as large, a world mus
 
 def beside_paper(table: pd.DataFrame, home) -> pd.DataFrame:
     """A row for each score of the base, then one for each change of it by an expert: model, judge, mean, low,
-    high (95 %, over prompts), n, paper; `agrees` where the paper's change is large."""
+    high (95 %, over prompts), n, paper; `agrees` where the paper's change is large. What the paper has no
+    number for has none."""
     scores = model_scores(table, home)
     base = scores[(scores["model"] == "base") & (scores["judge"] != "Average")]
     change = paired_differences(home_scores(table, home), "base", [judge for judge, *_ in home], by=())
     told, scales = pd.concat([base, change], ignore_index=True), {judge: scale for judge, _, scale in home}
     rows = []
     for row in told.to_dict("records"):
-        paper, start = PAPER_MAIN.get(f"{row['model']} expert"), PAPER_MAIN["base"][row["judge"]]
-        if row["model"] == "base":
-            row |= {"paper": start, "agrees": None}
-        elif paper:
-            large = abs(paper[row["judge"]] - start) / scales[row["judge"]] >= LARGE
-            agrees = (row["low"] > 0) if paper[row["judge"]] > start else (row["high"] < 0)
-            row |= {"paper": paper[row["judge"]] - start, "agrees": agrees if large else None}
+        judge, start = row["judge"], PAPER_MAIN["base"].get(row["judge"], np.nan)
+        there = PAPER_MAIN.get(f"{row['model']} expert", {}).get(judge, np.nan)
+        row |= {"paper": start if row["model"] == "base" else there - start, "agrees": None}
+        if row["model"] != "base" and abs(row["paper"]) / scales[judge] >= LARGE:
+            row["agrees"] = row["low"] > 0 if row["paper"] > 0 else row["high"] < 0
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -58,13 +58,15 @@ def main() -> None:
         "--out", type=Path, help="a CSV file for the table; what was sampled is kept beside it"
     )
     args = parser.parse_args()
-    world = load_world(args.world)
-    experts = list(world.experts) if args.experts is None else args.experts
-    for name in experts:
-        world.adapter(name)
+    try:
+        world = load_world(args.world)
+        experts = list(world.experts) if args.experts is None else args.experts
+        adapters = {name: world.adapter(name) for name in experts}
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     policy = world.policy()
-    for name in experts:
-        policy.load_adapter(name, world.adapter(name))
+    for name, adapter in adapters.items():
+        policy.load_adapter(name, adapter)
     prompts = [p for task in world.own for p in world.prompts(task, "val")[: args.n]]
     table = evaluate(
         policy,
