@@ -47,9 +47,11 @@ figures: setup test-browser
 	$(BIN)/python docs/figures.py
 	cp build/browser/gallery.png docs/gallery.png
 
-# The reference run anew, from this commit, and made small: an evening, and it goes on where it was cut off.
+# The reference run anew, from this commit, and made small: an evening or several, and it goes on where it was cut off. Its trainings are kept
+# (papermill_runs/trainings, to be committed), and found again on a processor of another kind: all compute in one precision.
 reference: setup
-	$(BIN)/python -m flowopd_lib.runs lab --resume
+	FLOWOPD_PRECISION=float32 $(BIN)/python -m flowopd_lib.runs lab --resume; done=$$?; \
+	$(BIN)/python -m flowopd_lib.runs.keep papermill_runs/lab && exit $$done
 	$(BIN)/python -m flowopd_lib.runs.reference papermill_runs/lab papermill_runs/reference
 
 lab: setup

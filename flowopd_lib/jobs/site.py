@@ -12,6 +12,7 @@ from ..inputs import check_mapping, list_of, one_of
 from ..merge import METHODS, merge
 from ..objectives import Share
 from ..policy import FlowPolicy
+from ..precision import resolve
 from ..train import share_of
 from ..worlds import World, load_world
 
@@ -64,6 +65,10 @@ class Site:
     @cached_property
     def policy(self) -> FlowPolicy:
         return self.world.policy(self._dtype, self.accelerator.device if self.accelerator else "")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.policy.dtype if "policy" in self.__dict__ else resolve(self._dtype, self.device)
 
     @property
     def device(self) -> str:

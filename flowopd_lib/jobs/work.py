@@ -26,6 +26,7 @@ from ..inputs import SEED, Count, check_mapping, nearest
 from ..precision import decide
 from ..studies.jobs import JOBS as STUDIES
 from ..train import StepInfo
+from .kept import fetch, fetched, record_of, tell
 from .recipes import KEYS, build
 from .site import Site
 
@@ -43,11 +44,17 @@ def train_job(
     during: Callable | None = None,
     shown: bool = True,
 ) -> None:
-    """The adapter `name` (student) trained by a recipe into a folder."""
+    """The adapter `name` (student) trained by a recipe into a folder, or put there as `kept` has it."""
     recipe = {k: v for k, v in spec.items() if k in KEYS}
     asked, probe = spec.get("probe"), None
     if asked is not None:  # before the model is loaded
         check_mapping("probe", asked, PROBE, "probe.")
+    record = record_of(spec, site.world, site.dtype)
+    if site.main:
+        fetch(record, folder)
+    site.share.wait()
+    if fetched(record, folder):
+        return
     policy, objective, config = build(recipe, site=site, name=spec.get("name", "student"))
     if asked is not None:
         world = site.world
@@ -69,6 +76,8 @@ def train_job(
     every = asked.get("every", 0) if asked else 0
     start = {"during": lambda updates: during(updates, site, objective)} if during else {}
     fit(policy, objective, folder, config, spec.get("name", "student"), probe, every, **how, **start)
+    if site.main and (folder / "adapter").is_dir():
+        tell(record, folder)
 
 
 EVALUATE = {

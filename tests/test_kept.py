@@ -1,0 +1,143 @@
+"""A training that is kept is found again by what it follows from, and by nothing else."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowopd_lib.files import ROOT, read_lines, write_json
+from flowopd_lib.inputs import read_yaml
+from flowopd_lib.jobs import kept
+from flowopd_lib.jobs.site import Site
+from flowopd_lib.jobs.work import run_job
+from flowopd_lib.runs import keep as command
+
+SPEC = {
+    "world": "tiny",
+    "student": {"rank": 2},
+    "schedule": {"tasks": ["geneval"], "prompts_per_batch": 2},
+    "sampler": {"steps": 2, "kind": "sde"},
+    "opd": {"steps": 1},
+    "train": {"iterations": 2, "lr": 1.0e-3},
+    "probe": {"every": 2, "n": 2, "steps": 1},
+}
+
+
+def key(spec, world, dtype=torch.float32):
+    return kept.record_of(spec, world, dtype)["key"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, policy):
+    """A run with one training, which has ended."""
+    folder = tmp_path_factory.mktemp("run")
+    run_job(SPEC, folder / "05" / "student", Site("tiny", policy=policy), shown=False)
+    policy.remove_adapters()
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "PLACE", tmp_path / "trainings")
+    return tmp_path / "trainings"
+
+
+def test_it_is_not_made_again(run, place, tmp_path, capsys):
+    (row,) = kept.keep(run, place)
+    assert row["training"] == "05/student" and row["iterations"] == 2 and row["new"]
+    assert not kept.keep(run, place)[0]["new"]
+    site = Site("tiny", "float32")
+    for _ in range(2):  # the second time it lies in the folder
+        run_job({**SPEC, "name": "other"}, tmp_path / "again", site)
+    assert "policy" not in site.__dict__  # no model was loaded for it
+    assert "again: trained before, in" in capsys.readouterr().out
+    for name in ("metrics.jsonl", "probes.jsonl"):
+        pd.testing.assert_frame_equal(
+            read_lines(tmp_path / "again" / name), read_lines(run / "05" / "student" / name)
+        )
+    weights = "adapter/adapter_model.safetensors"
+    ours, found = load_file(run / "05" / "student" / weights), load_file(tmp_path / "again" / weights)
+    assert all(torch.equal(ours[k].half(), found[k]) for k in ours) and found.keys() == ours.keys()
+
+
+def test_a_folder_with_what_was_fetched_takes_another_training(run, place, tmp_path, policy):
+    kept.keep(run, place)
+    site = Site("tiny", policy=policy)
+    run_job(SPEC, tmp_path / "more", site, shown=False)
+    assert not (tmp_path / "more" / "state.safetensors").exists()
+    longer = {**SPEC, "train": {**SPEC["train"], "iterations": 3}}
+    run_job(longer, tmp_path / "more", site, shown=False)
+    assert len(read_lines(tmp_path / "more" / "metrics.jsonl")) == 3
+    assert sorted(set(read_lines(tmp_path / "more" / "probes.jsonl")["iteration"])) == [0, 2, 3]
+    own = json.loads((tmp_path / "more" / "training.json").read_text())["key"]
+    assert own == key(longer, site.world) != key(SPEC, site.world)
+    # one of the folder's own is under way, or has ended: it goes on from its state
+    kept.fetch(kept.record_of(SPEC, site.world, torch.float32), tmp_path / "more")
+    assert len(read_lines(tmp_path / "more" / "metrics.jsonl")) == 3
+    policy.remove_adapters()
+
+
+def test_a_key_is_what_it_follows_from(world, run, tmp_path):
+    mine = key(SPEC, world)
+    assert mine == key({**SPEC, "name": "a", "train": {**SPEC["train"], "save_every": 7}}, world)
+    others = [
+        {**SPEC, "seed": 1},
+        {**SPEC, "student": {"rank": 3}},
+        {**SPEC, "student": "geneval"},
+        {**SPEC, "student": {"merge": "cat", "adapters": ["geneval", "ocr"]}},
+        {**SPEC, "train": {**SPEC["train"], "iterations": 3}},
+        {**SPEC, "probe": None},
+    ]
+    keys = {mine, key(SPEC, world, torch.bfloat16), *(key(spec, world) for spec in others)}
+    assert len(keys) == len(others) + 2
+    assert (
+        kept.record_of({**SPEC, "train": {**SPEC["train"], "max_seconds": 9.0}}, world, torch.float32) is None
+    )
+
+
+def test_an_adapter_is_its_files_or_its_training(world, run, tmp_path):
+    named = {**SPEC, "student": "start", "adapters": {"start": str(run / "05" / "student" / "adapter")}}
+    before = key(named, world)
+    kept.keep(run, tmp_path / "kept")
+    (folder,) = (tmp_path / "kept").iterdir()
+    # the same training, in half precision
+    assert key({**named, "adapters": {"start": str(folder / "adapter")}}, world) == before
+    (folder / "training.json").unlink()
+    assert key({**named, "adapters": {"start": str(folder / "adapter")}}, world) != before
+
+
+def test_another_world_is_another_training(world, tmp_path):
+    from flowopd_lib import load_world
+
+    told = read_yaml(ROOT / "flowopd_lib" / "worlds" / world.name / "world.yaml") | {
+        "folder": str(world.folder)
+    }
+
+    def of(name, **change):
+        write_json(tmp_path / f"{name}.yaml", {**told, **change})
+        return key({**SPEC, "world": str(tmp_path / f"{name}.yaml")}, load_world(tmp_path / f"{name}.yaml"))
+
+    same = of("same", about="Another sentence.")
+    assert same == key(SPEC, world)
+    judges = {**told["judges"], "PickScore": {**told["judges"]["PickScore"], "scale": 20.0}}
+    sampling = {**told["sampling"], "distillation": {"steps": 3, "kind": "sde"}}
+    assert len({same, of("judges", judges=judges), of("sampling", sampling=sampling)}) == 3
+
+
+def test_comments_do_not_count_as_code(tmp_path):
+    def of(text):
+        (tmp_path / "code.py").write_text(text)
+        return kept._ast(tmp_path / "code.py")
+
+    assert of('"""One."""\ndef f(x):\n    """Two."""\n    return x\n') == of(
+        "''\ndef f(x):  # so\n    'y'\n    return (x)"
+    )
+    assert of("def f(x):\n    return x") != of("def f(x):\n    return -x")
+
+
+def test_a_run_without_trainings_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["keep", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds no training that has ended"):
+        command.main()
