@@ -37,6 +37,7 @@ from .looking.study_figures import (
     steps_figure,
     taylor_figure,
     walk_figure,
+    ways_figure,
 )
 from .looking.widgets import Playground, SampleGallery, TrainingMonitor, TrajectoryExplorer
 from .merge import merge
@@ -130,6 +131,7 @@ __all__ = [
     "TrajectoryExplorer",
     "use_style",
     "walk_figure",
+    "ways_figure",
     "within",
     "World",
     "write_json",

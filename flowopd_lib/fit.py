@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import torch
 
 from .files import append_lines, read_lines
 from .objectives import Objective
@@ -18,6 +19,21 @@ from .train import StepInfo, TrainConfig, train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+@contextlib.contextmanager
+def weights_of(policy: FlowPolicy, adapter: str, weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The adapter with other weights for a while; with none, as it is."""
+    own = list(policy.adapter_parameters(adapter).values()) if weights else []
+    before = [p.detach().clone() for p in own]
+    with torch.no_grad():
+        for p, other in zip(own, weights):
+            p.copy_(other)
+        try:
+            yield
+        finally:
+            for p, saved in zip(own, before):
+                p.copy_(saved)
 
 
 def fit(
@@ -37,19 +53,19 @@ def fit(
     told on the way. `told` hears of every iteration and may end the training there, with a checkpoint, by
     returning True; `during` may do something between two updates.
 
-    The probe is asked before the first iteration, after every `every` and after the last (then about the
-    averaged weights); its rows get
-    `iteration` (how many were done) and `seconds` of training. They are kept in `folder/probes.jsonl`, so a
-    resumed training has them all.
+    The probe is asked before the first iteration, after every `every` and after the last, about the averaged
+    weights; its rows get `iteration` (how many were done) and `seconds` of training. They are kept in
+    `folder/probes.jsonl`, so a resumed training has them all.
     """
     folder = Path(folder)
     log = folder / "probes.jsonl"
     asked = set(read_lines(log).get("iteration", []))
     main = accelerator is None or accelerator.is_main_process
 
-    def ask(iteration: int, seconds: float) -> None:
+    def ask(iteration: int, seconds: float, average: Sequence[torch.Tensor] = ()) -> None:
         if probe is not None and iteration not in asked:
-            rows = probe(adapter).assign(iteration=iteration, seconds=seconds)
+            with weights_of(policy, adapter, average):
+                rows = probe(adapter).assign(iteration=iteration, seconds=seconds)
             if main:  # one write, so that a kill leaves all of a probe's rows or none
                 append_lines(log, rows.to_json(orient="records", lines=True))
 
@@ -70,7 +86,7 @@ def fit(
             advance(now - before)
             before = now
             if every and done % every == 0 and done < config.iterations and info.seconds < config.max_seconds:
-                ask(done, info.seconds)
+                ask(done, info.seconds, info.average)
             if told is not None and told(info):
                 ended = False
                 break

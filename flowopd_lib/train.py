@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One update. `metrics` are the objective's, with the last update of an iteration; empty before."""
+    """One update. `metrics` are the objective's, with the last update of an iteration; empty before.
+    `average`: of the adapter's weights, in the order of `FlowPolicy.adapter_parameters`."""
 
     iteration: int
     update: int
@@ -81,6 +82,7 @@ class StepInfo:
     # of training up to here, those before a resume included, those the caller takes left out
     seconds: float
     metrics: dict[str, float]
+    average: list[torch.Tensor] = field(repr=False)
 
 
 class _Run:
@@ -290,7 +292,7 @@ def _updates(
                 metrics = mean_of_processes(metrics)
             metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
             run.seconds = time.time() - began
-            info = StepInfo(run.iteration, update, loss, norm, run.seconds, metrics)
+            info = StepInfo(run.iteration, update, loss, norm, run.seconds, metrics, run.average)
             if last:
                 run.iteration += 1
                 told = {"loss": loss, "grad_norm": norm}

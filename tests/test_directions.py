@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
+from flowopd_lib import ways_figure
 from flowopd_lib.jobs.site import Site
-from flowopd_lib.studies.directions import adapter_of, along, changes
+from flowopd_lib.studies.directions import WAYS, adapter_of, agreement, alignment, along, changes, ways
 
 
 def delta(policy, adapter):
@@ -46,3 +47,74 @@ def test_changes_are_paired_and_in_shares_of_the_full_scale():
         for judge in ("OCR", "DeQA"):
             row = found.loc[("ocr", size, judge)]
             assert list(row[["mean", "low", "high"]]) == pytest.approx([gain] * 3)
+
+
+def test_task_vectors_are_compared_across_trainings_only(policy):
+    made, rng = {}, torch.Generator().manual_seed(0)
+    shared = {name: {} for name in ("a", "b")}
+    for name in ("a", "b"):
+        for number in range(3):
+            adapter = f"{name}{number}"
+            policy.add_adapter(adapter, rank=2, alpha=4, targets=("to_q",))
+            made.setdefault(name, []).append(adapter)
+            for place, p in policy.adapter_parameters(adapter).items():
+                if "lora_B" in place:  # what all trainings learn, and noise of each
+                    common = shared[name].setdefault(place, torch.randn(p.shape, generator=rng))
+                    p.data = common + 3 * torch.randn(p.shape, generator=rng)
+    table = alignment(policy, made)
+    whole = table[table["block"] == "all"].set_index(["task", "on"])
+
+    def dense(adapter):
+        lora = policy.adapter(adapter)
+        scaled = [lora.alpha[p] / len(lora.a[p]) * (lora.b[p] @ lora.a[p]).flatten() for p in lora.a]
+        return torch.cat(scaled).double()
+
+    vectors = {name: [dense(adapter) for adapter in adapters] for name, adapters in made.items()}
+    for one, other in (("a", "a"), ("a", "b")):
+        pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+        inner = sum(vectors[one][i] @ vectors[other][j] for i, j in pairs) / 6
+        assert whole.loc[(one, other), "inner"] == pytest.approx(inner.item(), rel=1e-4)
+    # two single trainings look less alike than what they learned
+    assert whole.loc[("a", "a"), "cosine"] == pytest.approx(1) and whole.loc[("a", "a"), "raw"] < 0.3
+    assert set(table["block"]) == {"all", "block 0", "block 1", "block 2", "block 3"}
+    with pytest.raises(
+        ValueError, match="at least three trainings, as many for each direction, not a: 2, b: 3"
+    ):
+        alignment(policy, {"a": made["a"][:2], "b": made["b"]})
+    policy.remove_adapters()
+
+
+def test_several_ways_are_put_side_by_side_and_counted(world):
+    judge = {expert: judge for judge, expert in world.experts_of.items()}
+
+    def moved(**says):
+        rows = [
+            {"along": a, "size": size, "judge": j, "mean": says.get(f"{a}_{j}", 0.0) * size}
+            for a in judge
+            for j in judge.values()
+            for size in (0.5, 1.0)
+        ]
+        return pd.DataFrame(rows).assign(low=lambda t: t["mean"] - 0.1, high=lambda t: t["mean"] + 0.1)
+
+    def cosines(value):
+        row = {"block": "all", "sigma": "all", "task": "pickscore", "on": "geneval", "cosine": value}
+        return pd.DataFrame([row | {"cosine_low": value - 0.1, "cosine_high": value + 0.1}])
+
+    walk = pd.DataFrame(
+        [{"task": "pickscore", "on": "ocr", "measured": 0.3, "measured_low": 0.2, "measured_high": 0.4}]
+    )
+    tables = {
+        "along": moved(pickscore_GenEval=-1.0, pickscore_OCR=-1.0),
+        "walk": walk,
+        "vectors": cosines(-0.5),
+    }
+    found = ways(world, {**tables, "first": None, "branch": cosines(0.05)})
+    assert list(found["way"].unique()) == ["along", "walk", "vectors", "branch"]
+    cell = found.set_index(["way", "along", "judge"])
+    assert cell.loc[("along", "PickScore", "GenEval"), "mean"] == -0.5  # of half the expert
+    assert cell.loc[("along", "PickScore", "GenEval"), "says"] == -1
+    assert cell.loc[("walk", "PickScore", "OCR"), "says"] == 1
+    assert cell.loc[("branch", "PickScore", "GenEval"), "says"] == 0
+    # on OCR two ways disagree, on GenEval two agree and a third does not know
+    assert agreement(found) == (2, 1, 12)
+    assert len(ways_figure(found, WAYS).axes) == 4

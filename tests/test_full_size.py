@@ -57,6 +57,7 @@ def test_everything_of_it_is_right(world):
 
 def test_every_notebook_in_two_processes(world, tmp_path):
     settings = {"world": str(world), "launcher": "local2", "others": ["GRPO-Mix"], "train_seeds": 1}
+    settings |= {"first_iterations": 0, "branches": 0}  # the smoke profile's own world has them
     run_profile("smoke", overrides=settings, folder=tmp_path, log=lambda message: None, jobs=2)
     status = json.loads((tmp_path / "status.json").read_text())
     assert {s["state"] for s in status.values()} == {"done"} and len(status) == 10

@@ -14,10 +14,10 @@ ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 @pytest.fixture
 def short_walks(tmp_path, world):
-    """The small world, but for its walks, which have four steps: a YAML file."""
+    """The small world, but for its walks, which have three steps: a YAML file."""
     told = read_yaml(ROOT / "flowopd_lib" / "worlds" / "tiny" / "world.yaml") | {"folder": str(world.folder)}
     for walk in ("exploration", "distillation"):
-        told["sampling"][walk] |= {"steps": 4}
+        told["sampling"][walk] |= {"steps": 3}
     told["sampling"]["exploration"] |= {"noisy": 2}
     path = tmp_path / "short_walks.yaml"
     write_json(path, told)

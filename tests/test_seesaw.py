@@ -5,7 +5,7 @@ import pytest
 
 from flowopd_lib.jobs.recipes import build
 from flowopd_lib.jobs.site import Site
-from flowopd_lib.studies.seesaw import Plateau, alone, arms_of, judges_of, mix_of, train_on
+from flowopd_lib.studies.seesaw import Plateau, alone, arms_of, judges_of, mix_of
 
 SIZE = (8, 4, 3, 0, 1e-3)  # iterations, prompts, images, seed, rate
 
@@ -46,8 +46,10 @@ def test_the_arms_are_the_papers(world, policy):
     assert arms["+DeQA"]["grpo"]["rewards"]["ocr"] == {"OCR": 0.8, "DeQA": 0.2}
     assert judges_of(arms["+OCR"], world) == ["GenEval", "OCR"]
     assert judges_of(arms["Mix 3:1:1"], world) == ["GenEval", "OCR", "PickScore", "DeQA"]
-    partial = {"grpo": {"rewards": {"geneval": {"GenEvalPartial": 1.0}}}}
+    partial = {"schedule": {"tasks": ["geneval"]}, "grpo": {"rewards": {"geneval": {"GenEvalPartial": 1.0}}}}
     assert judges_of(partial, world) == ["GenEval"]  # what pays is not reported
+    flat = {"schedule": {"tasks": ["ocr"]}, "grpo": {"rewards": {"DeQA": 0.2, "OCR": 0.8}}}
+    assert judges_of(flat, world) == ["OCR", "DeQA"]
     single = alone(world, *SIZE)
     assert list(single) == list(world.experts) and {r["train"]["iterations"] for r in single.values()} == {2}
     assert single["deqa"]["grpo"]["rewards"] == {"pickscore": {"DeQA": 1.0}}
@@ -55,25 +57,3 @@ def test_the_arms_are_the_papers(world, policy):
         _, objective, config = build(recipe, site=Site(world, policy=policy), name="arm")
         assert objective.schedule.size == 4 and config.iterations in (8, 2)
         policy.remove_adapters()
-
-
-def test_a_training_goes_on_look_by_look_until_the_rule_ends_it(world):
-    class Trained:
-        """A lab whose training rises until its sixth iteration."""
-
-        def __init__(self):
-            self.world, self.asked, self.seen = world, [], []
-
-        def train(self, name, recipe, probe):
-            done = recipe["train"]["iterations"]
-            self.asked.append(done)
-            told = [i for i in range(0, done + 1, probe["every"])]
-            rows = [{"iteration": i, "judge": "OCR", "mean": 0.5 + 0.05 * min(i, 6)} for i in told]
-            return pd.DataFrame({"seconds": [1.0] * done}), pd.DataFrame(rows)
-
-    recipe = {"grpo": {"rewards": {"ocr": {"OCR": 1.0}}}, "train": {"lr": 1e-3}}
-    lab = Trained()
-    curve, seen, stands = train_on(lab, "a", recipe, {"every": 2}, 20, Plateau(2, 20, patience=2))
-    assert lab.asked == [2, 4, 6, 8, 10] and stands and len(curve) == 10 and seen["iteration"].max() == 10
-    lab = Trained()
-    assert not train_on(lab, "a", recipe, {"every": 4}, 10)[2] and lab.asked == [4, 8, 10]

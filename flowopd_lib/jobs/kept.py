@@ -40,7 +40,7 @@ def record_of(spec: Mapping, world: World, dtype: torch.dtype) -> dict[str, Any]
     if "max_seconds" in spec.get("train", {}):
         return None
     train = {k: v for k, v in spec.get("train", {}).items() if k == "iterations" or k not in MAY_CHANGE}
-    asked = {k: v for k, v in spec.items() if k not in ("job", "world", "name", "train", "adapters")}
+    asked = {k: v for k, v in spec.items() if k not in ("job", "world", "name", "after", "train", "adapters")}
     sources = {name: _source(s, world, spec) for name, s in spec.get("adapters", {}).items()}
     told = {
         "recipe": {**asked, "student": _source(spec.get("student"), world, spec), "train": train},
@@ -75,6 +75,15 @@ def fetched(record: Mapping | None, folder: Path) -> bool:
     if record is None or (folder / STATE).exists() or not (folder / RECORD).is_file():
         return False
     return json.loads((folder / RECORD).read_text())["key"] == record["key"]
+
+
+def go_on_from(source: Path, folder: Path) -> None:
+    """Put the state of a training into `folder`, unless there is one."""
+    if (source / STATE).is_file() and not (folder / STATE).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*FILES, STATE):
+            if (source / name).is_file():
+                shutil.copy(source / name, folder / name)
 
 
 def tell(record: Mapping | None, folder: Path) -> None:

@@ -59,12 +59,14 @@ class Lab:
         return into
 
     def train(
-        self, name: str, recipe: Mapping, probe: Mapping | None = None
+        self, name: str, recipe: Mapping, probe: Mapping | None = None, after: str = ""
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The adapter `name` trained by a recipe in `out/name`: its metrics, a row an iteration, and what
-        `probe` ({every, n, split, steps}) told on the way."""
+        `probe` ({every, n, split, steps, until}) told on the way. `after`: the adapter that the same recipe
+        trained for fewer iterations, from which it goes on."""
         spec = {k: v for k, v in recipe.items() if k != "world"}
-        folder = self.run("train", name, **spec, name=name, probe=probe)
+        begun = str((self.out / after).resolve()) if after else None
+        folder = self.run("train", name, **spec, name=name, probe=probe, after=begun)
         self.sources[name] = str((folder / "adapter").resolve())
         return read_lines(folder / "metrics.jsonl"), read_lines(folder / "probes.jsonl")
 

@@ -1,11 +1,13 @@
 """The jobs: everything that takes long, as functions of a plain specification and a folder, that leave tables
 there and go on where they were cut off. They run in a notebook's own process or in those of a launcher.
 
-    train         a recipe (see `recipes`); beside it `probe`: {every, n, split, steps}, scores on the way
+    train         a recipe (see `recipes`); beside it `probe`: {every, n, split, steps}, scores on the way,
+                  and in that `until`: {patience, rise}, a `seesaw.Plateau` that ends a GRPO training
     evaluate      models: {label: adapter or null}, split and n (prompts a task), ... -> samples.parquet
     interference  gradients of every task, of the reward or of distillation, and Taylor's check -> *.parquet
     estimators    the readings of the OPD loss compared -> estimators.parquet
     steps         what each step of a walk is worth -> steps.parquet
+    vectors       inner products of what trainings changed -> vectors.parquet
 
 `adapters` says what those that are named and are not the world's experts come from: see `site.SOURCES`.
 """
@@ -13,26 +15,31 @@ there and go on where they were cut off. They run in a notebook's own process or
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pandas as pd
 import yaml
 from pydantic import Field
 
 from ..evaluate import evaluate, probe_of
-from ..files import write_whole
+from ..files import read_lines, write_whole
 from ..fit import fit
-from ..inputs import SEED, Count, check_mapping, nearest
+from ..inputs import SEED, Count, NotNegative, check_mapping, nearest
 from ..precision import decide
 from ..studies.jobs import JOBS as STUDIES
+from ..studies.seesaw import Plateau, judges_of
 from ..train import StepInfo
-from .kept import fetch, fetched, record_of, tell
+from ..worlds import World
+from .kept import fetch, fetched, go_on_from, record_of, tell
 from .recipes import KEYS, build
 from .site import Site
 
 SOME = {"world": str, "adapters": dict[str, Any], "seed": SEED}
 SPLIT = Literal["train", "val", "test", "ood"]
-PROBE = {"every": Count, "n": Count, "split": SPLIT, "steps": Count, "seed": SEED}
+PROBE = {"every": Count, "n": Count, "split": SPLIT, "steps": Count, "seed": SEED, "until": dict}
+UNTIL = {"patience": Count, "rise": NotNegative}
 PROBE_SEED = 1 << 20
 
 
@@ -44,7 +51,8 @@ def train_job(
     during: Callable | None = None,
     shown: bool = True,
 ) -> None:
-    """The adapter `name` (student) trained by a recipe into a folder, or put there as `kept` has it."""
+    """The adapter `name` (student) trained by a recipe into a folder, or put there as `kept` has it. `after`:
+    the folder of the same training for fewer iterations, from whose state it goes on."""
     recipe = {k: v for k, v in spec.items() if k in KEYS}
     asked, probe = spec.get("probe"), None
     if asked is not None:  # before the model is loaded
@@ -52,9 +60,12 @@ def train_job(
     record = record_of(spec, site.world, site.dtype)
     if site.main:
         fetch(record, folder)
+        if "after" in spec and not fetched(record, folder):
+            go_on_from(Path(spec["after"]), folder)
     site.share.wait()
     if fetched(record, folder):
         return
+    rule = rule_of(spec, site.world) if asked else None
     policy, objective, config = build(recipe, site=site, name=spec.get("name", "student"))
     if asked is not None:
         world = site.world
@@ -63,21 +74,54 @@ def train_job(
         judges, seed = world.judges(site.device), asked.get("seed", PROBE_SEED)
         probe = probe_of(policy, prompts, judges, sampler, seed, world.home, folder, site.share)
 
+    def stands(upto: int) -> bool:
+        """Whether the looks up to an iteration end it."""
+        site.share.wait()
+        looks = read_lines(folder / "probes.jsonl")
+        return rule is not None and rule(looks[looks["iteration"] <= upto])
+
     def heard(info: StepInfo) -> bool | None:
         # only now: a recipe that the folder's training refused must not take the place of its own
         if site.main and not heard.kept:
             write_whole(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
             decide(folder, policy.dtype, policy.device)
             heard.kept = True
+        done = info.iteration + 1
+        if rule and done % asked["every"] == 0 and done < heard.config.iterations and stands(done):
+            heard.config = replace(config, iterations=done)
+            return True
         return told(info) if told else None
 
-    heard.kept = False
+    heard.kept, heard.config = False, config
     how = {"accelerator": site.accelerator, "told": heard, "shown": shown}
     every = asked.get("every", 0) if asked else 0
     start = {"during": lambda updates: during(updates, site, objective)} if during else {}
-    fit(policy, objective, folder, config, spec.get("name", "student"), probe, every, **how, **start)
+    before = sorted(set(read_lines(folder / "probes.jsonl").get("iteration", []))) if rule else []
+    heard.config = next((replace(config, iterations=int(k)) for k in before if k and stands(k)), config)
+    for _ in range(2):  # the second time, where the rule has ended it, writes what it came to
+        ends = heard.config
+        fit(policy, objective, folder, ends, spec.get("name", "student"), probe, every, **how, **start)
+        if ends == heard.config:
+            break
     if site.main and (folder / "adapter").is_dir():
         tell(record, folder)
+
+
+def rule_of(spec: Mapping, world: World) -> Callable[[pd.DataFrame], bool] | None:
+    """`probe.until` as what is asked of the looks so far. Raises ValueError for a rule that never ends it."""
+    until, train = spec["probe"].get("until"), spec.get("train", {})
+    if until is None:
+        return None
+    check_mapping("probe.until", until, UNTIL, "probe.until.")
+    asked = spec["probe"]
+    if not asked.get("every") or asked.get("n", 2) < 2 or "grpo" not in spec or train.get("cooldown"):
+        raise ValueError(
+            "probe.until ends a GRPO training between two looks: it needs probe.every, probe.n of at least "
+            "2, and no cooldown"
+        )
+    rule = Plateau(asked["every"], train.get("iterations", 0), **until)
+    judges = judges_of(spec, world)
+    return lambda looks: rule.reached(looks, judges, world.home)
 
 
 EVALUATE = {
@@ -143,7 +187,7 @@ def run_job(spec: Mapping, folder: str | Path, site: Site, **how) -> None:
 
 
 JOBS: dict[str, tuple[Callable, dict]] = {
-    "train": (train_job, {**KEYS, "name": str, "probe": dict}),
+    "train": (train_job, {**KEYS, "name": str, "probe": dict, "after": str}),
     "evaluate": (evaluate_job, EVALUATE),
     **STUDIES,
 }

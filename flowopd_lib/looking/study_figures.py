@@ -207,30 +207,56 @@ def gain_matrix(differences: pd.DataFrame, title: str, scales: Mapping[str, floa
     `differences` is `paired_differences` with one row a model and judge. Bold: the interval leaves out 0.
     """
     models, judges = list(differences["model"].unique()), list(differences["judge"].unique())
-    cells = differences.set_index(["model", "judge"])
-    share = np.array([[cells.loc[(m, j), "mean"] / scales.get(j, 1.0) for j in judges] for m in models])
     figure, axis = plt.subplots(figsize=(2.3 * len(judges) + 1.5, 0.75 * len(models) + 1.2))
-    limit = max(np.abs(share).max(), 1e-6)
-    picture = axis.imshow(share, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-    for row, model in enumerate(models):
-        for column, judge in enumerate(judges):
-            cell = cells.loc[(model, judge)]
-            sure = cell["low"] > 0 or cell["high"] < 0
-            axis.text(
-                column,
-                row,
-                f"{cell['mean']:+.3f}\n[{cell['low']:+.3f}, {cell['high']:+.3f}]",
-                ha="center",
-                va="center",
-                fontsize=9,
-                fontweight="bold" if sure else "normal",
-                color="white" if abs(share[row, column]) > 0.65 * limit else "black",
-            )
-    axis.set_xticks(range(len(judges)), [f"{j} (n={cells.loc[(models[0], j), 'n']})" for j in judges])
-    axis.set_yticks(range(len(models)), models)
+    picture = _matrix(axis, differences.set_index(["model", "judge"]), models, judges, scales)
+    counts = differences[differences["model"] == models[0]].set_index("judge")["n"]
+    axis.set_xticks(range(len(judges)), [f"{j} (n={counts[j]})" for j in judges])
     axis.set_title(title)
-    axis.grid(False)
     figure.colorbar(picture, ax=axis, label="change / full scale")
+    return figure
+
+
+def _matrix(axis, cells: pd.DataFrame, rows: list, columns: list, scales: Mapping[str, float] = {}):
+    """A cell for each row and column of which `cells` (mean, low, high) tells."""
+    share = np.full((len(rows), len(columns)), np.nan)
+    for i, j in [(i, j) for i in range(len(rows)) for j in range(len(columns))]:
+        if (rows[i], columns[j]) in cells.index:
+            share[i, j] = cells.loc[(rows[i], columns[j]), "mean"] / scales.get(columns[j], 1.0)
+    limit = max(np.nanmax(np.abs(share), initial=0.0), 1e-6)
+    for i, j in zip(*np.nonzero(np.isfinite(share))):
+        cell = cells.loc[(rows[i], columns[j])]
+        axis.text(
+            j,
+            i,
+            f"{cell['mean']:+.3f}\n[{cell['low']:+.3f}, {cell['high']:+.3f}]",
+            ha="center",
+            va="center",
+            fontsize=9,
+            fontweight="bold" if cell["low"] > 0 or cell["high"] < 0 else "normal",
+            color="white" if abs(share[i, j]) > 0.65 * limit else "black",
+        )
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.grid(False)
+    return axis.imshow(share, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+
+
+def ways_figure(found: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
+    """One question asked several ways (`directions.ways`), a panel each: what is taught (rows) and what it
+    does to a score (columns), each panel in its own unit and colours. Bold: the interval leaves out 0."""
+    asked = [way for way in titles if way in set(found["way"])]
+    judges = list(found["judge"].unique())
+    across = min(2, len(asked))
+    down = -(-len(asked) // across)
+    size = (across * (1.55 * len(judges) + 1.2), down * (0.75 * len(judges) + 0.9))
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False)
+    for axis in axes.flat[len(asked) :]:
+        axis.set_visible(False)
+    for axis, way in zip(axes.flat, asked):
+        part = found[found["way"] == way].set_index(["along", "judge"])
+        _matrix(axis, part, [j for j in judges if j in part.index.get_level_values(0)], judges)
+        axis.set_title(titles[way], fontsize=10)
+        axis.set_ylabel("taught")
     return figure
 
 

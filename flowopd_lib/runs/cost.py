@@ -86,7 +86,10 @@ def _interference(c: Costs) -> Work:
     walks = Work(walked.images, walked.forwards, walked.images * steps) * through
     pulls = c.opd(p["batches"], p["prompts_per_batch"], anchor=False) * (2 * len(c.world.experts))
     along = c.evaluation(2 + 2 * len(c.world.experts) * len(p["sizes"]))
-    return along + of_rewards + walks + Work(moved.images, moved.forwards) + pulls
+    begun = len(c.world.experts) * p["first_seeds"] * (p["first_iterations"] > 0)
+    first = c.grpo(p["first_iterations"], size) * begun + c.evaluation(begun + (begun > 0))
+    branches = c.grpo(p["branches"], size) * tasks
+    return along + first + of_rewards + branches + walks + Work(moved.images, moved.forwards) + pulls
 
 
 def _seesaw(c: Costs) -> Work:
@@ -112,12 +115,12 @@ def _distillation(c: Costs) -> Work:
     p = c.p
     starts = len([o for o in p["others"] if o != "GRPO-Mix"])
     found = c.opd(p["iterations"], p["prompts_per_batch"], p["opd_steps"], p["mar"] > 0)
-    found = found * (p["train_seeds"] + starts) + c.evaluation(1, "val", "n_probe") * (5 * (1 + starts))
+    found = found * (p["train_seeds"] * (1 + starts)) + c.evaluation(1, "val", "n_probe") * (5 * (1 + starts))
     if "sft" in p["others"]:
         found += c.sft(p["sft_samples"], p["sft_iterations"])
     mixes = p["train_seeds"] if "GRPO-Mix" in p["others"] else 0
     found += c.grpo(p["mix_iterations"], 144) * mixes
-    return found + c.evaluation(2 + len(c.world.experts) + starts + p["train_seeds"] + mixes)
+    return found + c.evaluation(2 + len(c.world.experts) + p["train_seeds"] * (1 + starts) + mixes)
 
 
 def _readings(c: Costs) -> Work:

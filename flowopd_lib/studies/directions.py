@@ -15,7 +15,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from ..policy import FlowPolicy
 from ..stats import Home, home_scores, paired_differences
+from ..worlds import World
+from .interference import block_of, gram_table
 
 
 def model_of(direction: str, size: float, start: str = "") -> str:
@@ -61,6 +64,79 @@ def changes(
     shares = found[["mean", "low", "high"]].div(found["judge"].map(scale), axis=0)
     names = pd.DataFrame([asked[m] for m in found["model"]], columns=["along", "size"], index=found.index)
     return pd.concat([names, found[["judge"]], shares, found[["n"]]], axis=1)
+
+
+def alignment(policy: FlowPolicy, trainings: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Inner products and cosines of task vectors, what adapters changed of the base's weights: by direction,
+    the adapters of its trainings, which differ in prompts and noise. As `gram_table` has it: products are
+    of *different* trainings only, so that no training's noise meets itself, and intervals over trainings.
+
+    Raises ValueError unless every direction has the same number of trainings, at least three.
+    """
+    counts = {len(adapters) for adapters in trainings.values()}
+    if len(counts) != 1 or min(counts) < 3:
+        raise ValueError(
+            "task vectors are compared across at least three trainings, as many for each direction, not "
+            + ", ".join(f"{name}: {len(adapters)}" for name, adapters in trainings.items())
+        )
+    loras = [policy.adapter(name) for adapters in trainings.values() for name in adapters]
+    grams = {("all", "all"): np.zeros((len(loras), len(loras)))}
+    for place in loras[0].a:
+        gram = grams.setdefault((block_of(place), "all"), np.zeros((len(loras), len(loras))))
+        for i, one in enumerate(loras):
+            for j, other in enumerate(loras):
+                if place in one.a and place in other.a:
+                    # <B A, B' A'> without the products, which are as large as the base
+                    inner = (one.b[place].T @ other.b[place]) * (one.a[place] @ other.a[place].T)
+                    scale = one.alpha[place] * other.alpha[place] / (len(one.a[place]) * len(other.a[place]))
+                    gram[i, j] += scale * inner.double().sum().item()
+    for block, gram in list(grams.items())[1:]:
+        grams["all", "all"] = grams["all", "all"] + gram
+    return gram_table(grams, list(trainings))
+
+
+WAYS = {
+    "along": "Half of the expert: change of the score",
+    "first": "The first iterations: change of the score",
+    "walk": "A step along the gradient through the judge",
+    "vectors": "Cosine of what the first iterations changed",
+    "branch": "Cosine of score functions",
+}
+
+
+def ways(world: World, tables: Mapping[str, pd.DataFrame | None]) -> pd.DataFrame:
+    """The answers of several measurements (`tables`, by their name in `WAYS`) to one question, does what
+    teaches one judge move another: way, along, judge, mean, low, high, and `says`, the sign where the
+    interval leaves out 0."""
+    of_expert = {expert: judge for judge, expert in world.experts_of.items()}
+    of_task, rows = {name: task.judge for name, task in world.tasks.items()}, []
+    for way in WAYS:
+        table = tables.get(way)
+        if table is None or table.empty:
+            continue
+        if way in ("along", "first"):
+            size = min(table["size"][table["size"] > 0], key=lambda a: abs(a - 0.5))
+            told = table[table["size"] == size].assign(along=lambda t: t["along"].map(of_expert))
+        elif way == "walk":
+            told = table.assign(along=table["task"].map(of_task), judge=table["on"].map(of_task))
+            told = told.rename(columns=lambda c: c.replace("measured_", "").replace("measured", "mean"))
+        else:
+            names = of_expert if way == "vectors" else of_task
+            told = table[(table["block"] == "all") & (table["sigma"].astype(str) == "all")]
+            told = told.assign(along=told["task"].map(names), judge=told["on"].map(names))
+            told = told.assign(mean=told["cosine"], low=told["cosine_low"], high=told["cosine_high"])
+        rows.append(told.assign(way=way)[["way", "along", "judge", "mean", "low", "high"]])
+    found = pd.concat(rows, ignore_index=True)
+    return found.assign(says=np.where(found["low"] > 0, 1, np.where(found["high"] < 0, -1, 0)))
+
+
+def agreement(found: pd.DataFrame) -> tuple[int, int, int]:
+    """Of the pairs of different judges in `ways`' table: how many two ways or more decide, on how many of
+    these all that do say the same, and how many there are."""
+    pairs = found[found["along"] != found["judge"]].groupby(["along", "judge"])["says"]
+    decided = pairs.apply(lambda says: (says != 0).sum() >= 2)
+    same = pairs.apply(lambda says: says[says != 0].nunique() == 1)
+    return int(decided.sum()), int((decided & same).sum()), len(decided)
 
 
 def foretold(

@@ -49,7 +49,8 @@ def reward_gradients(
     level (sigma) trained.
 
     The objective must be plain: no normalisation, no penalty, one update, the sum as reduction; then the
-    parts of all steps add up to the gradient of E[reward], in units of the reward.
+    parts of all steps add up to the gradient of E[reward], in units of the reward. Where the window of noise
+    moves, a batch has one place of it and stands for all; steps without noise have no part.
     """
     if (
         objective.normalise != "none"
@@ -62,13 +63,14 @@ def reward_gradients(
         )
     parameters = policy.train_adapter(adapter)
     data = objective.collect(policy, adapter, iteration, Share())
-    group = objective.schedule.repeats
+    group, window = objective.schedule.repeats, objective.sampler
+    places = 1 if window.last is None else window.last - window.first + 1
     found: dict[float, torch.Tensor] = {}
     steps = [step for part in data.parts for step in part.steps]
     for step, loss in zip(steps, objective.losses(policy, adapter, data, 0), strict=True):
         # The loss is a mean over steps of minus the reward; a group's mean contains each of its own images,
         # which costs 1/group.
-        scale = -len(data.parts[0].steps) * group / (group - 1)
+        scale = -len(data.parts[0].steps) * places * group / (group - 1)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).cpu() * scale
         found[step.sigma] = found.get(step.sigma, 0) + gradient
     return found
@@ -124,12 +126,17 @@ def pull_gradients(
     return found
 
 
+def block_of(place: str) -> str:
+    """The transformer block of a layer, as tables name it."""
+    match = re.search(r"transformer_blocks\.(\d+)\.", place)
+    return f"block {match.group(1)}" if match else "other"
+
+
 def block_slices(policy: FlowPolicy, adapter: str) -> dict[str, slice]:
     """Where each transformer block's weights lie in the flat gradient, and `all` of them."""
     slices, start = {}, 0
     for name, p in policy.adapter_parameters(adapter).items():
-        match = re.search(r"transformer_blocks\.(\d+)\.", name)
-        block = f"block {match.group(1)}" if match else "other"
+        block = block_of(name)
         slices[block] = slice(slices.get(block, slice(start, 0)).start, start + p.numel())
         start += p.numel()
     return {ALL: slice(0, start), **slices}
@@ -154,54 +161,51 @@ class Interference:
     def batches(self) -> int:
         return len(self.gradients[self.tasks[0]])
 
-    def _inner(self, gram: np.ndarray, kept: list[int]) -> np.ndarray:
-        """(T, T): mean inner product over pairs of different batches."""
-        blocks = gram.reshape(len(self.tasks), self.batches, len(self.tasks), self.batches)[:, kept][
-            ..., kept
-        ]
-        n = len(kept)
-        return (blocks.sum((1, 3)) - np.einsum("ibjb->ij", blocks)) / (n * (n - 1))
-
-    @staticmethod
-    def _cosine(inner: np.ndarray) -> np.ndarray:
-        # not above its noise: no direction
-        norms = np.sqrt(np.where(np.diag(inner) > 0, np.diag(inner), np.nan))
-        return inner / np.outer(norms, norms)
-
     def table(self) -> pd.DataFrame:
-        """A row per block, noise level and pair: inner product and cosine with 95 % intervals, the cosine of
-        two noisy batches (`raw`), and the noise floor of that, the raw cosine of a task with itself."""
-        rows = []
-        for (block, sigma), gram in self.grams.items():
-            everything = list(range(self.batches))
-            without = [[b for b in everything if b != left_out] for left_out in everything]
-            inner, inners = (
-                self._inner(gram, everything),
-                np.stack([self._inner(gram, kept) for kept in without]),
-            )
-            with np.errstate(invalid="ignore"):
-                cosine, cosines = self._cosine(inner), np.stack([self._cosine(i) for i in inners])
-            half = _width(self.batches) * np.sqrt(self.batches - 1)
-            size = np.sqrt(np.diag(gram).reshape(len(self.tasks), self.batches).mean(1))
-            for i, j in itertools.product(range(len(self.tasks)), repeat=2):
-                row = dict(
-                    block=block,
-                    sigma=sigma,
-                    task=self.tasks[i],
-                    on=self.tasks[j],
-                    raw=inner[i, j] / (size[i] * size[j]),
-                    floor=np.sqrt(max(inner[i, i], 0) * max(inner[j, j], 0)) / (size[i] * size[j]),
-                    batches=self.batches,
-                )
-                for name, value, values in (("inner", inner, inners), ("cosine", cosine, cosines)):
-                    error = half * values[:, i, j].std()
-                    row |= {
-                        name: value[i, j],
-                        f"{name}_low": value[i, j] - error,
-                        f"{name}_high": value[i, j] + error,
-                    }
-                rows.append(row)
-        return pd.DataFrame(rows)
+        """See `gram_table`."""
+        return gram_table(self.grams, self.tasks)
+
+
+def _inner(gram: np.ndarray, kept: Sequence[int]) -> np.ndarray:
+    """(T, T) from (T, n, T, n): mean inner product over pairs of different ones of those `kept`."""
+    blocks, n = gram[:, kept][..., kept], len(kept)
+    return (blocks.sum((1, 3)) - np.einsum("ibjb->ij", blocks)) / (n * (n - 1))
+
+
+def _cosine(inner: np.ndarray) -> np.ndarray:
+    # not above its noise: no direction
+    norms = np.sqrt(np.where(np.diag(inner) > 0, np.diag(inner), np.nan))
+    return inner / np.outer(norms, norms)
+
+
+def gram_table(grams: Mapping[tuple[str, float | str], np.ndarray], tasks: Sequence[str]) -> pd.DataFrame:
+    """A row per block, noise level and pair of tasks: inner product and cosine with 95 % intervals, the
+    cosine of two noisy batches (`raw`), and the noise floor of that, the raw cosine of a task with itself.
+    `grams`: (tasks * batches, tasks * batches), by block and noise level."""
+    rows = []
+    for (block, sigma), gram in grams.items():
+        n = len(gram) // len(tasks)
+        gram, everything = gram.reshape(len(tasks), n, len(tasks), n), list(range(n))
+        inner = _inner(gram, everything)
+        inners = np.stack([_inner(gram, [b for b in everything if b != out]) for out in everything])
+        with np.errstate(invalid="ignore"):
+            cosine, cosines = _cosine(inner), np.stack([_cosine(i) for i in inners])
+        half = _width(n) * np.sqrt(n - 1)
+        size = np.sqrt(np.einsum("ibib->i", gram) / n)
+        for i, j in itertools.product(range(len(tasks)), repeat=2):
+            with np.errstate(invalid="ignore"):  # a gradient that is 0 has no direction
+                raw = inner[i, j] / (size[i] * size[j])
+                floor = np.sqrt(max(inner[i, i], 0) * max(inner[j, j], 0)) / (size[i] * size[j])
+            row = dict(block=block, sigma=sigma, task=tasks[i], on=tasks[j], raw=raw, floor=floor, batches=n)
+            for name, value, values in (("inner", inner, inners), ("cosine", cosine, cosines)):
+                error = half * values[:, i, j].std()
+                row |= {
+                    name: value[i, j],
+                    f"{name}_low": value[i, j] - error,
+                    f"{name}_high": value[i, j] + error,
+                }
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def interference(
@@ -236,6 +240,10 @@ def interference(
             levels.setdefault(sigma, []).append(gradient.bfloat16())
     grams = {}
     for sigma, vectors in levels.items():
+        if len(vectors) < 3 * len(
+            objectives
+        ):  # where the window of noise moves, not all batches have a level
+            continue
         for block, columns in block_slices(policy, adapter).items():
             rows = torch.stack([v[columns] for v in vectors]).float()
             grams[block, sigma] = (rows @ rows.T).double().numpy()

@@ -19,6 +19,7 @@ from ..jobs.site import Site
 from ..objectives import ESTIMATORS, GRPO, OPD
 from ..parts import keep, read_of
 from ..schedule import Schedule
+from .directions import alignment
 from .estimators import measure
 from .interference import (
     Gradients,
@@ -30,10 +31,13 @@ from .interference import (
 )
 from .steps import worth_of_steps
 
+BRANCHES = 4  # the noisiest steps, at one of which walks part, where the world does not say how many
+FORWARD = 8  # images at least in a forward
+
 SOME = {"world": str, "adapters": dict[str, Any], "seed": SEED, "adapter": str, "file": str}
 OF_GRADIENTS = {
     **SOME,
-    "of": Literal["reward", "walk", "pull"],
+    "of": Literal["reward", "branch", "walk", "pull"],
     "batches": Annotated[int, Field(ge=3)],
     "prompts_per_batch": Count,
     "images_per_prompt": Annotated[int, Field(ge=2)],
@@ -42,17 +46,23 @@ OF_GRADIENTS = {
 }
 
 
-def reward_objectives(site: Site, prompts: int, images: int, seed: int) -> dict[str, GRPO]:
+def reward_objectives(
+    site: Site, prompts: int, images: int, seed: int, branch: bool = False
+) -> dict[str, GRPO]:
     """By task, the plain reward of its judge on its own prompts; where a task shares another's prompts, on
-    those of all."""
+    those of all. `branch`: a prompt's walks part at one of the noisiest steps, which alone has noise."""
     world, judges = site.world, site.world.judges(site.device)
-    found = {}
+    found, walks = {}, world.exploration
+    sampler = replace(walks, noisy=None, last=None, slide=0, branch=False)
+    if branch:
+        last = min(walks.first + (walks.noisy or BRANCHES), walks.steps - 1) - 1
+        sampler = replace(sampler, noisy=1, last=last, branch=True)
     for name, task in world.tasks.items():
         on = world.own if task.like else (name,)
         schedule = Schedule({t: world.prompts(t, "train") for t in on}, prompts, images, seed=seed)
         plain = {"updates": 1, "normalise": "none", "reduction": "sum", "clip": 1e9, "beta": 0.0}
-        sampler = replace(world.exploration, noisy=None, last=None, slide=0, branch=False)
-        found[name] = GRPO(schedule, judges, {task.judge: 1.0}, sampler, micro=prompts * images, **plain)
+        micro = max(prompts * images, FORWARD)  # of the check's samples, too
+        found[name] = GRPO(schedule, judges, {task.judge: 1.0}, sampler, micro=micro, **plain)
     return found
 
 
@@ -101,7 +111,8 @@ def _end(target: Path, of: str, way: Path, table: pd.DataFrame, site: Site) -> N
 def interference_job(spec: Mapping, folder: Path, site: Site) -> None:
     """`file` (interference.parquet): inner products and cosines of the tasks' gradients at `adapter`; with
     `step_size`, {the file's stem}_taylor.parquet: predicted and measured changes of a real step of that
-    length. `of`: rewards by score functions (reward) or through the judge (walk), or teachers' pulls."""
+    length. `of`: rewards by score functions (reward), those of walks that part at one step (branch) or
+    through the judge (walk), or teachers' pulls."""
     target = folder / spec.get("file", "interference.parquet")
     check = target.with_name(f"{target.stem}_taylor.parquet")
     there, of, way = _begin(target, spec, site)
@@ -114,7 +125,8 @@ def interference_job(spec: Mapping, folder: Path, site: Site) -> None:
         objectives = asked = pull_objectives(site, prompts, seed, name)
         how = pull_gradients
     else:
-        objectives = asked = reward_objectives(site, prompts, spec["images_per_prompt"], seed)
+        parted = spec.get("of") == "branch"
+        objectives = asked = reward_objectives(site, prompts, spec["images_per_prompt"], seed, parted)
         how = reward_gradients
     if spec.get("of") == "walk":
         passing = [t for t, task in site.world.tasks.items() if site.world.passes_gradient(task.judge)]
@@ -135,6 +147,28 @@ def interference_job(spec: Mapping, folder: Path, site: Site) -> None:
         if site.main:
             write_table(check, pd.concat(map(pd.read_parquet, parts.values()), ignore_index=True))
     _end(target, of, way, found.table().astype({"sigma": str}), site)
+
+
+OF_VECTORS = {
+    "world": str,
+    "adapters": dict[str, Any],
+    "models": Annotated[dict[str, str], Field(min_length=1)],
+    "file": str,
+}
+
+
+def vectors_job(spec: Mapping, folder: Path, site: Site) -> None:
+    """`file` (vectors.parquet): inner products and cosines of what trainings changed, see
+    `directions.alignment`. `models`: adapters by "DIRECTION#TRAINING"."""
+    site.adapters(spec["models"].values(), spec.get("adapters", {}))
+    trainings: dict[str, list[str]] = {}
+    for model, adapter in spec["models"].items():
+        trainings.setdefault(model.split("#")[0], []).append(adapter)
+    table = alignment(site.policy, trainings)
+    site.share.wait()
+    if site.main:
+        write_table(folder / spec.get("file", "vectors.parquet"), table)
+    site.share.wait()
 
 
 OF_ESTIMATORS = {
@@ -189,4 +223,5 @@ JOBS = {
     "interference": (interference_job, OF_GRADIENTS),
     "estimators": (estimators_job, OF_ESTIMATORS),
     "steps": (steps_job, OF_STEPS),
+    "vectors": (vectors_job, OF_VECTORS),
 }

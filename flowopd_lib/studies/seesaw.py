@@ -86,32 +86,28 @@ def alone(world: World, *size) -> dict[str, dict]:
     return {name: {**_on(mix, {t.home: t.rewards}), "train": train} for name, t in taught.items()}
 
 
+def begin_experts(
+    lab: Lab, iterations: int, trainings: int, prompts: int, images: int, seed: int = 0
+) -> dict[str, str]:
+    """Train every expert of the world anew for its first `iterations`, so many times, each with prompts and
+    noise of its own and all from the same adapter (`first_EXPERT_NUMBER`); by "EXPERT#NUMBER", its name."""
+    found = {}
+    for expert, recipe in alone(lab.world, iterations * len(lab.world.experts), prompts, images).items():
+        student = {**recipe["student"], "seed": seed}
+        grpo = {**recipe["grpo"], "updates": min(2, prompts)}
+        for number in range(trainings):
+            found[f"{expert}#{number}"] = name = f"first_{expert}_{number}"
+            lab.train(name, {**recipe, "student": student, "grpo": grpo, "seed": seed + 1 + number})
+    return found
+
+
 def judges_of(recipe: Mapping[str, Any], world: World) -> list[str]:
     """The judges that are reported among those a GRPO recipe trains on; a task's own, where it is paid by
     others."""
     reported, named = [judge for judge, *_ in world.home], set()
-    for task, rewards in recipe["grpo"]["rewards"].items():
+    given = recipe["grpo"].get("rewards", world.rewards())
+    flat = not any(isinstance(weight, Mapping) for weight in given.values())
+    for task in recipe["schedule"].get("tasks", world.own):
+        rewards = given if flat else given.get(world.tasks[task].home, {})
         named |= set(rewards) & set(reported) or {world.tasks[task].judge}
     return [judge for judge in reported if judge in named]
-
-
-def train_on(
-    lab: Lab,
-    name: str,
-    recipe: Mapping[str, Any],
-    probe: Mapping[str, Any],
-    most: int,
-    rule: Plateau | None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame, bool]:
-    """A GRPO training by `lab` for `most` iterations, or until the rule ends it before: what `Lab.train`
-    returns, and whether it was the rule. It stops at every look, so that each is at the averaged weights,
-    and goes on from where the adapter `name` has been trained to already."""
-    judges, every, stands = judges_of(recipe, lab.world), probe["every"], False
-    for iterations in sorted({*range(every, most, every), most}):
-        part = {**recipe, "train": {**recipe["train"], "iterations": iterations}}
-        curve, seen = lab.train(name, part, probe)
-        upto = seen[seen["iteration"] <= iterations]
-        stands = rule is not None and rule.reached(upto, judges, lab.world.home)
-        if stands:
-            break
-    return curve, seen, stands

@@ -1,9 +1,9 @@
 """Build the small world's assets from nothing: `python -m flowopd_lib.worlds.tiny.build --work build`.
 
-Stages: prompts, vae, base, pickscore, deqa. Each checkpoints into `--work` and goes on from there when
-started again; a finished stage is not run twice. After changing a recipe, start with an empty folder. With
-`--start` the autoencoder is taken from earlier assets, and base and PickScore go on from those. The results
-and a manifest are written to `--out`.
+Stages: prompts, vae, base, guidance, pickscore, deqa. Each checkpoints into `--work` and goes on from there
+when started again; a finished stage is not run twice. After changing a recipe, start with an empty folder.
+With `--start` autoencoder, base and DeQA are those of earlier assets, and PickScore goes on from there. The
+results and a manifest are written to `--out`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL
 
 from ...files import write_json
 from ...prompts import Prompt, write_prompts
 from . import ASSETS
 from .specs import PROMPT_TASKS, sample_specs
-from .train_base import GOING_ON, train_base
+from .train_base import train_base
+from .train_guidance import distil_guidance
 from .train_judges import train_deqa, train_pickscore
 from .train_vae import train_vae
 
@@ -56,27 +56,27 @@ def stages(work: Path, start: Path | None = None) -> dict:
     def vae() -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
 
-    common, going_on = dict(seed=SEED, log=say), GOING_ON if start else {}
-    base, pickscore = (start and start / "tiny-sd3"), (start and start / "pickscore")
-    return {
+    def taken(place: str, name: str):
+        return lambda: shutil.copytree(start / place, work / name, dirs_exist_ok=True)
+
+    common, state = dict(seed=SEED, log=say), work / "state"
+    pickscore = start and start / "pickscore"
+    found = {
         "prompts": lambda: write_files(work / "prompts"),
-        "vae": lambda: (
-            shutil.copytree(base / "vae", work / "vae", dirs_exist_ok=True)
-            if start
-            else train_vae(work / "vae", work / "state", **common)
-        ),
-        "base": lambda: train_base(
-            vae(), work / "tiny-sd3", work / "state", start=base, **going_on, **common
-        ),
-        "pickscore": lambda: train_pickscore(
-            vae(), work / "pickscore", work / "state", start=pickscore, **common
-        ),
-        "deqa": lambda: (
-            shutil.copytree(start / "deqa", work / "deqa", dirs_exist_ok=True)
-            if start
-            else train_deqa(vae(), work / "deqa", work / "state", **common)
-        ),
+        "vae": lambda: train_vae(work / "vae", state, **common),
+        "base": lambda: train_base(vae(), work / "unguided", state, **common),
+        "guidance": lambda: distil_guidance(vae(), work / "unguided", work / "tiny-sd3", state, **common),
+        "pickscore": lambda: train_pickscore(vae(), work / "pickscore", state, start=pickscore, **common),
+        "deqa": lambda: train_deqa(vae(), work / "deqa", state, **common),
     }
+    if start:
+        kept = {
+            "vae": taken("tiny-sd3/vae", "vae"),
+            "guidance": taken("tiny-sd3", "tiny-sd3"),
+            "deqa": taken("deqa", "deqa"),
+        }
+        return {name: kept.get(name, run) for name, run in found.items() if name != "base"}
+    return found
 
 
 def write_manifest(out: Path, seconds: dict[str, float]) -> None:
@@ -108,9 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS, help="where the finished assets go")
     parser.add_argument("--only", nargs="+", help="run these stages only")
     parser.add_argument(
-        "--start",
-        type=Path,
-        help="assets to go on from: autoencoder and DeQA are kept, base and PickScore trained on",
+        "--start", type=Path, help="assets to go on from: all is kept but PickScore, which is trained on"
     )
     args = parser.parse_args()
     if args.start and not (args.start / "tiny-sd3").is_dir():
@@ -129,7 +127,6 @@ def main() -> None:
             f"{', '.join(missing)} needs the autoencoder, which {work} does not have; add vae to --only"
         )
     work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(os.cpu_count())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     times_file = work / "seconds.json"
     for name, run in todo.items():

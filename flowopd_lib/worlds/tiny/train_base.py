@@ -42,8 +42,6 @@ DATA = (
     {"wrong": {"geneval": 0.05, "ocr": 0.45, "pickscore": 0.15}, "spoiled": 0.15},
 )
 LAST = 1 / 8  # of the steps, with the second set
-# of a training that goes on from an earlier base, all of it with the second set
-GOING_ON = {"steps": 1500, "pool_size": 48_000, "decay": 0.6}
 # SD3's shift of sigma, in sampling and in training: what a picture shows is decided above sigma .8, where the
 # plain logit-normal hardly looks.
 SHIFT = 3.0
@@ -161,13 +159,9 @@ def train_base(
     decay: float = 0.35,
     seed: int = 0,
     compiled: bool = True,
-    start: Path | None = None,
     log=print,
 ) -> StableDiffusion3Pipeline:
     """Train and save a pipeline folder; restarts from `work/base.safetensors` if a run was cut off.
-
-    `start`: a pipeline folder to go on from instead of new weights, on the second set of `DATA` alone and
-    at half the learning rate.
 
     `compiled`: two minutes of compiling, then steps 1.5 times as fast; not done where there is no C++
     compiler.
@@ -177,15 +171,11 @@ def train_base(
     model = nn.ModuleDict(
         {"transformer": new_transformer(), **{k: m for k, m in modules.items() if isinstance(m, nn.Module)}}
     )
-    if start:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(start)
-        for name, module in model.items():
-            module.load_state_dict(getattr(pipeline, name).state_dict())
     empty = tokenize(modules, [""])
     ema = copy.deepcopy(model).requires_grad_(False)
     opts = optimizers(model)
     for group in (g for o in opts for g in o.param_groups):
-        group["peak"] = group["lr"] / (2 if start else 1)
+        group["peak"] = group["lr"]
     saved, first = work / "base.safetensors", 0
     if saved.exists():
         state = load_state(saved)
@@ -205,8 +195,8 @@ def train_base(
     forward = velocity(model, compiled)
     pool, phase, began, seen = {}, None, time.time(), 0.0
     for step in range(first, steps):
-        if phase != (bool(start) or step >= (1 - LAST) * steps):
-            phase = bool(start) or step >= (1 - LAST) * steps
+        if phase != (step >= (1 - LAST) * steps):
+            phase = step >= (1 - LAST) * steps
             pool = build_pool(
                 vae,
                 work / f"pool-{int(phase)}.safetensors",
@@ -278,8 +268,9 @@ def finish(vae: AutoencoderKL, ema: nn.ModuleDict, modules: dict, out: Path) -> 
         # two agree.
         config = out / name / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
-    # diffusers notes the folder the autoencoder was loaded from: no part of it
-    config = out / "vae" / "config.json"
-    kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
-    config.write_text(json.dumps(kept, indent=2) + "\n")
+    for name in ("vae", "transformer"):
+        # diffusers notes the folder a model was loaded from: no part of it
+        config = out / name / "config.json"
+        kept = {k: value for k, value in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     return pipeline.to(torch.float32)

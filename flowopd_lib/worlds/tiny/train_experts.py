@@ -2,7 +2,8 @@
 
 Trains the recipes `papermill_runs/recipes/expert_*.yaml` one after the other (`expert_NAME_2.yaml` from where
 `expert_NAME.yaml` ends), goes on where it was cut off, and puts each adapter in half precision with its
-training curve and a manifest into `assets/experts/`.
+training curve and a manifest into `assets/experts/`. With `--start` an expert of two recipes or more goes on
+from an earlier one, such as that of another base, by the last of them.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ RECIPES = RUNS / "recipes"
 EXPERTS = ("geneval", "ocr", "pickscore", "deqa")
 
 
-def recipes_of(name: str) -> list[Path]:
-    """`expert_{name}.yaml`, and what goes on from its adapter: `expert_{name}_2.yaml`, ..."""
-    return sorted(RECIPES.glob(f"expert_{name}*.yaml"), key=lambda path: (len(path.stem), path.stem))
+def recipes_of(name: str, start: Path | None = None) -> list[Path]:
+    """`expert_{name}.yaml`, and what goes on from its adapter: `expert_{name}_2.yaml`, ...; the last of these
+    alone, if it has an earlier expert to go on from."""
+    found = sorted(RECIPES.glob(f"expert_{name}*.yaml"), key=lambda path: (len(path.stem), path.stem))
+    return found[-1:] if start and len(found) > 1 else found
 
 
-def train_expert(name: str, work: Path, dtype: str | torch.dtype = "auto") -> None:
+def train_expert(name: str, work: Path, dtype: str | torch.dtype = "auto", start: Path | None = None) -> None:
     """Train an expert's recipes in `work/{recipe}`, each from its last checkpoint if there is one, in the
-    precision `work` was begun in."""
-    dtype = decide(work, dtype)
-    start = None
-    for path in recipes_of(name):
+    precision `work` was begun in. `start`: the folder of earlier experts."""
+    dtype, recipes = decide(work, dtype), recipes_of(name, start)
+    start = start / name if start and recipes != recipes_of(name) else None
+    for path in recipes:
         recipe = read_yaml(path)
         if start:
             recipe["student"] = {"load": str(start)}
@@ -58,9 +61,11 @@ def train_expert(name: str, work: Path, dtype: str | torch.dtype = "auto") -> No
         start = work / path.stem / "adapter"
 
 
-def ship(name: str, work: Path, out: Path, seconds: float) -> None:
+def ship(name: str, work: Path, out: Path, seconds: float, start: Path | None = None) -> None:
     """`out/name`: adapter in half precision, `metrics.jsonl`, `manifest.json`."""
-    target, paths = out / name, recipes_of(name)
+    target, paths = out / name, recipes_of(name, start)
+    before = start / name / "adapter_model.safetensors" if paths != recipes_of(name) else None
+    started = hashlib.sha256(before.read_bytes()).hexdigest() if before else None
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(work / paths[-1].stem / "adapter", target)
     weights = target / "adapter_model.safetensors"
@@ -86,6 +91,7 @@ def ship(name: str, work: Path, out: Path, seconds: float) -> None:
         {
             "command": f"python -m flowopd_lib.worlds.tiny.train_experts --work experts --only {name}",
             "recipes": [yaml.safe_load(path.read_text()) for path in paths],
+            **({"start_sha256": started} if started else {}),
             "seconds": round(seconds),
             "base_transformer_sha256": base,
             "date": datetime.date.today().isoformat(),
@@ -108,22 +114,22 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=list(EXPERTS), metavar="EXPERT", help=f"some of {', '.join(EXPERTS)}"
     )
+    parser.add_argument("--start", type=Path, help="a folder of earlier experts to go on from")
     args = parser.parse_args()
     for name in args.only:
         if name not in EXPERTS:
             parser.error(f"no expert {name!r}{nearest(name, list(EXPERTS))}; there are {', '.join(EXPERTS)}")
-    torch.set_num_threads(os.cpu_count())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     for name in args.only:
         times, began = args.work / f"{name}.json", time.time()
         seconds = json.loads(times.read_text()) if times.exists() else 0.0
         try:
-            train_expert(name, args.work)
+            train_expert(name, args.work, start=args.start)
         finally:  # the time of a run that was stopped counts too
             seconds += time.time() - began
             times.parent.mkdir(parents=True, exist_ok=True)
             write_json(times, seconds)
-        ship(name, args.work, args.out, seconds)
+        ship(name, args.work, args.out, seconds, args.start)
         say(f"{name}: done, {seconds:.0f} s in all")
 
 
