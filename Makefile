@@ -47,12 +47,13 @@ figures: setup test-browser
 	$(BIN)/python docs/figures.py
 	cp build/browser/gallery.png docs/gallery.png
 
-# The reference run anew, from this commit, and made small: an evening or several, and it goes on where it was cut off. Its trainings are kept
+# The reference run anew, from this commit, made small, and its page: an evening or several, and it goes on where it was cut off. Its trainings are kept
 # (papermill_runs/trainings, to be committed), and found again on a processor of another kind: all compute in one precision.
 reference: setup
 	FLOWOPD_PRECISION=float32 $(BIN)/python -m flowopd_lib.runs lab --resume; done=$$?; \
 	$(BIN)/python -m flowopd_lib.runs.keep papermill_runs/lab && exit $$done
 	$(BIN)/python -m flowopd_lib.runs.reference papermill_runs/lab papermill_runs/reference
+	$(BIN)/python -m flowopd_lib.runs.results papermill_runs/reference docs/results.md
 
 lab: setup
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb

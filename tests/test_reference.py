@@ -1,12 +1,16 @@
-"""A whole run made small."""
+"""A whole run made small, and its page."""
 
+import re
+
+import nbformat
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowopd_lib.files import write_json
+from flowopd_lib.files import ROOT, RUNS, write_json
 from flowopd_lib.runs import reference
+from flowopd_lib.runs.results import FIGURES, results_page
 from flowopd_lib.runs.runner import NOTEBOOKS
 
 NAMES = sorted(p.stem for p in NOTEBOOKS.glob("[0-9]*.ipynb"))
@@ -71,3 +75,30 @@ def test_no_reference_of_a_part_of_two_commits_or_too_large(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="more than 0; the largest: "):
         reference.make_small(write_run(tmp_path / "large"), out)
     assert not out.exists()
+
+
+def test_the_page_is_what_the_notebooks_concluded():
+    place = ROOT / "docs" / "results.md"
+    page = results_page(RUNS / "reference", place)
+    for notebook in sorted(NOTEBOOKS.glob("0[0-8]*.ipynb")):
+        cells = nbformat.read(RUNS / "reference" / notebook.name, 4).cells
+        told = [o["data"]["text/markdown"] for o in cells[-1].outputs if "text/markdown" in o.get("data", {})]
+        assert told and told[-1].strip() in page, notebook.stem
+    links = re.findall(r"\]\((\.\.[^)]+)\)", page)
+    assert len(links) > 15 and all((place.parent / link).exists() for link in links)
+
+
+def test_the_figures_of_the_page_are_those_that_notebooks_save():
+    for notebook, figures in FIGURES.items():
+        source = "".join(c.source for c in nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).cells)
+        saved = re.findall(r'out / f?"([^"]+\.png)"', source)
+        every = {name.replace("{start}", start) for name in saved for start in ("", "merged")}
+        assert set(figures) <= every, notebook
+
+
+def test_a_run_that_is_not_whole_has_no_page(tmp_path):
+    write_json(tmp_path / "status.json", {"00_quickstart": {"state": "failed"}})
+    record = {"profile": "lab", "date": "2026-01-01", "machine": {"cpus": 2, "gpu": "none"}, "notebooks": {}}
+    write_json(tmp_path / "manifest.json", record)
+    with pytest.raises(ValueError, match="is no whole run: 00_quickstart is failed"):
+        results_page(tmp_path, tmp_path / "results.md")
