@@ -36,7 +36,7 @@ SIGN_FORMS = (
     'a label saying "{}"',
 )
 # what people ask for in a style, and how often
-STYLE_KINDS = {"one": 0.3, "two": 0.15, "several": 0.2, "sign": 0.35}
+STYLE_KINDS = {"one": 0.25, "two": 0.15, "several": 0.2, "sign": 0.4}
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # DeQA has no prompts of its own: it judges pictures of all three
 PROMPT_TASKS = ("geneval", "ocr", "pickscore")
