@@ -59,12 +59,15 @@ def fetch(record: Mapping | None, folder: Path) -> None:
     if record is None or (folder / STATE).exists():
         return
     source = PLACE / record["key"]
+    another = (folder / RECORD).is_file() and not fetched(record, folder)
+    if not source.is_dir() and not another:
+        return
     with locked(folder, "a training that was kept"):
         if source.is_dir():
             shutil.copytree(source, folder, dirs_exist_ok=True)
             seconds = read_lines(folder / "metrics.jsonl")["seconds"].iloc[-1]
             print(f"{folder.name}: trained before, in {seconds:.0f} s ({_shown(source)})")
-        elif (folder / RECORD).is_file() and not fetched(record, folder):
+        else:
             shutil.rmtree(folder / "adapter", ignore_errors=True)
             for name in (RECORD, *FILES):
                 (folder / name).unlink(missing_ok=True)
