@@ -79,6 +79,20 @@ def test_a_folder_with_what_was_fetched_takes_another_training(run, place, tmp_p
     policy.remove_adapters()
 
 
+def test_a_training_that_is_stopped_is_not_kept_for_what_it_was_before(tmp_path, policy):
+    site, folder = Site("tiny", policy=policy), tmp_path / "run" / "student"
+    run_job(SPEC, folder, site, shown=False)
+    assert (folder / "training.json").exists()
+    longer = {**SPEC, "train": {**SPEC["train"], "iterations": 4}}
+    run_job(longer, folder, site, told=lambda info: info.iteration == 2, shown=False)
+    assert len(read_lines(folder / "metrics.jsonl")) == 3 and (folder / "adapter").is_dir()
+    with pytest.raises(ValueError, match="holds no training that has ended"):
+        kept.keep(tmp_path / "run", tmp_path / "trainings")
+    run_job(longer, folder, site, shown=False)
+    assert kept.keep(tmp_path / "run", tmp_path / "trainings")[0]["iterations"] == 4
+    policy.remove_adapters()
+
+
 def test_a_key_is_what_it_follows_from(world, run, tmp_path):
     mine = key(SPEC, world)
     assert mine == key({**SPEC, "name": "a", "train": {**SPEC["train"], "save_every": 7}}, world)

@@ -31,7 +31,7 @@ PLACE, RECORD, STATE = RUNS / "trainings", "training.json", "state.safetensors"
 FILES = ("metrics.jsonl", "probes.jsonl", "recipe.yaml", "precision.json")
 # what a training computes by: a change here, but for comments and docstrings, and nothing kept is found
 CODE = ("sde", "adapters", "policy", "rollout", "prompts", "schedule", "merge", "train", "fit", "evaluate")
-CODE += ("objectives", "rewards", "jobs/recipes")
+CODE += ("objectives", "rewards", "jobs/recipes", "studies/seesaw")
 
 
 def record_of(spec: Mapping, world: World, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -87,6 +87,11 @@ def go_on_from(source: Path, folder: Path) -> None:
         for name in (*FILES, STATE):
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
+
+
+def forget(folder: Path) -> None:
+    """Before a training goes on: what `tell` wrote is of a shorter one, whose curve is about to grow."""
+    (folder / RECORD).unlink(missing_ok=True)
 
 
 def tell(record: Mapping | None, folder: Path) -> None:
@@ -182,18 +187,19 @@ def _world(world: World) -> dict[str, Any]:
 
 def _placed(node: Any, folder: Path) -> Any:
     """A judge's settings with hashes for the files that they name and for the code of a class that is not the
-    library's own."""
+    library's own, which is among `CODE`."""
     if isinstance(node, Mapping):
-        return {key: _placed(value, folder) for key, value in node.items()}
-    if isinstance(node, str) and node:
-        if (folder / node).exists():
-            return _hashes(folder / node)
-        module, _, name = node.rpartition(":")
-        if name.isidentifier() and (folder / module).is_file():
-            return [name, _hashes(folder / module)]
-        if name.isidentifier() and module.replace(".", "").isidentifier():
-            return [name, _ast(Path(importlib.util.find_spec(module).origin))]
-    return node
+        return {k: _class(v, folder) if k == "class" else _placed(v, folder) for k, v in node.items()}
+    return _hashes(folder / node) if isinstance(node, str) and node and (folder / node).exists() else node
+
+
+def _class(name: str, folder: Path) -> Any:
+    source, _, own = name.rpartition(":")
+    if not source:
+        return name
+    if source.endswith(".py"):
+        return [own, _ast(folder / source)]
+    return [own, _ast(Path(importlib.util.find_spec(source).origin))]
 
 
 def _hashes(path: Path) -> str:

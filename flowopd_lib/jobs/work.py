@@ -32,7 +32,7 @@ from ..studies.jobs import JOBS as STUDIES
 from ..studies.seesaw import Plateau, judges_of
 from ..train import StepInfo
 from ..worlds import World
-from .kept import fetch, fetched, go_on_from, record_of, tell
+from .kept import fetch, fetched, forget, go_on_from, record_of, tell
 from .recipes import KEYS, build
 from .site import Site
 
@@ -78,9 +78,9 @@ def train_job(
         """Whether the looks up to an iteration end it."""
         site.share.wait()
         looks = read_lines(folder / "probes.jsonl")
-        return rule is not None and rule(looks[looks["iteration"] <= upto])
+        return rule(looks[looks["iteration"] <= upto])
 
-    def heard(info: StepInfo) -> bool | None:
+    def heard(info: StepInfo) -> bool:
         # only now: a recipe that the folder's training refused must not take the place of its own
         if site.main and not heard.kept:
             write_whole(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
@@ -90,20 +90,23 @@ def train_job(
         if rule and done % asked["every"] == 0 and done < heard.config.iterations and stands(done):
             heard.config = replace(config, iterations=done)
             return True
-        return told(info) if told else None
+        heard.stopped = bool(told and told(info))
+        return heard.stopped
 
-    heard.kept, heard.config = False, config
+    heard.kept, heard.stopped, heard.config = False, False, config
     how = {"accelerator": site.accelerator, "told": heard, "shown": shown}
     every = asked.get("every", 0) if asked else 0
     start = {"during": lambda updates: during(updates, site, objective)} if during else {}
     before = sorted(set(read_lines(folder / "probes.jsonl").get("iteration", []))) if rule else []
     heard.config = next((replace(config, iterations=int(k)) for k in before if k and stands(k)), config)
+    if site.main:
+        forget(folder)
     for _ in range(2):  # the second time, where the rule has ended it, writes what it came to
         ends = heard.config
         fit(policy, objective, folder, ends, spec.get("name", "student"), probe, every, **how, **start)
         if ends == heard.config:
             break
-    if site.main and (folder / "adapter").is_dir():
+    if site.main and not heard.stopped:
         tell(record, folder)
 
 

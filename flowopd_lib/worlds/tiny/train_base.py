@@ -138,6 +138,19 @@ class MuonInFloat32(TorchFunctionMode):
         return args[0].clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
 
 
+def update(model: nn.Module, opts: list[torch.optim.Optimizer], loss: torch.Tensor, rate: float) -> None:
+    """One step at `rate` of each group's peak."""
+    for optimizer in opts:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with MuonInFloat32():
+        for optimizer in opts:
+            optimizer.step()
+
+
 def velocity(model: nn.ModuleDict, compiled: bool):
     """The trained function, (x, sigma, clip_ids, t5_ids) -> v: text encoders and transformer in one, fused if
     compiled."""
@@ -224,15 +237,7 @@ def train_base(
         loss = (v.float() - (eps - x0)).square().mean()
         # warm up, hold, decay to 0
         rate = min(1.0, (step + 1) / 100, max(steps - step, 1) / (decay * steps))
-        for optimizer in opts:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-            optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        with MuonInFloat32():
-            for optimizer in opts:
-                optimizer.step()
+        update(model, opts, loss, rate)
         with torch.no_grad():
             torch._foreach_lerp_(
                 list(ema.parameters()), list(model.parameters()), 1 - min(0.999, (step + 1) / (step + 10))

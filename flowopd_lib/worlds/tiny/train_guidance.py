@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...checkpoint import load_state, save_state
 from ...precision import in_fast_precision
 from .text import encode, new_text_modules
-from .train_base import CAPTION_DROPPED, SHIFT, T5_TOKENS, MuonInFloat32, finish, optimizers, tokenize
+from .train_base import CAPTION_DROPPED, SHIFT, T5_TOKENS, finish, optimizers, tokenize, update
 
 GUIDANCE = {"things": 1.5, "sign": 1.0}  # w, of captions without and with a word in quotes
 RATE = 0.1  # of the base's own
@@ -86,15 +86,7 @@ def distil_guidance(
         loss = (v - target).square().mean()
         # warm up, hold, decay to 0 in the second half
         rate = min(1.0, (step + 1) / 20, 2 * (steps - step) / steps)
-        for optimizer in opts:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-            optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        with MuonInFloat32():
-            for optimizer in opts:
-                optimizer.step()
+        update(student, opts, loss, rate)
         with torch.no_grad():
             decay = 1 - min(0.98, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), decay)
