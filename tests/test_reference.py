@@ -92,7 +92,7 @@ def test_the_figures_of_the_page_are_those_that_notebooks_save():
     for notebook, figures in FIGURES.items():
         source = "".join(c.source for c in nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).cells)
         saved = re.findall(r'out / f?"([^"]+\.png)"', source)
-        every = {name.replace("{start}", start) for name in saved for start in ("", "merged")}
+        every = {name.replace("{start}", start) for name in saved for start in ("base", "merged")}
         assert set(figures) <= every, notebook
 
 

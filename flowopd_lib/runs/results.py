@@ -22,7 +22,7 @@ from .runner import read_status
 # in this order; those that a run has
 FIGURES = {
     "00_quickstart": ("samples.png",),
-    "01_gradient_interference": ("along_.png", "along_merged.png", "ways.png"),
+    "01_gradient_interference": ("along_base.png", "along_merged.png", "ways.png"),
     "02_mixed_reward_seesaw": ("scores.png", "paths.png", "seesaw.png", "short.png"),
     "03_expert_training": ("gains.png", "gold.png"),
     "04_cold_start": ("scores.png", "between.png"),

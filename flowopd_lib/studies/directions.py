@@ -107,7 +107,7 @@ WAYS = {
 def ways(world: World, tables: Mapping[str, pd.DataFrame | None]) -> pd.DataFrame:
     """The answers of several measurements (`tables`, by their name in `WAYS`) to one question, does what
     teaches one judge move another: way, along, judge, mean, low, high, and `says`, the sign where the
-    interval leaves out 0."""
+    interval leaves out 0. A value without a known interval says nothing and is left out."""
     of_expert = {expert: judge for judge, expert in world.experts_of.items()}
     of_task, rows = {name: task.judge for name, task in world.tasks.items()}, []
     for way in WAYS:
@@ -126,7 +126,7 @@ def ways(world: World, tables: Mapping[str, pd.DataFrame | None]) -> pd.DataFram
             told = told.assign(along=told["task"].map(names), judge=told["on"].map(names))
             told = told.assign(mean=told["cosine"], low=told["cosine_low"], high=told["cosine_high"])
         rows.append(told.assign(way=way)[["way", "along", "judge", "mean", "low", "high"]])
-    found = pd.concat(rows, ignore_index=True)
+    found = pd.concat(rows).dropna(subset=["low", "high"]).reset_index(drop=True)
     return found.assign(says=np.where(found["low"] > 0, 1, np.where(found["high"] < 0, -1, 0)))
 
 
