@@ -1,5 +1,6 @@
 """A GRPO training that a rule ends, and one that goes on from another's state."""
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -40,6 +41,12 @@ def same(a, b) -> bool:
     return all(torch.equal(value, weights(b)[key]) for key, value in weights(a).items())
 
 
+def alike(looks, others) -> None:
+    """But for rounding: an adapter that trains is sampled by other products than one that does not. The
+    weights before averaging are ten times as far away."""
+    pd.testing.assert_frame_equal(looks, others, rtol=1e-4, atol=1e-4)
+
+
 def test_the_rule_ends_it_as_if_it_had_been_that_long(tmp_path, site):
     run_job(spec(2, PROBE, name="short"), tmp_path / "short", site, shown=False)
     for _ in range(2):  # the second time there is nothing to do
@@ -49,7 +56,7 @@ def test_the_rule_ends_it_as_if_it_had_been_that_long(tmp_path, site):
     looks = [
         read_lines(tmp_path / name / "probes.jsonl").drop(columns="seconds") for name in ("short", "ended")
     ]
-    assert looks[0].drop(columns="model").equals(looks[1].drop(columns="model"))
+    alike(*(part.drop(columns="model") for part in looks))
 
 
 def test_it_goes_on_from_anothers_state(tmp_path, site):
@@ -70,7 +77,8 @@ def test_a_look_is_at_the_averaged_weights(tmp_path, site):
         read_lines(tmp_path / n / "probes.jsonl").drop(columns=["model", "seconds"])
         for n in ("short", "long")
     )
-    assert short.equals(long[long["iteration"] <= 1]) and set(long["iteration"]) == {0, 1, 2}
+    alike(short, long[long["iteration"] <= 1])
+    assert set(long["iteration"]) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
