@@ -249,8 +249,8 @@ def _bootstrap_mean(values: np.ndarray, resamples: int = 5000, seed: int = 0) ->
 
 
 def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.DataFrame:
-    """How different a prompt's samples are: mean of 1 - cosine over pairs of its repeats' embeddings, with a
-    95 % interval over prompts.
+    """How different a prompt's samples are: mean of 1 - cosine over pairs of its repeats' embeddings
+    (within a training), with a 95 % interval over prompts.
 
     A model that collapsed to one picture a prompt has 0. Raises ValueError for a table without embeddings or
     repeats.
@@ -259,14 +259,16 @@ def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.
         raise ValueError(
             "diversity compares samples of one prompt: evaluate with embed= and repeats of at least 2"
         )
-    rows = []
+    rows, trainings = [], [c for c in ("train_seed",) if c in table]
     for key, group in table.groupby(list(by), sort=False):
         spread = []
-        for _, part in group.groupby(["task", "prompt"], sort=False):
-            z = np.stack(part["embedding"])
-            z = z / np.linalg.norm(z, axis=1, keepdims=True)
-            cosines = z @ z.T
-            spread.append(1 - cosines[np.triu_indices(len(z), 1)].mean())
+        for _, prompt in group.groupby(["task", "prompt"], sort=False):
+            within = []
+            for _, part in prompt.groupby(trainings) if trainings else [(0, prompt)]:
+                z = np.stack(part["embedding"])
+                z = z / np.linalg.norm(z, axis=1, keepdims=True)
+                within.append(1 - (z @ z.T)[np.triu_indices(len(z), 1)].mean())
+            spread.append(np.mean(within))
         mean, low, high = _bootstrap_mean(np.array(spread))
         rows.append({**dict(zip(by, key)), "mean": mean, "low": low, "high": high, "n": len(spread)})
     return pd.DataFrame(rows)

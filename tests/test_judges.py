@@ -9,7 +9,16 @@ from flowopd_lib.worlds.tiny.judging import judge_judges
 WORLD = load_world()
 
 
-JUDGES = ["GenEval", "GenEval" + GOLD, "OCR", "OCR" + GOLD, "PickScore", "DeQA"]
+JUDGES = [
+    "GenEval",
+    "GenEval" + GOLD,
+    "OCR",
+    "OCR" + GOLD,
+    "PickScore",
+    "PickScore" + GOLD,
+    "DeQA",
+    "DeQA" + GOLD,
+]
 
 
 @pytest.fixture(scope="module")

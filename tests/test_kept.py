@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowopd_lib import Lab
 from flowopd_lib.files import ROOT, read_lines, write_json
 from flowopd_lib.inputs import read_yaml
 from flowopd_lib.jobs import kept
@@ -149,6 +150,35 @@ def test_comments_do_not_count_as_code(tmp_path):
         "''\ndef f(x):  # so\n    'y'\n    return (x)"
     )
     assert of("def f(x):\n    return x") != of("def f(x):\n    return -x")
+    # the same in every version of Python: a machine with another finds what is kept, too
+    assert of("def f(x, *, y=1):\n    return f'{x:.2f}', [y, None, '']\n").startswith("f623ff1a8866")
+
+
+def test_unseen_judges_and_for_grpo_the_experts_do_not_count(world):
+    grpo = {
+        "student": {"rank": 2},
+        "schedule": {"tasks": ["geneval"], "prompts_per_batch": 2, "images_per_prompt": 2},
+        "grpo": {"rewards": {"GenEval": 1.0}},
+        "train": {"iterations": 1},
+    }
+    told = {name: kept.record_of(spec, world, torch.float32) for name, spec in {"o": SPEC, "g": grpo}.items()}
+    worlds = {name: record["follows_from"]["world"] for name, record in told.items()}
+    assert not any(world.judge_is(name, "unseen") for found in worlds.values() for name in found["judges"])
+    assert not worlds["g"]["experts"] and set(worlds["o"]["experts"]) == set(world.experts)
+    anchored = {**grpo, "grpo": {**grpo["grpo"], "reference": "ocr"}}
+    found = kept.record_of(anchored, world, torch.float32)["follows_from"]["world"]
+    assert set(found["experts"]) == {"ocr"}
+
+
+def test_what_was_fetched_can_be_merged(run, place, tmp_path, policy):
+    kept.keep(run, place)
+    lab = Lab("tiny", "", tmp_path)
+    lab.site = Site("tiny", policy=policy)
+    lab.train("again", {k: v for k, v in SPEC.items() if k not in ("world", "probe")}, SPEC["probe"])
+    assert "again" not in policy.adapters  # it was not trained here
+    lab.sources["mean"] = {"merge": "cat", "adapters": ["again", "geneval"]}
+    lab.evaluate({"mean": "mean"}, n=1, steps=1, judges=["DeQA"])
+    policy.remove_adapters()
 
 
 def test_a_run_without_trainings_is_told(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def record_of(spec: Mapping, world: World, dtype: torch.dtype) -> dict[str, Any]
     told = {
         "recipe": {**asked, "student": _source(spec.get("student"), world, spec), "train": train},
         "adapters": sources,
-        "world": _world(world),
+        "world": _world(world, spec),
         "precision": str(dtype).removeprefix("torch."),
         "code": _code(),
     }
@@ -159,8 +159,9 @@ def _source(source: Any, world: World, spec: Mapping) -> Any:
     return source
 
 
-def _world(world: World) -> dict[str, Any]:
-    """What of a world a training may depend on: its settings, and hashes of its files and judges' code."""
+def _world(world: World, spec: Mapping) -> dict[str, Any]:
+    """What of a world a training may depend on: its settings, and hashes of its files and judges' code. Not
+    unseen judges, by which nothing is trained, nor for GRPO the experts, but for its reference."""
     prompts = {
         f"{name} {split}": _hashes(placed(path, world.folder))
         for name, task in world.tasks.items()
@@ -171,13 +172,17 @@ def _world(world: World) -> dict[str, Any]:
         name: [t.judge, t.kind, t.expert, dict(t.rewards), t.like, t.held_out]
         for name, t in world.tasks.items()
     }
-    experts = {name: [_source(name, world, {}), e.guidance] for name, e in world.experts.items()}
+    used = {spec["grpo"].get("reference")} if "grpo" in spec else set(world.experts)
+    experts = {
+        name: [_source(name, world, {}), e.guidance] for name, e in world.experts.items() if name in used
+    }
+    judges = {name: judge for name, judge in world.specs.items() if not world.judge_is(name, "unseen")}
     return {
         "base": _hashes(Path(world.base)),
         "tasks": tasks,
         "prompts": prompts,
         "experts": experts,
-        "judges": _placed(world.specs, world.folder),
+        "judges": _placed(judges, world.folder),
         "adapters": [world.rank, world.alpha, list(world.targets)],
         "sizes": [world.resolution, world.text_length],
         "mix": [dict(world.turns), dict(world.beside)],
@@ -227,14 +232,23 @@ def _code() -> str:
 
 
 def _ast(path: Path) -> str:
-    """The hash of what a file does: comments, docstrings and layout left out."""
+    """The hash of what a file does: comments, docstrings and layout left out, in any version of Python."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             if isinstance(getattr(body[0].value, "value", None), str):
                 body[0] = ast.Pass()
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as lists. What a node leaves empty is left out, for later versions have more to leave
+    empty."""
+    if isinstance(node, ast.AST):
+        told = [(name, _plain(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return [type(node).__name__, *told]
+    return [_plain(item) for item in node] if isinstance(node, list) else repr(node)
 
 
 def _shown(path: Path) -> str:

@@ -3,7 +3,7 @@ launcher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Lab:
         """Do a job, or go on with it, in `out/folder`; that folder. `work` says what there is."""
         spec = {k: v for k, v in {"job": job, "world": self.world.place, **spec}.items() if v is not None}
         named = [*spec.get("models", {}).values(), spec.get("adapter")]
-        sources = {n: self.sources[n] for n in named if n in self.sources}
+        sources = self._sources(named)
         if sources:
             spec["adapters"] = sources | spec.get("adapters", {})
         check_spec(spec)
@@ -57,6 +57,14 @@ class Lab:
             return into
         self._served.do(spec, into)
         return into
+
+    def _sources(self, names: Iterable[str | None]) -> dict[str, Any]:
+        """What these adapters come from, and what those come from that they are merged of."""
+        found = {name: self.sources[name] for name in names if name in self.sources}
+        parts = [
+            p for source in found.values() if isinstance(source, Mapping) for p in source.get("adapters", ())
+        ]
+        return found | (self._sources(parts) if parts else {})
 
     def train(
         self, name: str, recipe: Mapping, probe: Mapping | None = None, after: str = ""

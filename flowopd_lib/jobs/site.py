@@ -84,9 +84,9 @@ class Site:
     def main(self) -> bool:
         return self.share.rank == 0
 
-    def adapter(self, name: str, source: Any = None) -> None:
+    def adapter(self, name: str, source: Any = None, sources: Mapping[str, Any] = {}) -> None:
         """See that the policy has this adapter: it is made of `source` (None: the world's expert of that
-        name) unless it is there."""
+        name) unless it is there. `sources`: of those that it is merged of."""
         if name in self.policy.adapters:
             return
         source = name if source is None else source
@@ -97,7 +97,7 @@ class Site:
             self.policy.load_adapter(name, world.adapter(place) if place in world.experts else place)
         elif "merge" in source:
             how = {k: v for k, v in source.items() if k not in ("merge", "adapters")}
-            self.adapters(source["adapters"])
+            self.adapters(source["adapters"], sources)
             merge(self.policy, source["adapters"], name, source["merge"], **how)
         else:
             alpha = source.get("alpha") or 2 * source["rank"]
@@ -111,4 +111,4 @@ class Site:
 
     def adapters(self, names: Iterable[str], sources: Mapping[str, Any] = {}) -> None:
         for name in names:
-            self.adapter(name, sources.get(name))
+            self.adapter(name, sources.get(name), sources)

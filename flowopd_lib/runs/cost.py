@@ -145,8 +145,8 @@ NOTEBOOKS: dict[str, Callable[[Costs], Work]] = {
     ),
     "05_opd": _distillation,
     "06_mar": lambda c: (
-        c.opd(c.p["iterations"], c.p["prompts_per_batch"], 1) * len(c.p["arms"])
-        + c.evaluation(2 + len(c.p["arms"]))
+        c.opd(c.p["iterations"], c.p["prompts_per_batch"], 1) * len(c.p["arms"]) * c.p["train_seeds"]
+        + c.evaluation(2 + len(c.p["arms"]) * c.p["train_seeds"])
     ),
     "07_opd_estimators": _readings,
     "08_results": lambda c: c.evaluation(4, "ood"),

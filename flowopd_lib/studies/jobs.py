@@ -81,7 +81,7 @@ def _begin(target: Path, spec: Mapping, site: Site) -> tuple[bool, str, Path]:
     """Whether the table is there, made of the same specification, weights and world (one that was not is
     moved into `earlier/`); the hash of all that; and a folder for what is computed on the way."""
     policy, name = site.policy, spec["adapter"]
-    site.adapter(name, spec.get("adapters", {}).get(name))
+    site.adapters([name], spec.get("adapters", {}))
     world = site.world
     follows_from = {
         **{k: v for k, v in spec.items() if k not in ("world", "adapters")},

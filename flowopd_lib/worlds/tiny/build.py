@@ -1,7 +1,8 @@
 """Build the small world's assets from nothing: `python -m flowopd_lib.worlds.tiny.build --work build`.
 
-Stages: prompts, vae, base, guidance, pickscore, deqa. Each checkpoints into `--work` and goes on from there
-when started again; a finished stage is not run twice. After changing a recipe, start with an empty folder.
+Stages: prompts, vae, base, guidance, pickscore, deqa, and the twins pickscore_gold and deqa_gold, these on a
+GPU where there is one. Each checkpoints into `--work` and goes on from there when started again; a finished
+stage is not run twice. After changing a recipe, start with an empty folder.
 With `--start` autoencoder, base and DeQA are those of earlier assets, and PickScore goes on from there. The
 results and a manifest are written to `--out`.
 """
@@ -21,6 +22,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL
 
 from ...files import write_json
@@ -29,7 +31,7 @@ from . import ASSETS
 from .specs import PROMPT_TASKS, sample_specs
 from .train_base import train_base
 from .train_guidance import distil_guidance
-from .train_judges import train_deqa, train_pickscore
+from .train_judges import TWIN, train_deqa, train_pickscore
 from .train_vae import train_vae
 
 SEED = 0
@@ -53,13 +55,15 @@ def write_files(out: Path) -> None:
 
 
 def stages(work: Path, start: Path | None = None) -> dict:
-    def vae() -> AutoencoderKL:
-        return AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+    def vae(device: str = "cpu") -> AutoencoderKL:
+        return AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False).to(device)
 
     def taken(place: str, name: str):
         return lambda: shutil.copytree(start / place, work / name, dirs_exist_ok=True)
 
     common, state = dict(seed=SEED, log=say), work / "state"
+    twin, device = dict(seed=SEED + 1, log=say), "cuda" if torch.cuda.is_available() else "cpu"
+    shorter = dict(widths=TWIN, preference=((2000, 6e-4),))
     pickscore = start and start / "pickscore"
     found = {
         "prompts": lambda: write_files(work / "prompts"),
@@ -68,12 +72,17 @@ def stages(work: Path, start: Path | None = None) -> dict:
         "guidance": lambda: distil_guidance(vae(), work / "unguided", work / "tiny-sd3", state, **common),
         "pickscore": lambda: train_pickscore(vae(), work / "pickscore", state, start=pickscore, **common),
         "deqa": lambda: train_deqa(vae(), work / "deqa", state, **common),
+        "pickscore_gold": lambda: train_pickscore(
+            vae(device), work / "pickscore_gold", state / "gold", **shorter, **twin
+        ),
+        "deqa_gold": lambda: train_deqa(vae(device), work / "deqa_gold", state / "gold", twin=True, **twin),
     }
     if start:
         kept = {
             "vae": taken("tiny-sd3/vae", "vae"),
             "guidance": taken("tiny-sd3", "tiny-sd3"),
             "deqa": taken("deqa", "deqa"),
+            "deqa_gold": taken("deqa_gold", "deqa_gold"),
         }
         return {name: kept.get(name, run) for name, run in found.items() if name != "base"}
     return found
@@ -143,7 +152,7 @@ def main() -> None:
             write_json(times_file, times)
         say(f"{name}: done, {times[name]:.0f} s in all")
     if all((work / f"{name}.done").exists() for name in todo):
-        for name in ("prompts", "tiny-sd3", "pickscore", "deqa"):
+        for name in ("prompts", "tiny-sd3", "pickscore", "deqa", "pickscore_gold", "deqa_gold"):
             shutil.rmtree(args.out / name, ignore_errors=True)
             shutil.copytree(work / name, args.out / name)
         write_manifest(args.out, json.loads(times_file.read_text()))

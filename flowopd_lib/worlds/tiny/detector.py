@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import cv2
 import numpy as np
 from scipy import ndimage
@@ -35,6 +37,9 @@ def _hue(rgb: np.ndarray) -> np.ndarray:
     return np.arctan2(np.sqrt(3.0) * (g - b), 2 * r - g - b)
 
 
+TEMPLATES, HUES = _templates(), _hue(np.array(list(COLORS.values())))
+
+
 class ShapeDetector:
     """Detections of the world's shapes on plain backgrounds; confidence is the overlap (IoU) with the best
     template."""
@@ -43,48 +48,50 @@ class ShapeDetector:
     labels, colors, size = SHAPES, tuple(COLORS), (SIZE, SIZE)
     threshold = counting_threshold = 0.7
 
-    def __init__(self):
-        self.templates = _templates()
-        self.hues = _hue(np.array(list(COLORS.values())))
-
     def __call__(self, images: np.ndarray) -> list[list[Detection]]:
         """(B, 64, 64, 3) uint8 to one list of detections an image."""
-        return [self._one(image) for image in images]
+        return [list(_detections(image.tobytes())) for image in np.ascontiguousarray(images)]
 
-    def _one(self, image: np.ndarray) -> list[Detection]:
-        chroma = np.ptp(image, axis=-1).astype(np.float32)
-        distance = np.abs(np.angle(np.exp(1j * (_hue(image)[..., None] - self.hues))))
-        nearest = distance.argmin(-1)
-        found = []
-        for index, color in enumerate(COLORS):
-            mask = ndimage.binary_fill_holes((chroma > CHROMA) & (nearest == index))
-            parts, n = ndimage.label(mask)
-            for part in range(1, n + 1):
-                inside = parts == part
-                if inside.sum() >= MIN_AREA:
-                    found.append(self._match(inside, chroma, color))
-        return found
 
-    def _match(self, inside: np.ndarray, chroma: np.ndarray, color: str) -> Detection:
-        # Antialiased edge pixels count by how coloured they are: at these sizes half a pixel decides a shape.
-        full = np.percentile(chroma[inside], 80)
-        near = ndimage.binary_dilation(inside)
-        cover = np.where(
-            ndimage.binary_erosion(inside), 1.0, np.where(near, np.clip(chroma / full, 0, 1), 0.0)
-        )
-        ys, xs = np.nonzero(cover > 0.5)
-        if len(ys) == 0:
-            ys, xs = np.nonzero(inside)
-        top, bottom, left, right = ys.min(), ys.max() + 1, xs.min(), xs.max() + 1
-        crop = cv2.resize(
-            cover[top:bottom, left:right].astype(np.float32), (GRID, GRID), interpolation=cv2.INTER_LINEAR
-        )
-        overlap = np.minimum(crop, self.templates).sum((1, 2)) / np.maximum(crop, self.templates).sum((1, 2))
-        stretch = min(bottom - top, right - left) / max(bottom - top, right - left)
-        best = int(overlap.argmax())
-        return Detection(
-            SHAPES[best],
-            color,
-            float(overlap[best]) * min(1.0, stretch / 0.75),
-            (float(left), float(top), float(right), float(bottom)),
-        )
+# the strict, the partial and the gold verdict look at the same pictures one after another
+@lru_cache(maxsize=1024)
+def _detections(image: bytes) -> tuple[Detection, ...]:
+    rgb = np.frombuffer(image, np.uint8).reshape(SIZE, SIZE, 3)
+    chroma = np.ptp(rgb, axis=-1).astype(np.float32)
+    coloured, nearest = chroma > CHROMA, np.full(chroma.shape, -1)
+    distance = np.abs(np.angle(np.exp(1j * (_hue(rgb[coloured])[..., None] - HUES))))
+    nearest[coloured] = distance.argmin(-1)
+    found = []
+    for index, color in enumerate(COLORS):
+        mask = nearest == index
+        if not mask.any():
+            continue
+        parts, _ = ndimage.label(ndimage.binary_fill_holes(mask))
+        areas = np.bincount(parts.ravel())
+        for part, (rows, columns) in enumerate(ndimage.find_objects(parts), 1):
+            if areas[part] < MIN_AREA:
+                continue
+            # with what its edge may reach
+            top, left = max(rows.start - 1, 0), max(columns.start - 1, 0)
+            place = np.s_[top : rows.stop + 1, left : columns.stop + 1]
+            found.append(_match(parts[place] == part, chroma[place], color, top, left))
+    return tuple(found)
+
+
+def _match(inside: np.ndarray, chroma: np.ndarray, color: str, top: int, left: int) -> Detection:
+    """The best template for a part, seen in a window of the picture that begins at `top` and `left`."""
+    # Antialiased edge pixels count by how coloured they are: at these sizes half a pixel decides a shape.
+    full = np.percentile(chroma[inside], 80)
+    near, core = ndimage.binary_dilation(inside), ndimage.binary_erosion(inside)
+    cover = np.where(core, 1.0, np.where(near, np.clip(chroma / full, 0, 1), 0.0))
+    ys, xs = np.nonzero(cover > 0.5)
+    if len(ys) == 0:
+        ys, xs = np.nonzero(inside)
+    y0, y1, x0, x1 = ys.min(), ys.max() + 1, xs.min(), xs.max() + 1
+    crop = cover[y0:y1, x0:x1].astype(np.float32)
+    crop = cv2.resize(crop, (GRID, GRID), interpolation=cv2.INTER_LINEAR)
+    overlap = np.minimum(crop, TEMPLATES).sum((1, 2)) / np.maximum(crop, TEMPLATES).sum((1, 2))
+    stretch = min(y1 - y0, x1 - x0) / max(y1 - y0, x1 - x0)
+    best = int(overlap.argmax())
+    box = (float(x0 + left), float(y0 + top), float(x1 + left), float(y1 + top))
+    return Detection(SHAPES[best], color, float(overlap[best]) * min(1.0, stretch / 0.75), box)

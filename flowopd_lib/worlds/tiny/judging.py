@@ -150,9 +150,11 @@ def render_distance(
     """How far every model's samples are from clean renders of the same prompts (`kernel_distance`): model,
     mean, low, high (95 %), n.
 
-    `table` is `evaluate`'s, with the same `embed`, over the first prompts of each task of a split.
+    `table` is `evaluate`'s, with the same `embed`, over the first prompts of each task of a split; of several
+    trainings (`train_seed`) the first counts.
     """
     first = table[table["repeat"] == table["repeat"].min()]
+    first = first[first["train_seed"] == 0] if "train_seed" in first else first
     counts = first[first["model"] == first["model"].iloc[0]].groupby("task", sort=False).size()
     clean = embed(torch.cat([clean_renders(task, split, n, seed) for task, n in counts.items()]))
     return pd.DataFrame(

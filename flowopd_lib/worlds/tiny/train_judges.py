@@ -2,14 +2,18 @@
 (classifier).
 
 Part of the pictures pass through the autoencoder first, so that a judge answers to the scene and not to the
-decoder.
+decoder. Each has a twin, which nothing is trained on: another network, that has seen other pictures.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +22,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
+    RegNetConfig,
+    RegNetForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -41,13 +48,43 @@ SCALE = 26.0  # exp(logit_scale), fixed: the paper divides PickScore by 26 in it
 GOING_ON = (((1200, 5e-4),), 64)
 
 
+# the towers of PickScore, and of its twin
+WIDTHS = {
+    "text": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=2),
+    "vision": dict(hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=5),
+}
+TWIN = {
+    "text": dict(hidden_size=160, intermediate_size=480, num_hidden_layers=2, num_attention_heads=5),
+    "vision": dict(hidden_size=192, intermediate_size=768, num_hidden_layers=3, num_attention_heads=6),
+}
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What the steps of a training are made of, drawn in processes beside it."""
+
+    of: Callable[[int], Any]
+    steps: range
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.of(self.steps[i])
+
+
+def pictures_of(
+    images: list[Image.Image], rng: random.Random, share: float
+) -> tuple[torch.Tensor, list[int]]:
+    """(B, 3, 64, 64) in [-1, 1], and the rows that are to pass through the autoencoder, each with probability
+    `share`."""
+    return to_tensor(images), [i for i in range(len(images)) if rng.random() < share]
+
+
 @torch.no_grad()
-def through_vae(
-    vae: AutoencoderKL, images: list[Image.Image], rng: random.Random, share: float = 0.5
-) -> torch.Tensor:
-    """(B, 3, 64, 64) uint8; each picture is reconstructed by the autoencoder with probability `share`."""
-    x = to_tensor(images)
-    rows = [i for i in range(len(images)) if rng.random() < share]
+def through_vae(vae: AutoencoderKL, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """(B, 3, 64, 64) uint8: `x`, of which these rows are reconstructed."""
+    x = x.to(vae.device)
     for i in range(0, len(rows), 64):
         part = rows[i : i + 64]
         with in_fast_precision():
@@ -55,8 +92,10 @@ def through_vae(
     return ((x + 1) * 127.5).round().byte()
 
 
-def train(name: str, model: nn.Module, loss_of, steps: int, lr: float, work: Path, log) -> nn.Module:
-    """Steps of `loss_of(step)` with AdamW and one cycle of the learning rate; restarts from
+def train(
+    name: str, model: nn.Module, drawn: Callable, loss_of: Callable, steps: int, lr: float, work: Path, log
+) -> nn.Module:
+    """Steps of `loss_of(drawn(step))` with AdamW and one cycle of the learning rate; restarts from
     `work/{name}.safetensors`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1, cycle_momentum=False)
@@ -72,9 +111,12 @@ def train(name: str, model: nn.Module, loss_of, steps: int, lr: float, work: Pat
             part.load_state_dict(state[key])
     model.train()
     began, seen = time.time(), 0.0
-    for step in range(first, steps):
+    # two cores are as busy without them
+    beside = max((os.cpu_count() or 1) - 2, 0)
+    data = DataLoader(_Steps(drawn, range(first, steps)), batch_size=None, num_workers=beside)
+    for step, found in enumerate(data, first):
         with in_fast_precision(), sdpa_kernel(SDPBackend.MATH):  # see train_base.py
-            loss = loss_of(step)
+            loss = loss_of(found)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -93,7 +135,10 @@ def train(name: str, model: nn.Module, loss_of, steps: int, lr: float, work: Pat
 
 def normalise(pixels: torch.Tensor, processor) -> torch.Tensor:
     """What the image processor does to a picture that has the right size already."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+    mean, std = (
+        torch.tensor(v, device=pixels.device)[:, None, None]
+        for v in (processor.image_mean, processor.image_std)
+    )
     return (pixels.float() / 255 - mean) / std
 
 
@@ -107,35 +152,20 @@ def train_pickscore(
     group: int = 8,
     seed: int = 0,
     start: Path | None = None,
+    widths: dict[str, dict[str, int]] = WIDTHS,
     log=print,
 ) -> None:
-    """`start`: an earlier PickScore to go on from, by the cycles of `GOING_ON`."""
+    """`start`: an earlier PickScore to go on from, by the cycles of `GOING_ON`. `widths`: of its towers. On
+    the autoencoder's device."""
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE), tokenizer)
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=CLIP_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vision = dict(
-        image_size=SIZE,
-        patch_size=8,
-        hidden_size=160,
-        intermediate_size=480,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-    )
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = dict(vocab_size=len(tokenizer), max_position_embeddings=CLIP_TOKENS, **special, **widths["text"])
     model = CLIPModel(
         CLIPConfig(
             text_config=text,
-            vision_config=vision,
+            vision_config=dict(image_size=SIZE, patch_size=8, **widths["vision"]),
             projection_dim=128,
             logit_scale_init_value=float(np.log(SCALE)),
         )
@@ -143,27 +173,32 @@ def train_pickscore(
     if start:
         model, (preference, batch) = CLIPModel.from_pretrained(start).float(), GOING_ON
     model.logit_scale.requires_grad_(False)
+    model.to(vae.device)
 
-    def embed(texts, pixels):
-        ids = torch.tensor(
-            tokenizer(list(texts), padding="max_length", max_length=CLIP_TOKENS, truncation=True).input_ids
-        )
-        o = model(input_ids=ids, pixel_values=normalise(pixels, processor.image_processor))
+    def tokens(texts):
+        padded = tokenizer(list(texts), padding="max_length", max_length=CLIP_TOKENS, truncation=True)
+        return torch.tensor(padded.input_ids)
+
+    def embed(ids, pixels):
+        pixels = normalise(through_vae(vae, *pixels), processor.image_processor)
+        o = model(input_ids=ids.to(vae.device), pixel_values=pixels)
         return o.text_embeds.float(), o.image_embeds.float()
 
-    def contrastive_loss(step):
+    def captioned(step):
         rng = random.Random(f"clip/{seed}/{step}")
         texts, images = zip(*(noisy_example(rng, CLEAN, 0.3) for _ in range(batch)))
-        t, i = embed(texts, through_vae(vae, list(images), rng, 0.25))
-        logits, same = SCALE * t @ i.T, torch.arange(batch)
+        return tokens(texts), pictures_of(list(images), rng, 0.25)
+
+    def contrastive_loss(found):
+        t, i = embed(*found)
+        logits, same = SCALE * t @ i.T, torch.arange(batch, device=t.device)
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
     if not start:
-        train("clip", model, contrastive_loss, contrastive, 1e-3, work, log)
+        train("clip", model, captioned, contrastive_loss, contrastive, 1e-3, work, log)
     first, second = torch.triu_indices(group, group, 1)
 
-    # Bradley-Terry: P(a preferred) = sigmoid(score of a - score of b), on every pair of a prompt's pictures
-    def preference_loss(step):
+    def offers(step):
         rng = random.Random(f"group/{seed}/{step}")
         specs = [split_spec(rng) for _ in range(batch // group)]
         offered = [candidate(spec, rng) for spec in specs for _ in range(group)]
@@ -174,9 +209,14 @@ def train_pickscore(
             1.0,
             -1.0,
         )
-        t, i = embed([spec.text for spec in specs], through_vae(vae, [c.image for c in offered], rng, 0.25))
+        return tokens(spec.text for spec in specs), pictures_of([c.image for c in offered], rng, 0.25), chosen
+
+    # Bradley-Terry: P(a preferred) = sigmoid(score of a - score of b), on every pair of a prompt's pictures
+    def preference_loss(found):
+        *offered, chosen = found
+        t, i = embed(*offered)
         scores = SCALE * (t[:, None] * i.unflatten(0, (-1, group))).sum(-1)
-        return -F.logsigmoid(chosen * (scores[:, first] - scores[:, second])).mean()
+        return -F.logsigmoid(chosen.to(t.device) * (scores[:, first] - scores[:, second])).mean()
 
     before = 0
     # each a cycle of the learning rate, all on new pictures
@@ -184,7 +224,8 @@ def train_pickscore(
         train(
             f"pickscore-{cycle}",
             model,
-            lambda step, before=before: preference_loss(before + step),
+            lambda step, before=before: offers(before + step),
+            preference_loss,
             steps,
             lr,
             work,
@@ -196,29 +237,42 @@ def train_pickscore(
 
 
 def train_deqa(
-    vae: AutoencoderKL, out: Path, work: Path, steps: int = 1200, batch: int = 64, seed: int = 0, log=print
+    vae: AutoencoderKL,
+    out: Path,
+    work: Path,
+    steps: int = 1200,
+    batch: int = 64,
+    seed: int = 0,
+    twin: bool = False,
+    log=print,
 ) -> None:
+    """A ResNet, or its twin, a RegNet. On the autoencoder's device."""
     torch.manual_seed(seed)
-    labels = dict(enumerate(LEVELS))
-    model = ResNetForImageClassification(
-        ResNetConfig(
-            embedding_size=32,
-            hidden_sizes=[32, 64, 128],
-            depths=[1, 2, 2],
-            layer_type="basic",
-            num_labels=len(labels),
-            id2label=labels,
-            label2id={v: k for k, v in labels.items()},
-        )
+    shape = dict(
+        embedding_size=32,
+        hidden_sizes=[48, 96, 192] if twin else [32, 64, 128],
+        depths=[1, 2, 2],
+        num_labels=len(LEVELS),
+        id2label=dict(enumerate(LEVELS)),
+        label2id={v: k for k, v in enumerate(LEVELS)},
     )
+    if twin:
+        model = RegNetForImageClassification(RegNetConfig(groups_width=16, layer_type="y", **shape))
+    else:
+        model = ResNetForImageClassification(ResNetConfig(layer_type="basic", **shape))
+    model.to(vae.device)
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
 
-    def loss_of(step):
+    def graded(step):
         rng = random.Random(f"deqa/{seed}/{step}")
         images, levels = zip(*(graded_picture(rng) for _ in range(batch)))
-        logits = model(pixel_values=normalise(through_vae(vae, list(images), rng), processor)).logits
-        return F.cross_entropy(logits.float(), torch.tensor(levels) - 1, label_smoothing=0.02)
+        return pictures_of(list(images), rng, 0.5), torch.tensor(levels) - 1
 
-    train("deqa", model, loss_of, steps, 2e-3, work, log)
+    def loss_of(found):
+        pixels, levels = found
+        logits = model(pixel_values=normalise(through_vae(vae, *pixels), processor)).logits
+        return F.cross_entropy(logits.float(), levels.to(vae.device), label_smoothing=0.02)
+
+    train("deqa", model, graded, loss_of, steps, 2e-3, work, log)
     model.half().save_pretrained(out)
     processor.save_pretrained(out)
