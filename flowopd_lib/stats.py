@@ -255,22 +255,24 @@ def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.
     A model that collapsed to one picture a prompt has 0. Raises ValueError for a table without embeddings or
     repeats.
     """
-    if "embedding" not in table or table.groupby(["model", "task", "prompt"]).size().min() < 2:
+    prompt, keys = ["task", "prompt"], ["task", "prompt", "train_seed"]
+    table = table if "train_seed" in table else table.assign(train_seed=0)
+    if "embedding" not in table or table.groupby(["model", *keys]).size().min() < 2:
         raise ValueError(
             "diversity compares samples of one prompt: evaluate with embed= and repeats of at least 2"
         )
-    rows, trainings = [], [c for c in ("train_seed",) if c in table]
+
+    def spread(embeddings: pd.Series) -> float:
+        z = np.stack(embeddings)
+        z = z / np.linalg.norm(z, axis=1, keepdims=True)
+        return 1 - (z @ z.T)[np.triu_indices(len(z), 1)].mean()
+
+    rows = []
     for key, group in table.groupby(list(by), sort=False):
-        spread = []
-        for _, prompt in group.groupby(["task", "prompt"], sort=False):
-            within = []
-            for _, part in prompt.groupby(trainings) if trainings else [(0, prompt)]:
-                z = np.stack(part["embedding"])
-                z = z / np.linalg.norm(z, axis=1, keepdims=True)
-                within.append(1 - (z @ z.T)[np.triu_indices(len(z), 1)].mean())
-            spread.append(np.mean(within))
-        mean, low, high = _bootstrap_mean(np.array(spread))
-        rows.append({**dict(zip(by, key)), "mean": mean, "low": low, "high": high, "n": len(spread)})
+        trainings = group.groupby(keys, sort=False)["embedding"].agg(spread)
+        spreads = trainings.groupby(prompt, sort=False).mean().to_numpy()
+        mean, low, high = _bootstrap_mean(spreads)
+        rows.append({**dict(zip(by, key)), "mean": mean, "low": low, "high": high, "n": len(spreads)})
     return pd.DataFrame(rows)
 
 

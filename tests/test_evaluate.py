@@ -195,6 +195,11 @@ def test_the_distance_to_renders_is_small_for_renders_and_large_for_noise(judges
     )
     rows = WORLD.truth.render_distance(table, embed, seed=0).set_index("model")
     assert rows.loc["renders", "high"] < rows.loc["noise", "low"] and (rows["n"] == 60).all()
+    again = table[table["model"] == "noise"].assign(model="renders", train_seed=1)  # another training
+    several = pd.concat([table.assign(train_seed=0), again])
+    pd.testing.assert_frame_equal(
+        WORLD.truth.render_distance(several, embed, seed=0).set_index("model"), rows
+    )
 
 
 def test_diversity_sees_collapse_and_distance_sees_a_shift():
@@ -217,6 +222,11 @@ def test_diversity_sees_collapse_and_distance_sees_a_shift():
 
     rows = diversity(pd.concat([table("collapsed", 0.0), table("varied", 0.5)])).set_index("model")
     assert rows.loc["collapsed", "mean"] == pytest.approx(0, abs=1e-9) and rows.loc["varied", "low"] > 0.05
+    # two trainings that collapsed, each to pictures of its own, have none either
+    both = [table("collapsed", 0.0).assign(train_seed=k) for k in range(2)]
+    both[1]["embedding"] = list(-np.stack(both[1]["embedding"]))
+    (row,) = diversity(pd.concat(both), ["model"]).to_dict("records")
+    assert row["mean"] == pytest.approx(0, abs=1e-9) and row["n"] == 100
     hits = 0
     for _ in range(60):
         value, low, high = kernel_distance(rng.normal(size=(80, 16)), rng.normal(size=(80, 16)))

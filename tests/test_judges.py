@@ -9,16 +9,7 @@ from flowopd_lib.worlds.tiny.judging import judge_judges
 WORLD = load_world()
 
 
-JUDGES = [
-    "GenEval",
-    "GenEval" + GOLD,
-    "OCR",
-    "OCR" + GOLD,
-    "PickScore",
-    "PickScore" + GOLD,
-    "DeQA",
-    "DeQA" + GOLD,
-]
+JUDGES = [name + twin for name in ("GenEval", "OCR", "PickScore", "DeQA") for twin in ("", GOLD)]
 
 
 @pytest.fixture(scope="module")

@@ -100,8 +100,8 @@ def build(
         site = Site(world, dtype, policy=policy or world.policy(dtype, device))
     source = {"load": student} if isinstance(student, str) else student
     new = source if {"merge", "load"} & set(source) else {"seed": seed, **source}
-    site.adapters([*sorted(used - {name}), *adapters, *source.get("adapters", [])], adapters)
-    site.adapter(name, new)
+    site.adapters([*sorted(used - {name}), *adapters], adapters)
+    site.adapter(name, new, adapters)
     if objective is None:
         objective = _sft(recipe["sft"], site, seed)
     objective.check(site.policy, name)

@@ -97,14 +97,15 @@ def _seesaw(c: Costs) -> Work:
     arms = len(p["arms"]) or len(c.world.own) + bool(c.world.beside) + 2
     size, seeds = p["prompts_per_batch"] * p["images_per_prompt"], p["train_seeds"]
 
-    def one(iterations: int) -> Work:
-        looks = c.evaluation(1, "val", "n_probe") * (-(-iterations // p["every"]) + 1)
+    def one(iterations: int, every: int = p["every"]) -> Work:
+        looks = c.evaluation(1, "val", "n_probe") * (-(-iterations // every) + 1)
         return c.grpo(iterations, size) + looks
 
     # an arm that still rises at the end takes all it may
     found = one(max(p["iterations"], p["most"])) * arms
     if p["budgets"]:
-        found += one(max(p["budgets"].values()))
+        longest = max(p["budgets"].values())
+        found += one(longest, max(p["every"], longest // 20))
     experts = len(c.world.experts) if p["singles"] else 0
     found += c.grpo(max(1, p["iterations"] // max(experts, 1)), size) * experts
     models = arms * (1 + (p["most"] > 0)) + bool(experts) + len(p["budgets"])

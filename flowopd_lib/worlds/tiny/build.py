@@ -3,8 +3,8 @@
 Stages: prompts, vae, base, guidance, pickscore, deqa, and the twins pickscore_gold and deqa_gold, these on a
 GPU where there is one. Each checkpoints into `--work` and goes on from there when started again; a finished
 stage is not run twice. After changing a recipe, start with an empty folder.
-With `--start` autoencoder, base and DeQA are those of earlier assets, and PickScore goes on from there. The
-results and a manifest are written to `--out`.
+With `--start` autoencoder, base, DeQA and its twin are those of earlier assets, and PickScore goes on from
+there; its twin is trained anew. The results and a manifest are written to `--out`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from . import ASSETS
 from .specs import PROMPT_TASKS, sample_specs
 from .train_base import train_base
 from .train_guidance import distil_guidance
-from .train_judges import TWIN, train_deqa, train_pickscore
+from .train_judges import train_deqa, train_pickscore
 from .train_vae import train_vae
 
 SEED = 0
@@ -62,8 +62,8 @@ def stages(work: Path, start: Path | None = None) -> dict:
         return lambda: shutil.copytree(start / place, work / name, dirs_exist_ok=True)
 
     common, state = dict(seed=SEED, log=say), work / "state"
-    twin, device = dict(seed=SEED + 1, log=say), "cuda" if torch.cuda.is_available() else "cpu"
-    shorter = dict(widths=TWIN, preference=((2000, 6e-4),))
+    device, twins = "cuda" if torch.cuda.is_available() else "cpu", state / "gold"
+    twin = dict(seed=SEED + 1, twin=True, log=say)
     pickscore = start and start / "pickscore"
     found = {
         "prompts": lambda: write_files(work / "prompts"),
@@ -72,10 +72,8 @@ def stages(work: Path, start: Path | None = None) -> dict:
         "guidance": lambda: distil_guidance(vae(), work / "unguided", work / "tiny-sd3", state, **common),
         "pickscore": lambda: train_pickscore(vae(), work / "pickscore", state, start=pickscore, **common),
         "deqa": lambda: train_deqa(vae(), work / "deqa", state, **common),
-        "pickscore_gold": lambda: train_pickscore(
-            vae(device), work / "pickscore_gold", state / "gold", **shorter, **twin
-        ),
-        "deqa_gold": lambda: train_deqa(vae(device), work / "deqa_gold", state / "gold", twin=True, **twin),
+        "pickscore_gold": lambda: train_pickscore(vae(device), work / "pickscore_gold", twins, **twin),
+        "deqa_gold": lambda: train_deqa(vae(device), work / "deqa_gold", twins, **twin),
     }
     if start:
         kept = {
@@ -117,7 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS, help="where the finished assets go")
     parser.add_argument("--only", nargs="+", help="run these stages only")
     parser.add_argument(
-        "--start", type=Path, help="assets to go on from: all is kept but PickScore, which is trained on"
+        "--start", type=Path, help="assets to go on from: all is kept but PickScore, trained on, and its twin"
     )
     args = parser.parse_args()
     if args.start and not (args.start / "tiny-sd3").is_dir():

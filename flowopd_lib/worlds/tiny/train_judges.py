@@ -44,19 +44,18 @@ from .train_vae import CLEAN
 
 SCALE = 26.0  # exp(logit_scale), fixed: the paper divides PickScore by 26 in its average
 
-# cycles (steps, learning rate) and batch of a PickScore that goes on from an earlier one
-GOING_ON = (((1200, 5e-4),), 64)
-
-
-# the towers of PickScore, and of its twin
+# of PickScore, and of its twin: the towers, and the cycles (steps, learning rate) on people's preferences
 WIDTHS = {
     "text": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=2),
     "vision": dict(hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=5),
 }
-TWIN = {
+TWIN_WIDTHS = {
     "text": dict(hidden_size=160, intermediate_size=480, num_hidden_layers=2, num_attention_heads=5),
     "vision": dict(hidden_size=192, intermediate_size=768, num_hidden_layers=3, num_attention_heads=6),
 }
+CYCLES, TWIN_CYCLES = ((2700, 6e-4), (2000, 5e-4), (1500, 5e-4)), ((2000, 6e-4),)
+# cycles and batch of a PickScore that goes on from an earlier one
+GOING_ON = (((1200, 5e-4),), 64)
 
 
 @dataclass(frozen=True)
@@ -147,16 +146,16 @@ def train_pickscore(
     out: Path,
     work: Path,
     contrastive: int = 1000,
-    preference: tuple[tuple[int, float], ...] = ((2700, 6e-4), (2000, 5e-4), (1500, 5e-4)),
     batch: int = 128,
     group: int = 8,
     seed: int = 0,
     start: Path | None = None,
-    widths: dict[str, dict[str, int]] = WIDTHS,
+    twin: bool = False,
     log=print,
 ) -> None:
-    """`start`: an earlier PickScore to go on from, by the cycles of `GOING_ON`. `widths`: of its towers. On
-    the autoencoder's device."""
+    """PickScore, or its twin, on the autoencoder's device. `start`: an earlier PickScore to go on from, by
+    the cycles of `GOING_ON`."""
+    widths, preference = (TWIN_WIDTHS, TWIN_CYCLES) if twin else (WIDTHS, CYCLES)
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE), tokenizer)
@@ -246,7 +245,7 @@ def train_deqa(
     twin: bool = False,
     log=print,
 ) -> None:
-    """A ResNet, or its twin, a RegNet. On the autoencoder's device."""
+    """DeQA, a ResNet, or its twin, a RegNet, on the autoencoder's device."""
     torch.manual_seed(seed)
     shape = dict(
         embedding_size=32,
