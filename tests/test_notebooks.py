@@ -7,7 +7,8 @@ import pytest
 
 from flowopd_lib.files import ROOT, write_json
 from flowopd_lib.inputs import read_yaml
-from flowopd_lib.runs.runner import NOTEBOOKS, check_parameters, load_profile, run_profile
+from flowopd_lib.runs.ahead import plan, run_ahead
+from flowopd_lib.runs.runner import NOTEBOOKS, check_parameters, load_profile, parameters_of, run_profile
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -25,8 +26,21 @@ def short_walks(tmp_path, world):
 
 
 def test_smoke_profile_runs_every_notebook(tmp_path, short_walks):
-    tmp_path = tmp_path / "run"
-    run_profile("smoke", overrides={"world": short_walks}, folder=tmp_path, log=lambda message: None, jobs=2)
+    tmp_path, quiet = tmp_path / "run", lambda message: None
+    assert not run_ahead("smoke", 2, "06", {"world": short_walks}, tmp_path, log=quiet)
+    before = {p: p.read_text() for p in tmp_path.glob("06_mar/*/metrics.jsonl")}  # with seconds
+    run_profile("smoke", "", {"world": short_walks}, tmp_path, log=quiet, resume=True, jobs=2)
+    assert len(before) == 2 and all(p.read_text() == told for p, told in before.items())
+    for notebook, parameters in load_profile("smoke").items():
+        whole = parameters_of(NOTEBOOKS / f"{notebook}.ipynb") | parameters | {"world": short_walks}
+        if "run_dir" not in whole:
+            jobs = plan(notebook, whole, tmp_path / notebook)
+            trained = {job.folder for job in jobs if job.spec["job"] == "train"}
+            there = {p.parent for p in (tmp_path / notebook).rglob("adapter")}
+            # 03 trains where it can be watched
+            assert trained == there or (notebook == "03_expert_training" and not trained)
+            files = {job.folder / job.spec["file"] for job in jobs if "file" in job.spec}
+            assert files and all(file.is_file() for file in files)
     status = json.loads((tmp_path / "status.json").read_text())
     assert list(status) == [p.stem for p in ALL] and all(s["state"] == "done" for s in status.values())
     results = json.loads((tmp_path / "00_quickstart" / "results.json").read_text())

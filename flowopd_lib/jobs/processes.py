@@ -15,8 +15,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -141,35 +143,36 @@ class Launched(Processes):
 class Served:
     """Jobs one after another in the same processes, which load the model once. A job that fails ends them,
     and the next one starts them anew. Those of a headless run (`RUN`) outlast the notebook, and another of
-    its notebooks takes them over."""
+    its notebooks takes them over. `tell` gets the lines they print."""
 
-    def __init__(self, launcher: str, notes: Path):
+    def __init__(self, launcher: str, notes: Path, tell: Callable[[str], Any] = partial(print, flush=True)):
         pid, folder = os.environ.get(RUN, f"{os.getpid()} {notes}").split(" ", 1)
-        self.launcher, self.parent, self.notes = launcher, int(pid), Path(folder)
+        self.launcher, self.parent, self.notes, self.tell = launcher, int(pid), Path(folder), tell
         self._processes: Processes | None = None
         self._number = self._told = 0
         self._first = True  # of this process, that what serves is asked
 
-    def do(self, spec: Mapping, folder: Path) -> None:
-        """One job into a folder; its lines are printed as they come. Raises RuntimeError with what it failed
-        by, or where it was stopped."""
+    def do(self, spec: Mapping, folder: Path, first: bool = False) -> None:
+        """One job into a folder; its lines are told as they come. `first`: what was loaded for the one before
+        is dropped. Raises RuntimeError with what it failed by, or where it was stopped."""
         what = f"the {spec.get('job', 'train')} job in {folder}"
         if self._processes is None or self._processes.state != "running":
             self._begin()
+        processes = self._processes  # which another thread may stop
         number, self._number = self._number, self._number + 1
-        asked = {"spec": dict(spec), "folder": str(folder.resolve()), "first": self._first}
-        write_whole(self._processes.notes / f"{number}.yaml", yaml.safe_dump(asked, sort_keys=False))
-        self._first, done = False, self._processes.notes / f"{number}.done"
+        asked = {"spec": dict(spec), "folder": str(folder.resolve()), "first": first or self._first}
+        write_whole(processes.notes / f"{number}.yaml", yaml.safe_dump(asked, sort_keys=False))
+        self._first, done = False, processes.notes / f"{number}.done"
         try:
-            while not done.exists() and self._processes.state == "running":
+            while not done.exists() and processes.state == "running":
                 time.sleep(EVERY)
-                self._tell()
+                self._tell(processes)
         except KeyboardInterrupt:  # the job is stopped, and with it the processes
             self.stop()
             raise
-        self._tell()
+        self._tell(processes)
         if not done.exists():
-            self._processes.fail(what)
+            processes.fail(what)
             raise RuntimeError(f"{what} was stopped; the same cell goes on from there")
 
     def stop(self) -> None:
@@ -202,11 +205,11 @@ class Served:
             made = {"pid": pid, "since": psutil.Process(pid).create_time()}
             write_json(notes / "serve.json", {**made, "launcher": self.launcher, "parent": self.parent})
 
-    def _tell(self) -> None:
-        lines = self._processes.lines()[self._told :]
+    def _tell(self, processes: Processes) -> None:
+        lines = processes.lines()[self._told :]
         self._told += len(lines)
         for line in lines:
-            print(line, flush=True)
+            self.tell(line)
 
 
 def runs(process: psutil.Process) -> bool:

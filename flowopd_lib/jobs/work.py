@@ -14,6 +14,8 @@ there and go on where they were cut off. They run in a notebook's own process or
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from ..evaluate import evaluate, probe_of
 from ..files import read_lines, write_whole
 from ..fit import fit
 from ..inputs import SEED, Count, NotNegative, check_mapping, nearest
+from ..objectives import Share
 from ..precision import decide
 from ..studies.jobs import JOBS as STUDIES
 from ..studies.seesaw import Plateau, judges_of
@@ -41,6 +44,7 @@ SPLIT = Literal["train", "val", "test", "ood"]
 PROBE = {"every": Count, "n": Count, "split": SPLIT, "steps": Count, "seed": SEED, "until": dict}
 UNTIL = {"patience": Count, "rise": NotNegative}
 PROBE_SEED = 1 << 20
+MEET = 0.05  # seconds between two looks for the others
 
 
 def train_job(
@@ -140,12 +144,14 @@ EVALUATE = {
     "pictures": bool,
     "file": str,
     "batch": Count,
+    "share": list[int],
 }
 
 
 def evaluate_job(spec: Mapping, folder: Path, site: Site) -> None:
     """`file` (samples.parquet): the first `n` prompts of each task of a split, or of some `tasks`, sampled
-    under every model and judged."""
+    under every model and judged. `share`: [r, n], the part of process r of n that know of one another by
+    files alone (see `share_by_files`)."""
     world, policy = site.world, site.policy
     site.adapters([a for a in spec["models"].values() if a], spec.get("adapters", {}))
     prompts = world.first_prompts(spec.get("split", "test"), spec.get("n", 60))
@@ -168,8 +174,27 @@ def evaluate_job(spec: Mapping, folder: Path, site: Site) -> None:
         pictures=folder / "pictures" if spec.get("pictures") else None,
         into=folder / spec.get("file", "samples.parquet"),
         guidance=world.guidance,
-        share=site.share,
+        share=share_by_files(*spec["share"], folder / shared_place(spec)) if "share" in spec else site.share,
     )
+
+
+def shared_place(spec: Mapping) -> str:
+    """Where, in the job's folder, the processes that share an evaluation meet; empty at their start."""
+    return f".{spec.get('file', 'samples.parquet')}.share"
+
+
+def share_by_files(rank: int, world: int, place: Path) -> Share:
+    """The part of process `rank` of `world` that meet in a folder, `place`: each leaves a file there at every
+    wait, and goes on when all have."""
+    passed = itertools.count()
+
+    def wait() -> None:
+        number = next(passed)
+        write_whole(place / f"{number}_{rank}", "")
+        while len(list(place.glob(f"{number}_*"))) < world:
+            time.sleep(MEET)
+
+    return Share(rank, world, wait=wait)
 
 
 def check_spec(spec: Any) -> str:

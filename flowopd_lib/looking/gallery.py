@@ -65,7 +65,8 @@ class Samples:
     """A table of samples, one row each as `evaluate` makes it, with the folder that its pictures are in and
     what `about.json` says of them.
 
-    Rows with another `train_seed` than 0 are a model of their own, `MODEL#SEED`. Raises ValueError for a
+    Rows with another `train_seed` than 0 are a model of their own, `MODEL#SEED`, and those without a picture
+    are left out, as a reference leaves them. Raises ValueError for a
     table without what a gallery needs.
     """
 
@@ -76,7 +77,9 @@ class Samples:
                 f"a gallery needs samples with {', '.join(sorted(missing)) or 'at least one row'}; evaluate "
                 "with pictures="
             )
-        table = table.drop(columns="embedding", errors="ignore").reset_index(drop=True)
+        table = (
+            table.dropna(subset="picture").drop(columns="embedding", errors="ignore").reset_index(drop=True)
+        )
         if "train_seed" in table:
             again = table["train_seed"] > 0
             table["model"] = table["model"].where(

@@ -1,20 +1,24 @@
 """A whole run made small enough to be committed: `python -m flowopd_lib.runs.reference RUN FOLDER`.
 
-Notebooks as they were run, their results, figures, scores and curves; of the adapters those that the gallery
-shows, in half precision. States, embeddings and the pictures of all other notebooks are left out.
+Notebooks as they were run, their results, figures (of 256 colours), scores and curves (of five digits); of
+the adapters those that the gallery shows, in half precision. States, embeddings and the pictures of later
+trainings and all other notebooks are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import io
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import pandas as pd
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save
 
 from ..files import write_json
@@ -25,8 +29,10 @@ SHOWN = "05_opd"  # whose students and pictures the gallery shows
 ADAPTERS = ("student", "GRPO-Mix")
 KEPT = (
     f"Left out to stay small: states, adapters but those of {SHOWN}/{{{','.join(ADAPTERS)}}} (kept in "
-    f"bfloat16), embeddings, pictures but those of {SHOWN}, report.html."
+    f"bfloat16), embeddings, pictures but those of {SHOWN} and of the first training of each model, "
+    "report.html, digits of curves after the fifth, colours of figures but 256."
 )
+DIGITS, COLOURS = 5, 256
 
 
 def make_small(run: str | Path, out: str | Path) -> int:
@@ -78,11 +84,15 @@ def _kept(source: Path, place: Path) -> bytes | None:
     if any(part.startswith(".") or part in ("earlier", "parts") for part in place.parts):
         return None
     if len(place.parts) == 1:
-        return source.read_bytes() if place.suffix == ".ipynb" or place.name == "status.json" else None
+        if place.suffix == ".ipynb":
+            return _notebook(source.read_text())
+        return source.read_bytes() if place.name == "status.json" else None
     if place.suffix == ".parquet":
         if place.name not in ("samples.parquet", "ood.parquet") or len(place.parts) != 2:
             return None
         table, packed = pd.read_parquet(source), io.BytesIO()
+        if "picture" in table:
+            table.loc[[not _pictured(p, source.parent) for p in table["picture"]], "picture"] = None
         table.drop(columns=["embedding"], errors="ignore").to_parquet(packed, index=False)
         return packed.getvalue()
     if "adapter" in place.parts:
@@ -92,8 +102,43 @@ def _kept(source: Path, place: Path) -> bytes | None:
             return save({key: w.to(torch.bfloat16) for key, w in load_file(source).items()}, {"format": "pt"})
         return source.read_bytes()
     if place.suffix == ".zip" or place.name == "about.json":
-        return source.read_bytes() if place.parts[0] == SHOWN or "looks" in place.parts else None
-    return source.read_bytes() if place.suffix in (".json", ".jsonl", ".png", ".csv") else None
+        kept = "looks" in place.parts or _pictured("/".join(place.parts[1:]), source.parents[1])
+        return source.read_bytes() if kept else None
+    if place.suffix == ".jsonl":
+        rows = [json.loads(line, parse_float=_short) for line in source.read_text().splitlines()]
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if place.suffix == ".png":
+        return _few_colours(source.read_bytes())
+    return source.read_bytes() if place.suffix in (".json", ".csv") else None
+
+
+def _pictured(place: str, notebook: Path) -> bool:
+    """Whether the pictures at `place` in a notebook's folder are kept: those of the first training of each
+    model of the gallery's."""
+    return notebook.name == SHOWN and not re.search(r"_[1-9]\d*\.zip", place)
+
+
+def _short(number: str) -> float:
+    return float(f"{float(number):.{DIGITS}g}")
+
+
+def _few_colours(png: bytes) -> bytes:
+    """A picture with a palette, where that is smaller."""
+    packed = io.BytesIO()
+    few = Image.open(io.BytesIO(png)).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    few.save(packed, "PNG", optimize=True)
+    return min(packed.getvalue(), png, key=len)
+
+
+def _notebook(text: str) -> bytes:
+    notebook = json.loads(text)
+    for cell in notebook.get("cells", []):
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                png = base64.b64decode("".join(data["image/png"]))
+                data["image/png"] = base64.b64encode(_few_colours(png)).decode()
+    return (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def main() -> None:

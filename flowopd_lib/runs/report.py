@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import torch
@@ -90,6 +91,15 @@ def checkout(root: Path, besides: Path) -> dict | None:
         return None
 
 
+def machine() -> dict[str, Any]:
+    """What this is, without its name."""
+    return {
+        "cpus": os.cpu_count(),
+        "architecture": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
 def manifest(profile: str, folder: Path, status: Mapping[str, dict], inputs: Mapping[str, str]) -> dict:
     """What was run, from which commit, on what, and the hashes of what came out, but for the states of
     trainings (safetensors). No host name."""
@@ -112,17 +122,13 @@ def manifest(profile: str, folder: Path, status: Mapping[str, dict], inputs: Map
         "profile": profile,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-        "machine": {
-            "cpus": os.cpu_count(),
-            "architecture": platform.machine(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        },
+        "machine": machine(),
         "precision": str(decide(folder, write=False)).removeprefix("torch."),
         "inputs": dict(inputs),
         "notebooks": {
             n: {
                 **{k: s.get(k) for k in ("state", "parameters", "seconds", "fingerprint", "git")},
-                **({"resumed": True} if s.get("resumed") else {}),
+                **{k: s[k] for k in ("resumed", "machine") if s.get(k)},
                 "files": {} if s["state"] == "waiting" else files(n),
             }
             for n, s in status.items()

@@ -43,8 +43,7 @@ def results_page(run: Path, place: Path) -> str:
         [
             f"the profile `{record['profile']}` at commit {', '.join(sorted(commits)) or 'unknown'}",
             record["date"][:10],
-            f"{machine['cpus']} CPUs",
-            f"GPU {machine['gpu']}",
+            _told(machine),
         ]
     )
     lines = [
@@ -71,8 +70,13 @@ def results_page(run: Path, place: Path) -> str:
                 lines += [f"![{name}: {Path(figure).stem}]({_link(run / name / figure, place)})", ""]
         lines.append(found[-1].strip())
         if told.get("seconds"):
-            lines += ["", f"({duration(told['seconds'])})"]
+            other = told.get("machine", machine)
+            lines += ["", f"({duration(told['seconds'])}{f', {_told(other)}' if other != machine else ''})"]
     return "\n".join(lines) + "\n"
+
+
+def _told(machine: dict) -> str:
+    return f"{machine['cpus']} CPUs, GPU {machine['gpu']}"
 
 
 def _markdown(cell) -> str:

@@ -341,6 +341,7 @@ def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resum
             "parameters": chosen[notebook],
             "fingerprint": now[notebook],
             "git": commit,
+            "machine": report.machine(),
             **({"resumed": True} if keep else {}),
         }
         write_json(folder / "status.json", status)
