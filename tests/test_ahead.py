@@ -3,7 +3,9 @@
 from threading import Event, Thread
 
 import pytest
+import torch
 
+from flowopd_lib.jobs.site import Site
 from flowopd_lib.jobs.work import share_by_files
 from flowopd_lib.runs import ahead
 from flowopd_lib.runs.ahead import Job, do_all, in_order
@@ -84,6 +86,16 @@ def test_processes_that_meet_in_a_folder_wait_for_one_another(tmp_path):
     for thread in threads:
         thread.join(20)
     assert [step for step, _ in passed] == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_merge_is_the_same_on_any_number_of_threads(world):
+    site, threads, found = Site(world, "float32"), torch.get_num_threads(), []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        site.adapter(f"on_{number}", world.average())
+        found.append(site.policy.adapter(f"on_{number}").sha256)
+    torch.set_num_threads(threads)
+    assert found[0] == found[1]
 
 
 def test_bad_input():
