@@ -34,7 +34,8 @@ def write_run(folder, commits=("a" * 40,), dirty=False, state="done"):
     save_file({"w": torch.full((3,), 0.1)}, student / "adapter_model.safetensors")
     for name in (reference.SHOWN, "06_mar"):
         (folder / name / "pictures").mkdir()
-        (folder / name / "pictures" / "00_base.zip").write_bytes(b"pictures")
+        for model in ("00_base", "01_student_0", "02_student_1"):  # of the second training: not kept
+            (folder / name / "pictures" / f"{model}.zip").write_bytes(b"pictures")
     (folder / "report.html").write_text("<html>")
     states = dict.fromkeys(NAMES, {"state": "done"}) | {NAMES[3]: {"state": state}}
     write_json(folder / "status.json", states)
@@ -51,7 +52,8 @@ def test_what_a_reader_needs_is_kept_and_replaces_what_was_there(tmp_path):
     assert size == sum((out / k).stat().st_size for k in kept)
     each = ("results.json", "arm/metrics.jsonl", "samples.parquet")
     wanted = {f"{n}.ipynb" for n in NAMES} | {f"{n}/{f}" for n in NAMES for f in each}
-    wanted |= {"manifest.json", "status.json", "05_opd/pictures/00_base.zip"}
+    wanted |= {"manifest.json", "status.json"}
+    wanted |= {f"05_opd/pictures/{model}.zip" for model in ("00_base", "01_student_0")}
     assert kept == wanted | {"05_opd/student/adapter/adapter_model.safetensors"}
     assert list(pd.read_parquet(out / NAMES[0] / "samples.parquet")) == ["model", "OCR"]
     weights = load_file(out / "05_opd/student/adapter/adapter_model.safetensors")["w"]

@@ -45,18 +45,23 @@ class Lab:
 
     def run(self, job: str, folder: str = "", **spec: Any) -> Path:
         """Do a job, or go on with it, in `out/folder`; that folder. `work` says what there is."""
+        spec, into = self.spec_of(job, **spec), self.out / folder
+        if not self.launcher:
+            run_job(spec, into, self.site)
+            return into
+        self._served.do(spec, into)
+        return into
+
+    def spec_of(self, job: str, **spec: Any) -> dict[str, Any]:
+        """A job's specification, with what the adapters that it names come from. Raises ValueError for one
+        that is none."""
         spec = {k: v for k, v in {"job": job, "world": self.world.place, **spec}.items() if v is not None}
         named = [*spec.get("models", {}).values(), spec.get("adapter")]
         sources = self._sources(named)
         if sources:
             spec["adapters"] = sources | spec.get("adapters", {})
         check_spec(spec)
-        into = self.out / folder
-        if not self.launcher:
-            run_job(spec, into, self.site)
-            return into
-        self._served.do(spec, into)
-        return into
+        return spec
 
     def _sources(self, names: Iterable[str | None]) -> dict[str, Any]:
         """What these adapters come from, and what those come from that they are merged of."""

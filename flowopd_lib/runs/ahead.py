@@ -34,7 +34,7 @@ from ..files import ROOT, RUNS, locked, set_aside, write_json
 from ..jobs.lab import Lab
 from ..jobs.launchers import load_launcher
 from ..jobs.processes import Served
-from ..jobs.work import check_spec, shared_place
+from ..jobs.work import shared_place
 from . import report
 from .runner import NOTEBOOKS, choose, fingerprints, parameters_of, read_status
 
@@ -66,12 +66,7 @@ class Noting(Lab):
         self.site = Nowhere()
 
     def run(self, job: str, folder: str = "", **spec: Any) -> Path:
-        spec = {k: v for k, v in {"job": job, "world": self.world.place, **spec}.items() if v is not None}
-        sources = self._sources([*spec.get("models", {}).values(), spec.get("adapter")])
-        if sources:
-            spec["adapters"] = sources | spec.get("adapters", {})
-        check_spec(spec)
-        self.noted.append((self.out / folder, spec))
+        self.noted.append((self.out / folder, self.spec_of(job, **spec)))
         return self.out / folder
 
     def train(self, name, recipe, probe=None, after=""):
@@ -276,6 +271,9 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, help="where the run goes (default: papermill_runs/PROFILE)")
     args = parser.parse_args()
+    for item in args.set:
+        if "=" not in item:
+            parser.error(f"--set takes NAME=VALUE, not {item!r}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, args.processes))))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

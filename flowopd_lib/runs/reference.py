@@ -92,7 +92,8 @@ def _kept(source: Path, place: Path) -> bytes | None:
             return None
         table, packed = pd.read_parquet(source), io.BytesIO()
         if "picture" in table:
-            table.loc[[not _pictured(p, source.parent) for p in table["picture"]], "picture"] = None
+            kept = [_pictured(str(p), source.parent) for p in table["picture"]]
+            table["picture"] = table["picture"].where(kept)
         table.drop(columns=["embedding"], errors="ignore").to_parquet(packed, index=False)
         return packed.getvalue()
     if "adapter" in place.parts:
