@@ -8,8 +8,7 @@ over n^2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -91,21 +90,9 @@ def merge(
     # PEFT's `linear` weighs A and B by sqrt(w s) each: w^2 gives the means of both
     if method == "factor_wise":
         weights = [w**2 for w in weights]
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy.combine_adapters(adapters, weights, name, **how)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Several threads round as they share the work, and a training knows its start by its weights: it would
-    not go on in a process with another number of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def drawn_by_teachers(

@@ -436,6 +436,12 @@ def test_an_interval_as_long_as_the_bound_decides_whatever_is_true():
         ]
 
     assert not undecided(0.999) and undecided(1.2)
+    # certainly there, and certainly next to nothing
+    assert (
+        _verdict("> 0", 1e-6, 3e-6, 0.1)[0] == "bounded"
+        and _verdict("> 0", 0.05, 0.2, 0.1)[0] == "reproduced"
+    )
+    assert _verdict("> 0", -3e-6, -1e-6, 0.1)[0] == "contradicted"
 
 
 def test_what_a_larger_run_can_decide_is_foretold(tmp_path):

@@ -37,8 +37,8 @@ def test_smoke_profile_runs_every_notebook(tmp_path, short_walks):
             jobs = plan(notebook, whole, tmp_path / notebook)
             trained = {job.folder for job in jobs if job.spec["job"] == "train"}
             there = {p.parent for p in (tmp_path / notebook).rglob("adapter")}
-            # 03 trains where it can be watched
-            assert trained == there or (notebook == "03_expert_training" and not trained)
+            # 03 trains where it can be watched, and 07 goes on at the rate that val chose
+            assert trained == there or notebook[:2] in ("03", "07") and trained < there
             files = {job.folder / job.spec["file"] for job in jobs if "file" in job.spec}
             assert files and all(file.is_file() for file in files)
     status = json.loads((tmp_path / "status.json").read_text())

@@ -12,6 +12,7 @@ from flowopd_lib.prompts import Prompt
 from flowopd_lib.rollout import Sampler, initial_noise, trajectory
 from flowopd_lib.schedule import Schedule
 from flowopd_lib.sde import coefficients, velocity_weight
+from flowopd_lib.studies.estimators import mirrored
 
 STEPS = 5
 SAMPLER = Sampler(STEPS, "sde")
@@ -101,6 +102,29 @@ def test_as_coded_is_pathwise_plus_noise_of_mean_zero():
     )
     mean, error = mean_and_error(extra)
     assert (mean.abs() < 4 * error).all() and extra.abs().max() > 1e-3
+
+
+def test_an_action_and_its_mirror_image_leave_no_noise_of_the_score():
+    policy, found = policy_of(), {}
+    o = objective("as_coded", batch=20)
+    data = o.collect(policy, "student", 0, Share())
+    there, back = data.visits, mirrored(mirrored(data)).visits
+    for (*_, visits), (*_, again) in zip(there, back):
+        assert all(torch.allclose(a.step.x_next, b.step.x_next, atol=1e-6) for a, b in zip(visits, again))
+    for name in ("pathwise", "paper", "as_coded", "log_ratio"):
+        reading, sides = objective(name, batch=20), []
+        for side in (data, mirrored(data)):
+            for loss in reading.losses(policy, "student", side, 0):
+                loss.backward()
+            sides.append(policy.weights["student"].grad.clone())
+            policy.weights["student"].grad = None
+        found[name] = (sum(sides) / 2, (sides[0] - sides[1]).abs().max())
+    size = found["pathwise"][0].abs().max()
+    assert found["pathwise"][1] == 0 and found["paper"][1] > 0.05 * size  # one action alone is noise
+    assert found["paper"][0].abs().max() < 1e-3 * size
+    torch.testing.assert_close(found["as_coded"][0], found["pathwise"][0], rtol=1e-3, atol=1e-3 * size.item())
+    # of a reward that does depend on the action, the part that does not is noise and goes, the other stays
+    assert (found["log_ratio"][0] - found["pathwise"][0]).abs().max() > 0.01 * size
 
 
 @pytest.mark.parametrize("estimator", ["pathwise", "paper", "as_coded", "log_ratio", "return_to_go"])

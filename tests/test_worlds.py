@@ -170,6 +170,16 @@ def test_the_fifth_task_is_trained_distilled_and_judged(warm, tmp_path):
     table = lab.evaluate({"base": None, "student": "student"}, n=2, steps=2)
     warmth = table.groupby("task")["Warmth"].apply(lambda scores: scores.notna().all())
     assert warmth.to_dict() == {"geneval": False, "ocr": False, "pickscore": False, "warm": True}
+    more = lab.evaluate(
+        {"student#2": "student"}, "more.parquet", {"geneval": 2}, n=2, steps=2, tasks=["geneval", "warm"]
+    )
+    assert set(more["model"]) == {"student"} and set(more["train_seed"]) == {2}
+    sizes = more.groupby(["task", "prompt"], sort=False)["seed"].nunique()
+    assert sizes["geneval"].tolist() == [3, 3] and sizes["warm"].tolist() == [1, 1]
+    again = more[more["repeat"] > 0]
+    assert again["GenEval"].notna().all() and again["DeQA"].isna().all()  # which judges other prompts
+    with pytest.raises(ValueError, match="noises must be one of geneval, ocr, pickscore, warm, not 'signs'"):
+        lab.evaluate({"student": "student"}, noises={"signs": 1}, n=2)
 
 
 def test_the_example_trains_by_its_own_command(warm, tmp_path):

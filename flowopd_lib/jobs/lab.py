@@ -5,17 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
 from ..files import read_lines
+from ..inputs import check_value, one_of
 from ..policy import FlowPolicy
+from ..stats import GOLD
 from ..worlds import load_world
 from .launchers import load_launcher
 from .processes import Served
 from .site import Site
 from .work import check_spec, run_job
+
+# How far the seeds of further noises lie from the first ones.
+OTHER = 1 << 22
 
 
 class Lab:
@@ -84,10 +90,34 @@ class Lab:
         return read_lines(folder / "metrics.jsonl"), read_lines(folder / "probes.jsonl")
 
     def evaluate(
-        self, models: Mapping[str, str | None], file: str = "samples.parquet", **how
+        self,
+        models: Mapping[str, str | None],
+        file: str = "samples.parquet",
+        noises: Mapping[str, int] = MappingProxyType({}),
+        **how,
     ) -> pd.DataFrame:
-        """The table of `evaluate` for the first `n` prompts of each task of a `split`, in `out`."""
-        return pd.read_parquet(self.run("evaluate", models=dict(models), file=file, **how) / file)
+        """The table of `evaluate` for the first `n` prompts of each task of a `split`, in `out`. A model
+        called NAME#K is training K of NAME: in the table `train_seed` K of the model NAME.
+
+        `noises`: by task, how many more samples of each of its prompts, for more certain means; only the
+        task's own judges are asked, and nothing is drawn for a gallery. They have seeds of their own, and lie
+        in TASK_file.
+        """
+        for task in noises:
+            check_value("noises", task, one_of(*self.world.own))
+        tables = [self.table("evaluate", file, models=dict(models), **how)]
+        for task, more in noises.items():
+            asked = [judge for judge, home, _ in self.world.home if home == task]
+            asked += [judge + GOLD for judge in asked if judge + GOLD in self.world.specs]
+            again = {"tasks": [task], "judges": asked, "repeats": more, "seed": how.get("seed", 0) + OTHER}
+            beside = {k: v for k, v in how.items() if k not in ("pictures", "embed")} | again
+            rows = self.table("evaluate", f"{task}_{file}", models=dict(models), **beside)
+            tables.append(rows.assign(repeat=rows["repeat"] + how.get("repeats", 1)))
+        table = pd.concat(tables, ignore_index=True)
+        named = table["model"].str.extract(r"^(.*?)(?:#(\d+))?$")
+        if named[1].isna().all():
+            return table
+        return table.assign(model=named[0], train_seed=named[1].fillna(0).astype(int))
 
     def table(self, job: str, file: str, **spec) -> pd.DataFrame:
         """The table that a job leaves in `out`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,18 @@ def check_source(where: str, source: Any) -> None:
             f"{', '.join(SOURCES)}, not be {source!r}"
         )
     check_mapping(where, source, SOURCES[kind], f"{where}.")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several threads round as they share the work, and a training knows its start by its weights: it would
+    not go on in a process with another number of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Site:
@@ -98,7 +111,8 @@ class Site:
         elif "merge" in source:
             how = {k: v for k, v in source.items() if k not in ("merge", "adapters")}
             self.adapters(source["adapters"], sources)
-            merge(self.policy, source["adapters"], name, source["merge"], **how)
+            with _one_thread():
+                merge(self.policy, source["adapters"], name, source["merge"], **how)
         else:
             alpha = source.get("alpha") or 2 * source["rank"]
             targets = tuple(source.get("targets", self.world.targets))

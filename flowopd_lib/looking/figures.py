@@ -238,7 +238,8 @@ def probe_curves(probes: Mapping[str, pd.DataFrame], x: str, title: str) -> Figu
 
 def paths_figure(probes: Mapping[str, pd.DataFrame], home: Home, title: str) -> Figure:
     """A panel per pair of judges, a line per training: where its two scores went while it trained, from the
-    ring to the dot. A line down to the right, or up to the left, is a seesaw."""
+    ring to the dot. A line down to the right, or up to the left, is a seesaw. Small dots are looks, whose
+    prompts are few; the line is the mean of up to five neighbours, but at its ends."""
     pairs = list(itertools.combinations([judge for judge, *_ in home], 2))
     columns = min(len(pairs), 3)
     rows = -(-len(pairs) // columns)
@@ -246,8 +247,11 @@ def paths_figure(probes: Mapping[str, pd.DataFrame], home: Home, title: str) -> 
     colors = model_colors(probes)
     for axis, (x, y) in zip(axes.flat, pairs):
         for name, seen in probes.items():
-            path = seen.pivot(index="iteration", columns="judge", values="mean").sort_index()
-            axis.plot(path[x], path[y], "-", color=colors[name], lw=2, label=name)
+            path = seen.pivot(index="iteration", columns="judge", values="mean").sort_index()[[x, y]]
+            reach = [min(2, i, len(path) - 1 - i) for i in range(len(path))]
+            smooth = np.array([path.iloc[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
+            axis.plot(path[x], path[y], ".", color=colors[name], ms=4, alpha=0.35)
+            axis.plot(*smooth.T, "-", color=colors[name], lw=2, label=name)
             axis.plot(*path[[x, y]].iloc[0], "o", color=colors[name], mfc="white", ms=7)
             axis.plot(*path[[x, y]].iloc[-1], "o", color=colors[name], ms=6)
         axis.set(xlabel=x, ylabel=y)

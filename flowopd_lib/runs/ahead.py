@@ -73,17 +73,15 @@ class Noting(Lab):
         super().train(name, recipe, probe, after)
         return pd.DataFrame(TRAINED), pd.DataFrame(TRAINED)
 
-    def evaluate(self, models, file="samples.parquet", **how):
-        self.run("evaluate", models=dict(models), file=file, **how)
+    def table(self, job, file, **spec):
+        self.run(job, file=file, **spec)
+        if job != "evaluate":
+            return pd.DataFrame()
         judges = dict.fromkeys(self.world.specs, np.nan)
         about = {"tag": "", "prompt": "", "repeat": 0, "seed": 0}
         return pd.DataFrame(
-            [{"model": m, "task": t, **about, **judges} for m in models for t in self.world.own]
+            [{"model": m, "task": t, **about, **judges} for m in spec["models"] for t in self.world.own]
         )
-
-    def table(self, job, file, **spec):
-        self.run(job, file=file, **spec)
-        return pd.DataFrame()
 
     def live(self, make):
         return None

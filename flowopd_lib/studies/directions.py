@@ -20,6 +20,9 @@ from ..stats import Home, home_scores, paired_differences
 from ..worlds import World
 from .interference import block_of, gram_table
 
+# Below this, in full scales, what a score changes from prompt to prompt is no noise to weigh it by.
+LEAST = 1e-3
+
 
 def model_of(direction: str, size: float, start: str = "") -> str:
     """The name of theta + a tau in a table of scores."""
@@ -154,7 +157,9 @@ def foretold(
     pairs. 1 is exact.
 
     One half of the prompts foretells and the other is measured, each way, so that no prompt's noise is on
-    both sides; and what noise takes from the slope, sum(p_A m_B) / sum(p_A p_B) gives back.
+    both sides; and what noise takes from the slope, sum(p_A m_B) / sum(p_A p_B) gives back. A judge's pairs
+    weigh by the inverse variance of its change from prompt to prompt (weighted least squares), or the noise
+    of a judge that says yes or no would be all there is.
     """
     parts = []
     for judge, task, scale in home:
@@ -163,9 +168,9 @@ def foretold(
         others = [d for d, own in directions.items() if own != judge]
         p = np.stack([scores[model_of(d, small)] - scores["base"] for d in others], 1) * (whole / small)
         m = np.stack([scores[model_of(d, whole)] - scores["base"] for d in others], 1)
-        parts.append((p, m))
+        parts.append((p, m, 1 / max(m.var(0).mean(), LEAST**2)))
     rng, top, bottom = np.random.default_rng(seed), 0.0, 0.0
-    for p, m in parts:
+    for p, m, weight in parts:
         means = []
         for side in (0, 1):
             n = len(p[side::2])
@@ -173,10 +178,10 @@ def foretold(
             drawn = np.vstack([np.ones(n), rng.multinomial(n, [1 / n] * n, size=resamples)]) / n
             means.append((drawn @ p[side::2], drawn @ m[side::2]))
         (pa, ma), (pb, mb) = means
-        top = top + (pa * mb + pb * ma).sum(1)
-        bottom = bottom + 2 * (pa * pb).sum(1)
+        top = top + weight * (pa * mb + pb * ma).sum(1)
+        bottom = bottom + weight * 2 * (pa * pb).sum(1)
     slopes = np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
     # else the small steps move nothing above their noise
     known = np.isfinite(slopes).mean() >= 0.95
     low, high = np.nanquantile(slopes[1:], (0.025, 0.975)) if known else (np.nan, np.nan)
-    return float(slopes[0]), float(low), float(high), sum(p.shape[1] for p, _ in parts)
+    return float(slopes[0]), float(low), float(high), sum(p.shape[1] for p, *_ in parts)

@@ -9,9 +9,15 @@ the squared norm that averaging cannot explain:
                                                             of it
     noise                 tr Cov(g of one batch) / |E g_pathwise|^2
 
+At every state visited the mean is that of the action taken and of its mirror image at the other side of the
+policy's mean, 2 mu - x_{k+1}, which is as likely (antithetic variates): the score changes its sign between
+the two, so a reward that does not depend on the action leaves none of its noise in the mean. `return_to_go`
+knows what followed on the action taken alone, and is left as it is. The noise is that of one batch as a
+training draws it.
+
 Standard errors: jackknife over batches. A reading that multiplies a KL by a score has noise that falls with
-the KL, so its mean shows best with teachers near the student: `--distance 0.1` puts them a tenth of the way
-from its weights to theirs.
+the KL, so the mean of `return_to_go` shows best with teachers near the student: `--distance 0.1` puts them a
+tenth of the way from its weights to theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +36,7 @@ from ..files import write_json
 from ..jobs.site import Site
 from ..merge import merge
 from ..objectives import ESTIMATORS, OPD, Share
+from ..objectives.opd import Visit, Walks
 from ..policy import FlowPolicy
 from ..progress import progress
 from ..schedule import Schedule
@@ -44,37 +52,65 @@ def gradients(
     batches: int,
     kept: Gradients | None = None,
     share: Share = Share(),
-) -> dict[str, torch.Tensor]:
-    """By objective, (batches, P) float32: the loss's gradient by the adapter's weights. The objectives,
-    readings of one distillation, share the rollouts of each iteration and the teachers' velocities there,
-    which the first that is not `pathwise` alone collects. `kept` and `share`: see `interference`."""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """By objective, (batches, P) float32: the loss's gradient by the adapter's weights, on the actions taken;
+    and its mean on these and their mirror images. The objectives, readings of one distillation, share the
+    rollouts of each iteration and the teachers' velocities there, which the first that is not `pathwise`
+    alone collects. `kept` and `share`: see `interference`."""
     parameters, kept = policy.train_adapter(adapter), kept or Gradients()
     collector = next(
         (o for o in objectives.values() if o.readings != ["pathwise"]), next(iter(objectives.values()))
     )
     mine = range(share.rank, batches, share.world)
-    shown = share.rank == 0
+    shown, held = share.rank == 0, f"{adapter}_mirrored"
+
+    def gradient(objective: OPD, data: Walks) -> torch.Tensor:
+        for loss in objective.losses(policy, adapter, data, 0):
+            loss.backward()
+        found = torch.cat([p.grad.flatten() for p in parameters]).cpu()
+        for p in parameters:
+            p.grad = None
+        return found
+
     with progress(len(mine) * len(objectives), f"gradients of {len(objectives)} readings", shown) as advance:
         for iteration in mine:
-            if not kept.has(adapter, iteration):
+            if not kept.has(held, iteration):
                 data, found = collector.collect(policy, adapter, iteration, Share()), {}
                 for name, objective in objectives.items():
-                    for loss in objective.losses(policy, adapter, data, 0):
-                        loss.backward()
-                    found[name] = torch.cat([p.grad.flatten() for p in parameters]).cpu()
-                    for p in parameters:
-                        p.grad = None
+                    found[name] = gradient(objective, data)
+                    if not {"pathwise", "return_to_go"}.issuperset(objective.readings):
+                        found[f"{name} mirrored"] = gradient(objective, mirrored(data))
                     advance(1)
-                kept.put(adapter, iteration, found)
+                kept.put(held, iteration, found)
     share.wait()
-    rows = [kept.get(adapter, iteration) for iteration in range(batches)]
-    return {name: torch.stack([found[name] for found in rows]) for name in objectives}
+    rows = [kept.get(held, iteration) for iteration in range(batches)]
+    taken = {name: torch.stack([found[name] for found in rows]) for name in objectives}
+    both = {
+        name: (g + torch.stack([found.get(f"{name} mirrored", found[name]) for found in rows])) / 2
+        for name, g in taken.items()
+    }
+    return taken, both
 
 
-def compare_estimators(gradients_of: dict[str, torch.Tensor]) -> pd.DataFrame:
+def mirrored(data: Walks) -> Walks:
+    """The same states, and at each of them the action at the other side of the policy's mean."""
+
+    def other(visit: Visit) -> Visit:
+        step = visit.step
+        return replace(visit, step=replace(step, x_next=2 * step.mean - step.x_next))
+
+    visits = [(*which, [other(visit) for visit in found]) for *which, found in data.visits]
+    return replace(data, visits=visits, records=[])
+
+
+def compare_estimators(
+    gradients_of: Mapping[str, torch.Tensor], averaged: Mapping[str, torch.Tensor] | None = None
+) -> pd.DataFrame:
     """A row per estimator from their gradients (batches, P), `pathwise` among them: estimator, mean, se,
-    noise, noise se, n batches."""
-    reference, rows = gradients_of["pathwise"].double(), []
+    noise, noise se, n batches. `averaged`: the same with less noise and the same means, which the mean is
+    then taken of."""
+    averaged = gradients_of if averaged is None else averaged
+    reference, rows = averaged["pathwise"].double(), []
     n = len(reference)
     if n < 3:
         raise ValueError(f"a standard error over batches needs at least 3 of them, not {n}")
@@ -84,7 +120,8 @@ def compare_estimators(gradients_of: dict[str, torch.Tensor]) -> pd.DataFrame:
 
     size = (reference @ reference.T).numpy()
     for name, g in gradients_of.items():
-        cross, own = (g.double() @ reference.T).numpy(), (g.double() @ g.double().T).numpy()
+        cross = (averaged[name].double() @ reference.T).numpy()
+        own = (g.double() @ g.double().T).numpy()
 
         def figures(keep: np.ndarray) -> np.ndarray:
             here = np.ix_(keep, keep)
@@ -132,8 +169,8 @@ def measure(
             teachers[task] = near
     schedule = Schedule({t: world.prompts(t, "train") for t in teachers}, images, seed=seed)
     readings = {n: OPD(schedule, teachers, world.distillation, n, mar=0.0) for n in estimators}
-    found = gradients(policy, adapter, readings, batches, Gradients(folder), site.share)
-    return compare_estimators(found)
+    taken, both = gradients(policy, adapter, readings, batches, Gradients(folder), site.share)
+    return compare_estimators(taken, both)
 
 
 def main() -> None:

@@ -398,12 +398,13 @@ def _verdict(claimed: str, low: float, high: float, bound: float) -> tuple[str, 
     if np.isnan(low) or np.isnan(high):
         return "undecided", "nothing above the noise"
     sign = "> 0" if low > 0 else "< 0" if high < 0 else ""
-    if sign:
-        same = sign == claimed
-        return ("reproduced", "") if same else ("contradicted", "the interval is on the other side of 0")
-    if low == high:
+    if sign and sign != claimed:
+        return "contradicted", "the interval is on the other side of 0"
+    if not sign and low == high:
         return "undecided", "no score changed on any prompt, which tells nothing of the next prompt"
     if -bound <= low and high <= bound:
         return "bounded", f"an effect of {bound:.3g}, a third of the paper's or what was fixed, is ruled out"
+    if sign:
+        return "reproduced", ""
     beyond = "" if np.isnan(bound) else f" and reaches beyond {bound:.3g} from it"
     return "undecided", f"the interval includes 0{beyond}"
