@@ -62,7 +62,9 @@ def test_every_notebook_in_two_processes(world, tmp_path):
     status = json.loads((tmp_path / "status.json").read_text())
     assert {s["state"] for s in status.values()} == {"done"} and len(status) == 10
     table = pd.read_parquet(tmp_path / "05_opd" / "samples.parquet")
-    assert {"GenEval", "OCR", "PickScore", "DeQA"} <= set(table) and table["DeQA"].notna().all()
+    assert {"GenEval", "OCR", "PickScore", "DeQA"} <= set(table)
+    # of further samples (`noises`) only the task's own judges are asked
+    assert (table["DeQA"].notna() == (table["repeat"] == 0)).all() and table["repeat"].max() == 1
     # what two notebooks beside one another ask serves all of them
     assert len(list((tmp_path / ".jobs").glob("*/log.txt"))) <= 2
     assert len(list((tmp_path / ".jobs").glob("*/*.done"))) > 20
