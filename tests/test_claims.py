@@ -118,7 +118,9 @@ def write_run(folder, sign=1, noise=0.05, leave_out=()):
     for notebook, models in TRUE.items():
         (folder / notebook).mkdir()
         kept = {m: s for m, s in models.items() if m not in leave_out}
-        samples(kept, sign, noise).to_parquet(
+        table = samples(kept, sign, noise)
+        table = table.assign(**{f"{judge} gold": table[judge] for judge in SCALE})
+        table.to_parquet(
             folder / notebook / ("ood.parquet" if notebook == "08_results" else "samples.parquet")
         )
     (folder / "01_gradient_interference").mkdir()

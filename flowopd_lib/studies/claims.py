@@ -237,6 +237,28 @@ def beyond_mix(run: Run, claim: Claim) -> Effect:
     return replace(found, note="; ".join(filter(None, (found.note, spent))))
 
 
+def at_total_compute(twin: str = ""):
+    """Test: the student's Average less that of GRPO-Mix with all the time that the experts and the student
+    took, by the judges or, with GOLD, by their twins, on which nothing is trained. Both were asked after the
+    run of commit e566ec6 was seen: of that run they are a description, not a test."""
+    mix, notebook = "Mix total", "02_mixed_reward_seesaw"
+    parts = [(judge + twin, task, scale) for judge, task, scale in AVERAGE]
+
+    def test(run: Run, claim: Claim) -> Effect:
+        ours, other = run.samples(claim.needs), run.samples(notebook)
+        if mix not in set(other["model"]):
+            raise Missing(f"{notebook}: the table has no {mix!r}")
+        table = pd.concat([ours[ours["model"] == "student"], other[other["model"] == mix]], ignore_index=True)
+        return Effect(
+            *paired(table, "student", mix, parts),
+            table.loc[table["model"] == "student", "train_seed"].nunique() if "train_seed" in table else 1,
+            f"Average{' of the twins' if twin else ''}, student minus {mix}, by prompts",
+            bound=claim.margin * distance(run, AVERAGE),
+        )
+
+    return test
+
+
 def some(prefix: str, baseline: str, *judges: str):
     """Test: the change claimed appears for some model that begins with `prefix` and some judge, with
     Bonferroni's intervals over all of them.

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..inputs import check_value, one_of
+from ..stats import GOLD
 from .claims import (
     HALF,
     Claim,
@@ -17,6 +18,7 @@ from .claims import (
     Run,
     against,
     along_others,
+    at_total_compute,
     beyond_mix,
     first_order,
     follows,
@@ -173,6 +175,22 @@ CLAIMS = (
         _MAIN,
         _05,
         beyond_mix,
+        margin=third("student", "GRPO-Mix"),
+    ),
+    Claim(
+        "opd_mix_total",
+        "Flow-OPD's Average is above GRPO-Mix's at equal compute, that of the experts counted",
+        _MAIN,
+        _05,
+        at_total_compute(),
+        margin=third("student", "GRPO-Mix"),
+    ),
+    Claim(
+        "opd_mix_total_gold",
+        "So it is by judges on which nothing was trained: GRPO-Mix hacks its rewards more",
+        _MAIN,
+        _05,
+        at_total_compute(GOLD),
         margin=third("student", "GRPO-Mix"),
     ),
     Claim(
