@@ -24,7 +24,8 @@ from flowopd_lib.looking.result_figures import (
 )
 from flowopd_lib.runs.runner import NOTEBOOKS
 from flowopd_lib.studies.claims import Claim, Missing, Run, paired, some
-from flowopd_lib.studies.ledger import CLAIMS, _verdict, judge
+from flowopd_lib.studies.ledger import _verdict, judge
+from flowopd_lib.studies.paper_claims import CLAIMS
 from flowopd_lib.studies.power import power
 
 SCALE = {"GenEval": 1.0, "OCR": 1.0, "PickScore": 26.0, "DeQA": 5.0}
