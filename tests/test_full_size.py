@@ -117,6 +117,14 @@ def test_hours_by_the_rates_of_the_world():
     assert table.loc["all", "GPU hours"] == pytest.approx(table["GPU hours"].iloc[:-1].sum())
 
 
+def test_further_noises_are_counted():
+    plain = parameters_of(NOTEBOOKS / "05_opd.ipynb") | {"n_test": 50}
+    drawn = [
+        cost_table({"05_opd": plain | {"noises": n}}, load_world)["pictures"][0] for n in ({}, {"ocr": 3})
+    ]
+    assert drawn[1] - drawn[0] == 10 * 50 * 3  # the base, four experts, merged, three students and the mix
+
+
 def test_the_slurm_file_runs_its_profile_and_goes_on():
     text = (ROOT / "papermill_runs" / "slurm" / "full_run.sbatch").read_text()
     assert subprocess.run(["bash", "-n", "-c", text]).returncode == 0

@@ -43,10 +43,10 @@ class Costs:
     def evaluation(
         self, models: int, split: str = "test", n: str = "n_test", tasks: int | None = None
     ) -> Work:
-        """`n` prompts a task, or as many as there are, under every model."""
-        own = list(self.world.own)[:tasks]
-        prompts = sum(min(self.p[n], self._there(task, split)) for task in own)
-        images = models * prompts * self.p.get("repeats", 1)
+        """`n` prompts a task, or as many as there are, under every model, and the further `noises`."""
+        more = self.p.get("noises", {}) if n == "n_test" else {}
+        each = {task: self.p.get("repeats", 1) + more.get(task, 0) for task in list(self.world.own)[:tasks]}
+        images = models * sum(min(self.p[n], self._there(task, split)) * k for task, k in each.items())
         passes = _passes(self.world.evaluation.guidance)
         return Work(images, images * self.p.get("steps", self.world.evaluation.steps) * passes)
 
@@ -127,11 +127,13 @@ def _distillation(c: Costs) -> Work:
 def _readings(c: Costs) -> Work:
     p, readings = c.p, 5
     compared = c.opd(p["batches"], p["images"], anchor=False)
-    compared = Work(compared.images, compared.forwards, compared.updates * readings) * 2
-    trained = c.opd(p["iterations"], p["prompts_per_batch"], anchor=False) * (readings * len(p["rates"]))
+    # three of them at the mirror images of the actions too
+    compared = Work(compared.images, compared.forwards, compared.updates * (readings + 3)) * 2
+    trainings = readings * (len(p["rates"]) + p["train_seeds"] - 1)
+    trained = c.opd(p["iterations"], p["prompts_per_batch"], anchor=False) * trainings
     alone = c.opd(p["step_iterations"], p["prompts_per_batch"], 1, False) * len(c.world.distillation.window)
     looks = c.evaluation(readings * len(p["rates"]) + len(c.world.distillation.window) + 2, "val", "n_val")
-    return compared + trained + alone + looks + c.evaluation(1 + readings)
+    return compared + trained + alone + looks + c.evaluation(1 + readings * p["train_seeds"])
 
 
 NOTEBOOKS: dict[str, Callable[[Costs], Work]] = {
@@ -150,6 +152,7 @@ NOTEBOOKS: dict[str, Callable[[Costs], Work]] = {
         + c.evaluation(2 + len(c.p["arms"]) * c.p["train_seeds"])
     ),
     "07_opd_estimators": _readings,
+    # where 05 has one training of each
     "08_results": lambda c: c.evaluation(4, "ood"),
 }
 
