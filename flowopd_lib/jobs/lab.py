@@ -117,7 +117,7 @@ class Lab:
         named = table["model"].str.extract(r"^(.*?)(?:#(\d+))?$")
         if named[1].isna().all():
             return table
-        return table.assign(model=named[0], train_seed=named[1].fillna(0).astype(int))
+        return table.assign(model=named[0], train_seed=named[1].fillna("0").astype(int))
 
     def table(self, job: str, file: str, **spec) -> pd.DataFrame:
         """The table that a job leaves in `out`."""
