@@ -418,6 +418,8 @@ def test_the_tables_and_figures_of_the_results(tmp_path):
         surpassing_figure(passed.reset_index()),
     ):
         figure.savefig(tmp_path / "figure.png")
+    sure = ledger.assign(low=ledger["effect"] - 1e-7, high=ledger["effect"] + 1e-7)
+    assert ledger_figure(sure, "a run without noise").axes[0].get_xlim()[1] < 100
     write_json(tmp_path / "ledger.json", ledger.to_dict("records"))
     assert (
         said(lambda: model_scores(Run(tmp_path / "none").samples("05_opd")))

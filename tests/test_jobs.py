@@ -1,6 +1,5 @@
 """One way to compute: a job in this process, and in one, two and four of their own, leaves the same."""
 
-import contextlib
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ from flowopd_lib.checkpoint import load_state
 from flowopd_lib.files import ROOT, RUNS, read_lines
 from flowopd_lib.jobs.launchers import load_launcher
 from flowopd_lib.jobs.processes import serving, shared
-from flowopd_lib.jobs.site import Site
+from flowopd_lib.jobs.site import Site, one_thread
 from flowopd_lib.jobs.work import JOBS, check_spec, run_job
 from flowopd_lib.objectives import Share
 
@@ -54,17 +53,6 @@ def ended(process: subprocess.Popen) -> str:
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said[-4000:]
     return said
-
-
-@contextlib.contextmanager
-def one_thread():
-    """As in the processes that are started: roundings depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,10 @@ def test_smoke_profile_runs_every_notebook(tmp_path, short_walks):
         "image/png" in o.get("data", {}) for c in executed.cells if c.cell_type == "code" for o in c.outputs
     )
     assert pictures == 6
+    rows = json.loads((tmp_path / "07_opd_estimators" / "results.json").read_text())["estimators"]
+    along = {(r["estimator"], r["distance"]): r["mean along pathwise"] for r in rows}
+    assert abs(along["paper", 0.1]) < 1e-3 and abs(along["as_coded", 0.1] - 1) < 0.2
+    assert along["return_to_go", 0.1] != 0  # which has no mirror image
 
 
 def test_a_failing_cell_is_shown(tmp_path):

@@ -48,9 +48,9 @@ def check_source(where: str, source: Any) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Several threads round as they share the work, and a training knows its start by its weights: it would
-    not go on in a process with another number of them."""
+def one_thread() -> Iterator[None]:
+    """Several threads round as they share the work. A merge is made by one, for a training knows its start by
+    its weights: it would not go on in a process with another number of them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -111,7 +111,7 @@ class Site:
         elif "merge" in source:
             how = {k: v for k, v in source.items() if k not in ("merge", "adapters")}
             self.adapters(source["adapters"], sources)
-            with _one_thread():
+            with one_thread():
                 merge(self.policy, source["adapters"], name, source["merge"], **how)
         else:
             alpha = source.get("alpha") or 2 * source["rank"]

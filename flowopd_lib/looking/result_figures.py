@@ -32,6 +32,9 @@ VERDICTS = {  # on a claim that was tested: its title and its colour
     "calibrated": ("Calibrated: the world was made so, which is no result", "#CC79A7"),
 }
 
+# How far from 0 the figure of the ledger goes.
+FAR = 30
+
 
 def said(make: Callable[[], pd.DataFrame]) -> pd.DataFrame | str:
     """What `make` returns, or the line that says what the run lacks for it."""
@@ -212,6 +215,8 @@ def ledger_figure(ledger: pd.DataFrame, source: str) -> Figure:
     rows = ledger[ledger["high"] > ledger["low"]]
     half = (rows["high"] - rows["low"]) / 2 * np.where(rows["claimed"] == "< 0", -1, 1)
     effect, ends = rows["effect"] / half, np.sort(np.stack([rows["low"] / half, rows["high"] / half]), 0)
+    # what has next to no noise would be all that the axis shows
+    effect, ends = effect.clip(-FAR, FAR), ends.clip(-FAR, FAR)
     figure, axis = plt.subplots(figsize=(13, 0.42 * len(rows) + 1.7))
     for name, (_, colour) in VERDICTS.items():
         here = np.flatnonzero(rows["verdict"] == name)
@@ -234,13 +239,13 @@ def ledger_figure(ledger: pd.DataFrame, source: str) -> Figure:
     axis.set_xscale("symlog", linthresh=2)
     ticks = [
         t
-        for t in (-30, -10, -3, -1, 0, 1, 3, 10, 30)
+        for t in (-FAR, -10, -3, -1, 0, 1, 3, 10, FAR)
         if rows.empty or min(ends.min(), -1) - 2 <= t <= max(ends.max(), 1) + 2
     ]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.set(
         ylim=(max(len(rows), 1) - 0.5, -0.5),
-        xlabel="effect in the direction claimed / half the width of its 95 % interval",
+        xlabel=f"effect in the direction claimed / half the width of its 95 % interval, drawn to {FAR}",
         title=f"The paper's claims on {source}",
     )
     axis.legend(fontsize=9, loc="best")

@@ -177,7 +177,7 @@ CLAIMS = (
     ),
     Claim(
         "opd_mix_total_gold",
-        "So it is by judges on which nothing was trained: GRPO-Mix hacks its rewards more",
+        "Flow-OPD's Average is above GRPO-Mix's at equal compute by judges on which nothing was trained",
         _MAIN,
         _05,
         at_total_compute(GOLD),
