@@ -181,6 +181,15 @@ def test_what_was_fetched_can_be_merged(run, place, tmp_path, policy):
     policy.remove_adapters()
 
 
+@pytest.mark.parametrize("folder", sorted(kept.PLACE.glob("[!.]*")), ids=lambda folder: folder.name)
+def test_what_the_repository_keeps_is_of_its_code(folder):
+    told = json.loads((folder / kept.RECORD).read_text())
+    assert told["key"] == folder.name and told["follows_from"]["code"] == kept._code(), (
+        "what trainings follow from has changed (kept.CODE), and this one is never found again: delete it, "
+        "or take the change back"
+    )
+
+
 def test_a_run_without_trainings_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["keep", str(tmp_path)])
     with pytest.raises(SystemExit, match="holds no training that has ended"):

@@ -5,9 +5,10 @@ import json
 import nbformat
 import pytest
 
-from flowopd_lib.files import ROOT, write_json
+from flowopd_lib.files import ROOT, read_lines, write_json
 from flowopd_lib.inputs import read_yaml
 from flowopd_lib.runs.ahead import plan, run_ahead
+from flowopd_lib.runs.arguments import overrides_of
 from flowopd_lib.runs.runner import NOTEBOOKS, check_parameters, load_profile, parameters_of, run_profile
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -61,6 +62,9 @@ def test_smoke_profile_runs_every_notebook(tmp_path, short_walks):
     along = {(r["estimator"], r["distance"]): r["mean along pathwise"] for r in rows}
     assert abs(along["paper", 0.1]) < 1e-3 and abs(along["as_coded", 0.1] - 1) < 0.2
     assert along["return_to_go", 0.1] != 0  # which has no mirror image
+    seesaw = json.loads((tmp_path / "02_mixed_reward_seesaw" / "results.json").read_text())
+    assert (seesaw["iterations"]["Mix total"], seesaw["iterations"]["Mix twice"]) == (1, 2)
+    assert len(read_lines(tmp_path / "02_mixed_reward_seesaw" / "mix_twice_0" / "metrics.jsonl")) == 1
 
 
 def test_a_failing_cell_is_shown(tmp_path):
@@ -90,6 +94,19 @@ def test_a_misspelt_parameter_is_an_error_before_anything_runs(tmp_path):
         load_profile("smok")
     with pytest.raises(ValueError, match="no notebook that begins with '77'"):
         run_profile("smoke", only="77", folder=tmp_path / "run")
+
+
+def test_parameters_are_set_in_yaml():
+    assert overrides_of(["n=3", "noises={geneval: 3}", "arms=[a, b=c]", "out_dir="]) == {
+        "n": 3,
+        "noises": {"geneval": 3},
+        "arms": ["a", "b=c"],
+        "out_dir": None,
+    }
+    with pytest.raises(ValueError, match="--set takes NAME=VALUE, not 'n'"):
+        overrides_of(["n"])
+    with pytest.raises(ValueError, match=r"the value in --set 'arms=\[a' is no YAML, such as"):
+        overrides_of(["arms=[a"])
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)

@@ -2,10 +2,12 @@
 
 import pandas as pd
 import pytest
+import torch
 
 from flowopd_lib.jobs.recipes import build
 from flowopd_lib.jobs.site import Site
 from flowopd_lib.studies.seesaw import Plateau, alone, arms_of, judges_of, mix_of
+from flowopd_lib.studies.stages import go_on, stages_of
 
 SIZE = (8, 4, 3, 0, 1e-3)  # iterations, prompts, images, seed, rate
 
@@ -57,3 +59,28 @@ def test_the_arms_are_the_papers(world, policy):
         _, objective, config = build(recipe, site=Site(world, policy=policy), name="arm")
         assert objective.schedule.size == 4 and config.iterations in (8, 2)
         policy.remove_adapters()
+
+
+def test_a_stage_does_what_is_left_from_the_adapter_of_the_one_before(world):
+    assert stages_of({"twice": 8, "once": 4, "more": 6}) == [
+        ("once", 4, "", 0),
+        ("more", 6, "once", 4),
+        ("twice", 8, "more", 6),
+    ]
+    assert stages_of({}) == []
+    with pytest.raises(ValueError, match="budgets gives once and again the same 4 iterations, and each goes"):
+        stages_of({"once": 4, "again": 4})
+    whole = arms_of(world, *SIZE)["Mix 3:1:1"]
+    adapter = str(world.adapter("ocr"))
+    stage = go_on({**whole, "seed": 1}, adapter, 6)
+    site = Site(world)
+    policy, objective, config = build(stage, site=site, name="stage")
+    site.adapters(["ocr"], {})
+    assert config.iterations == 2 and config.lr == whole["train"]["lr"] and config.warmup
+    assert all(
+        torch.equal(w, policy.adapter_parameters("ocr")[name])
+        for name, w in policy.adapter_parameters("stage").items()
+    )
+    begun = build({**whole, "seed": 1}, site=site, name="whole")[1].schedule
+    drawn = [{s for i in range(8) for s in b.draw(i).seeds} for b in (begun, objective.schedule)]
+    assert not drawn[0] & drawn[1]

@@ -8,7 +8,6 @@ notebook itself.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -28,7 +27,6 @@ from unittest.mock import patch
 import nbformat
 import numpy as np
 import pandas as pd
-import yaml
 
 from ..files import ROOT, RUNS, locked, set_aside, write_json
 from ..jobs.lab import Lab
@@ -36,6 +34,7 @@ from ..jobs.launchers import load_launcher
 from ..jobs.processes import Served
 from ..jobs.work import shared_place
 from . import report
+from .arguments import of_profile, overrides_of
 from .runner import NOTEBOOKS, choose, fingerprints, parameters_of, read_status
 
 TRAINED = {"iteration": [0.0], "seconds": [0.0]}
@@ -256,28 +255,14 @@ def run_ahead(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m flowopd_lib.runs.ahead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("profile", help="a file of papermill_runs/profiles, without .yaml")
+    parser = of_profile("python -m flowopd_lib.runs.ahead", __doc__)
     parser.add_argument("--processes", type=int, required=True, help="jobs beside one another")
-    parser.add_argument("--only", default="", help="notebooks that begin with this, such as 00")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="parameters"
-    )
-    parser.add_argument("--folder", type=Path, help="where the run goes (default: papermill_runs/PROFILE)")
     args = parser.parse_args()
-    for item in args.set:
-        if "=" not in item:
-            parser.error(f"--set takes NAME=VALUE, not {item!r}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, args.processes))))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        overrides = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in args.set)}
-        left = run_ahead(args.profile, args.processes, args.only, overrides, args.folder)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+        left = run_ahead(args.profile, args.processes, args.only, overrides_of(args.set), args.folder)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; the same command goes on from there")

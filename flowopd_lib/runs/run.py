@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from functools import cache
-from pathlib import Path
-
-import yaml
 
 from ..worlds import load_world
+from .arguments import of_profile, overrides_of
 from .cost import cost_table
 from .runner import NOTEBOOKS, choose, parameters_of, run_profile
 
@@ -29,23 +26,12 @@ def costs(chosen: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flowopd_lib.runs", description=__doc__)
-    parser.add_argument("profile", help="a file of papermill_runs/profiles, without .yaml")
-    parser.add_argument("--only", default="", help="notebooks that begin with this, such as 00")
+    parser = of_profile("python -m flowopd_lib.runs", __doc__)
     parser.add_argument(
         "--resume",
         action="store_true",
         help="leave out what is done and unchanged, go on with what was cut off",
     )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="override parameters, in the notebooks that have them",
-    )
-    parser.add_argument("--folder", type=Path, help="where the run goes (default: papermill_runs/PROFILE)")
     parser.add_argument("--cost", action="store_true", help="only tell what it would cost")
     parser.add_argument(
         "--jobs",
@@ -54,13 +40,10 @@ def main() -> None:
         help="notebooks beside one another, each with its share of the cores (default: 1)",
     )
     args = parser.parse_args()
-    for item in args.set:
-        if "=" not in item:
-            parser.error(f"--set takes NAME=VALUE, not {item!r}")
     # a kill ends like Ctrl-C: in order, the kernel too
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        overrides = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in args.set)}
+        overrides = overrides_of(args.set)
         chosen = choose(args.profile, args.only, overrides)
         if args.cost or any(parameters.get("launcher") for parameters in chosen.values()):
             print(costs(chosen))
@@ -69,7 +52,7 @@ def main() -> None:
         folder = run_profile(
             args.profile, args.only, overrides, args.folder, resume=args.resume, jobs=args.jobs
         )
-    except (ValueError, RuntimeError, OSError, yaml.YAMLError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; the same command with --resume goes on from there")
