@@ -38,6 +38,7 @@ TRUE = {
         **{m: {j: -s for j in SCALE} for m, s in (("+OCR", 0.3), ("+PickScore", 0.6), ("+DeQA", 0.9))},
         "Mix 3:1:1": {},
         "Mix total": {},
+        "Mix twice": {},
         "average of experts": {j: 0.2 for j in SCALE},
         "geneval expert": {"GenEval": 0.4},
         "ocr expert": {"OCR": 0.4},

@@ -237,11 +237,12 @@ def beyond_mix(run: Run, claim: Claim) -> Effect:
     return replace(found, note="; ".join(filter(None, (found.note, spent))))
 
 
-def at_total_compute(twin: str = ""):
+def at_compute(mix: str, twin: str = ""):
     """Test: the student's Average less that of GRPO-Mix with all the time that the experts and the student
-    took, by the judges or, with GOLD, by their twins, on which nothing is trained. Both were asked after the
-    run of commit e566ec6 was seen: of that run they are a description, not a test."""
-    mix, notebook = "Mix total", "02_mixed_reward_seesaw"
+    took ("Mix total") or twice that ("Mix twice"), by the judges or, with GOLD, by their twins, on which
+    nothing is trained. For the total both were asked after the run of commit e566ec6 was seen, and of that
+    run are a description, not a test; for twice it, before any such training had ended."""
+    notebook = "02_mixed_reward_seesaw"
     parts = [(judge + twin, task, scale) for judge, task, scale in AVERAGE]
 
     def test(run: Run, claim: Claim) -> Effect:
