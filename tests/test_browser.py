@@ -165,6 +165,8 @@ def page(tmp_path_factory):
     options.add_experimental_option("browserStartupTimeout", CAP * 1000)
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     driver.command_executor.client_config.timeout = 2 * CAP
+    # A window without a screen may have no focus, by which JupyterLab knows the notebook that is meant.
+    driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     SHOTS.mkdir(parents=True, exist_ok=True)
     yield Page(driver)
     driver.quit()

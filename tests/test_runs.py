@@ -306,7 +306,7 @@ def test_bad_input_gets_one_sentence(lab, monkeypatch, capsys, tmp_path):
         "--set sed=1": "there is no parameter 'sed' (did you mean 'seed'?) in 1_first, 2_second, 3_alone; "
         "there are mean, seed, out_dir, run_dir",
         "--set mean=much": "takes mean as float, such as 0.5, not 'much'",
-        "--set mean=[": "expected the node content",
+        "--set mean=[": "the value in --set 'mean=[' is no YAML, such as",
         "--set out_dir=x": "is set by the run",
         "--folder notebooks": "is no folder for a run",
     }
