@@ -27,18 +27,15 @@ from .looking.figures import (
     training_curves,
     use_style,
 )
-from .looking.playground import known_prompts
-from .looking.study_figures import (
+from .looking.interference_figures import (
     directions_figure,
     gain_matrix,
     interference_figure,
-    judge_figure,
-    kl_figure,
-    steps_figure,
     taylor_figure,
-    walk_figure,
     ways_figure,
 )
+from .looking.playground import known_prompts
+from .looking.study_figures import judge_figure, kl_figure, steps_figure, walk_figure
 from .looking.widgets import Playground, SampleGallery, TrainingMonitor, TrajectoryExplorer
 from .merge import merge
 from .objectives import GRPO, OPD, SFT

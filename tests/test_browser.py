@@ -28,7 +28,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from flowopd_lib.checkpoint import load_state
-from flowopd_lib.runs.runner import NOTEBOOKS, ROOT
+from flowopd_lib.files import ROOT
+from flowopd_lib.runs.profiles import NOTEBOOKS
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

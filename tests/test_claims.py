@@ -22,7 +22,7 @@ from flowopd_lib.looking.result_figures import (
     surpassing,
     surpassing_figure,
 )
-from flowopd_lib.runs.runner import NOTEBOOKS
+from flowopd_lib.runs.profiles import NOTEBOOKS
 from flowopd_lib.studies.claims import Claim, Missing, Run, paired, some
 from flowopd_lib.studies.ledger import _verdict, judge
 from flowopd_lib.studies.paper_claims import CLAIMS

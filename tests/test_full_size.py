@@ -17,7 +17,8 @@ from flowopd_lib.check import Check
 from flowopd_lib.files import ROOT
 from flowopd_lib.inputs import read_yaml
 from flowopd_lib.runs.cost import cost_table
-from flowopd_lib.runs.runner import NOTEBOOKS, load_profile, parameters_of, run_profile
+from flowopd_lib.runs.profiles import NOTEBOOKS, load_profile, parameters_of
+from flowopd_lib.runs.runner import run_profile
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from flowopd_lib.inputs import (
     within,
 )
 from flowopd_lib.prompts import read_prompts
-from flowopd_lib.runs.runner import NOTEBOOKS, parameters_of
+from flowopd_lib.runs.profiles import NOTEBOOKS, parameters_of
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from flowopd_lib.files import ROOT, read_lines, write_json
 from flowopd_lib.inputs import read_yaml
 from flowopd_lib.runs.ahead import plan, run_ahead
-from flowopd_lib.runs.arguments import overrides_of
-from flowopd_lib.runs.runner import NOTEBOOKS, check_parameters, load_profile, parameters_of, run_profile
+from flowopd_lib.runs.profiles import NOTEBOOKS, check_parameters, load_profile, overrides_of, parameters_of
+from flowopd_lib.runs.runner import run_profile
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 

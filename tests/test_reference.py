@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from flowopd_lib.files import ROOT, RUNS, write_json
 from flowopd_lib.runs import reference
+from flowopd_lib.runs.profiles import NOTEBOOKS
 from flowopd_lib.runs.results import FIGURES, results_page
-from flowopd_lib.runs.runner import NOTEBOOKS
 
 NAMES = sorted(p.stem for p in NOTEBOOKS.glob("[0-9]*.ipynb"))
 

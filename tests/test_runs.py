@@ -21,7 +21,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
 from flowopd_lib import files, progress
-from flowopd_lib.runs import diff, report, run
+from flowopd_lib.runs import diff, profiles, report, run
 from flowopd_lib.runs import runner as runs
 
 PNG = io.BytesIO()
@@ -66,7 +66,8 @@ def lab(tmp_path, monkeypatch):
         "NOTEBOOKS": tmp_path / "notebooks",
         "RUNS": tmp_path / "papermill_runs",
     }.items():
-        monkeypatch.setattr(runs, name, path)
+        for module in (runs, profiles):
+            monkeypatch.setattr(module, name, path)
     for folder in (
         "notebooks",
         "papermill_runs/profiles",
@@ -334,9 +335,10 @@ def test_resume_finishes_what_a_kill_left(lab, how):
     script = (
         "import sys, types; from pathlib import Path; p = types.ModuleType('flowopd_lib'); p.__path__ = "
         f"[{str(files.ROOT / 'flowopd_lib')!r}]\n"
-        "sys.modules['flowopd_lib'] = p; from flowopd_lib.runs import run, runner as runs\nruns.ROOT = "
-        f"root = Path({str(lab)!r})\n"
-        "runs.NOTEBOOKS, runs.RUNS = root / 'notebooks', root / 'papermill_runs'\nsys.argv = ['run', "
+        "sys.modules['flowopd_lib'] = p; from flowopd_lib.runs import profiles, run, runner\nroot = "
+        f"Path({str(lab)!r})\n"
+        "for m in (profiles, runner): m.ROOT, m.NOTEBOOKS, m.RUNS = ("
+        "root, root / 'notebooks', root / 'papermill_runs')\nsys.argv = ['run', "
         "'tiny', '--only', '1', '--jobs', '2']\nrun.main()"
     )
     process = subprocess.Popen(

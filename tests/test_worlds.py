@@ -14,7 +14,7 @@ from flowopd_lib.check import Check
 from flowopd_lib.files import ROOT
 from flowopd_lib.objectives import Share
 from flowopd_lib.rewards import OCR, attribute, can_judge
-from flowopd_lib.runs.runner import parameters_of
+from flowopd_lib.runs.profiles import parameters_of
 from flowopd_lib.worlds.tiny.scenes import SIGN_BOX, SIZE
 
 ASSETS = ROOT / "flowopd_lib" / "assets"

@@ -34,8 +34,8 @@ from ..jobs.launchers import load_launcher
 from ..jobs.processes import Served
 from ..jobs.work import shared_place
 from . import report
-from .arguments import of_profile, overrides_of
-from .runner import NOTEBOOKS, choose, fingerprints, parameters_of, read_status
+from .profiles import NOTEBOOKS, choose, overrides_of, parameters_of, profile_parser
+from .runner import fingerprints, read_status
 
 TRAINED = {"iteration": [0.0], "seconds": [0.0]}
 
@@ -255,7 +255,7 @@ def run_ahead(
 
 
 def main() -> None:
-    parser = of_profile("python -m flowopd_lib.runs.ahead", __doc__)
+    parser = profile_parser("python -m flowopd_lib.runs.ahead", __doc__)
     parser.add_argument("--processes", type=int, required=True, help="jobs beside one another")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, args.processes))))

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..rollout import Sampler
+from ..studies.stages import stages_of
 from ..worlds import World
 
 
@@ -103,9 +104,8 @@ def _seesaw(c: Costs) -> Work:
 
     # an arm that still rises at the end takes all it may
     found = one(max(p["iterations"], p["most"])) * arms
-    if p["budgets"]:
-        longest = max(p["budgets"].values())
-        found += one(longest, max(p["every"], longest // 20))
+    for _, upto, _, begun in stages_of(p["budgets"]):
+        found += one(upto - begun, max(p["every"], upto // 20))
     experts = len(c.world.experts) if p["singles"] else 0
     found += c.grpo(max(1, p["iterations"] // max(experts, 1)), size) * experts
     models = arms * (1 + (p["most"] > 0)) + bool(experts) + len(p["budgets"])

@@ -14,7 +14,8 @@ import nbdime
 import nbformat
 from nbdime.prettyprint import PrettyPrintConfig, pretty_print_diff
 
-from .runner import parameters_of, read_status
+from .profiles import parameters_of
+from .runner import read_status
 
 
 def parameters(folder: Path, notebook: str, given: dict) -> dict:

@@ -22,7 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save
 
 from ..files import write_json
-from .runner import NOTEBOOKS, read_status
+from .profiles import NOTEBOOKS
+from .runner import read_status
 
 LARGEST = 25_000_000  # bytes
 SHOWN = "05_opd"  # whose students and pictures the gallery shows

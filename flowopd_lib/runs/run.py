@@ -7,9 +7,9 @@ import sys
 from functools import cache
 
 from ..worlds import load_world
-from .arguments import of_profile, overrides_of
 from .cost import cost_table
-from .runner import NOTEBOOKS, choose, parameters_of, run_profile
+from .profiles import NOTEBOOKS, choose, overrides_of, parameters_of, profile_parser
+from .runner import run_profile
 
 
 def costs(chosen: dict[str, dict]) -> str:
@@ -26,7 +26,7 @@ def costs(chosen: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = of_profile("python -m flowopd_lib.runs", __doc__)
+    parser = profile_parser("python -m flowopd_lib.runs", __doc__)
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -193,7 +193,7 @@ CLAIMS = (
     ),
     Claim(
         "opd_mix_twice_gold",
-        "Flow-OPD's Average is above GRPO-Mix's with twice the compute by judges on which none was trained",
+        "Flow-OPD's Average is above GRPO-Mix's with twice the compute by judges nothing was trained on",
         _MAIN,
         _05,
         at_compute("Mix twice", GOLD),
