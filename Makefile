@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Installed first; any release that pyproject.toml allows will do: make setup TORCH=torch
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-browser test-nodes drill lab reference figures clean
+.PHONY: setup demo test test-browser test-nodes drill lab reference twice figures clean
 
 setup: .venv/done
 
@@ -47,13 +47,22 @@ figures: setup test-browser
 	$(BIN)/python docs/figures.py
 	cp build/browser/gallery.png docs/gallery.png
 
-# The reference run anew, from this commit, made small, and its page: an evening or several, and it goes on where it was cut off. Its trainings are kept
-# (papermill_runs/trainings, to be committed), and found again on a processor of another kind: all compute in one precision.
+# A run of the profile $(1), from this commit, made small in papermill_runs/$(2), and its page docs/$(3).md. It goes on where it was cut off. Its trainings are
+# kept (papermill_runs/trainings, to be committed), and found again on a processor of another kind: all compute in one precision.
+define shown
+	FLOWOPD_PRECISION=float32 $(BIN)/python -m flowopd_lib.runs $(1) --resume; done=$$?; \
+	$(BIN)/python -m flowopd_lib.runs.keep papermill_runs/$(1) && exit $$done
+	$(BIN)/python -m flowopd_lib.runs.reference papermill_runs/$(1) papermill_runs/$(2) $(4)
+	$(BIN)/python -m flowopd_lib.runs.results papermill_runs/$(2) docs/$(3).md
+endef
+
+# The reference run: an evening or several.
 reference: setup
-	FLOWOPD_PRECISION=float32 $(BIN)/python -m flowopd_lib.runs lab --resume; done=$$?; \
-	$(BIN)/python -m flowopd_lib.runs.keep papermill_runs/lab && exit $$done
-	$(BIN)/python -m flowopd_lib.runs.reference papermill_runs/lab papermill_runs/reference
-	$(BIN)/python -m flowopd_lib.runs.results papermill_runs/reference docs/results.md
+	$(call shown,lab,reference,results)
+
+# The student against GRPO-Mix with twice the compute, from kept trainings: an hour.
+twice: setup
+	$(call shown,twice,reference_twice,twice,--no-gallery)
 
 lab: setup
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb

@@ -128,6 +128,6 @@ def test_a_notebook_is_stripped_tagged_and_short(path):
 
 
 def test_every_profile_names_parameters_the_notebooks_have():
-    for profile in ("demo", "lab", "smoke", "sd35_8gpu", "sd35_4x8"):
+    for profile in ("demo", "lab", "twice", "smoke", "sd35_8gpu", "sd35_4x8"):
         for notebook, parameters in load_profile(profile).items():
             check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)

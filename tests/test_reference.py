@@ -1,5 +1,6 @@
 """A whole run made small, and its page."""
 
+import json
 import re
 
 import nbformat
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from flowopd_lib.files import ROOT, RUNS, write_json
 from flowopd_lib.runs import reference
-from flowopd_lib.runs.profiles import NOTEBOOKS
+from flowopd_lib.runs.profiles import NOTEBOOKS, load_profile
 from flowopd_lib.runs.results import FIGURES, results_page
 
 NAMES = sorted(p.stem for p in NOTEBOOKS.glob("[0-9]*.ipynb"))
@@ -60,6 +61,28 @@ def test_what_a_reader_needs_is_kept_and_replaces_what_was_there(tmp_path):
     assert weights.dtype == torch.bfloat16 and torch.allclose(weights.float(), torch.tensor(0.1), atol=1e-3)
 
 
+def test_without_a_gallery_there_are_neither_pictures_nor_adapters(tmp_path):
+    run, out = write_run(tmp_path / "run"), tmp_path / "reference"
+    table = pd.DataFrame({"model": ["base"], "picture": ["pictures/00_base.zip/0.png"]})
+    table.to_parquet(run / "05_opd" / "samples.parquet")
+    reference.make_small(run, out, gallery=False)
+    assert {p.suffix for p in out.rglob("*") if p.is_file()} == {".ipynb", ".json", ".jsonl", ".parquet"}
+    assert pd.read_parquet(out / "05_opd" / "samples.parquet")["picture"].isna().all()
+    assert "pictures but those of figures" in json.loads((out / "manifest.json").read_text())["kept"]
+
+
+def test_a_whole_run_has_the_notebooks_of_its_profile(tmp_path):
+    run = write_run(tmp_path / "run")
+    others = set(NAMES) - {*load_profile("twice")}
+    status = {n: s for n, s in json.loads((run / "status.json").read_text()).items() if n not in others}
+    write_json(run / "status.json", status)
+    with pytest.raises(ValueError, match=f"no whole run: {NAMES[0]} is not there"):
+        reference.make_small(run, tmp_path / "reference")
+    record = json.loads((run / "manifest.json").read_text())
+    write_json(run / "manifest.json", record | {"profile": "twice"})
+    assert reference.make_small(run, tmp_path / "reference")
+
+
 def test_no_reference_of_a_part_of_two_commits_or_too_large(tmp_path, monkeypatch):
     out = tmp_path / "reference"
     for name, run, message in (
@@ -79,15 +102,19 @@ def test_no_reference_of_a_part_of_two_commits_or_too_large(tmp_path, monkeypatc
     assert not out.exists()
 
 
-def test_the_page_is_what_the_notebooks_concluded():
-    place = ROOT / "docs" / "results.md"
-    page = results_page(RUNS / "reference", place)
-    for notebook in sorted(NOTEBOOKS.glob("0[0-8]*.ipynb")):
-        cells = nbformat.read(RUNS / "reference" / notebook.name, 4).cells
+@pytest.mark.parametrize(("run", "profile", "name"), [("reference", "lab", "results")])
+def test_the_page_is_what_the_notebooks_concluded(run, profile, name):
+    place = ROOT / "docs" / f"{name}.md"
+    page = results_page(RUNS / run, place)
+    assert page == place.read_text()
+    for notebook in load_profile(profile):
+        if notebook == "09_gallery":  # it concludes nothing
+            continue
+        cells = nbformat.read(RUNS / run / f"{notebook}.ipynb", 4).cells
         told = [o["data"]["text/markdown"] for o in cells[-1].outputs if "text/markdown" in o.get("data", {})]
-        assert told and told[-1].strip() in page, notebook.stem
+        assert told and told[-1].strip() in page, notebook
     links = re.findall(r"\]\((\.\.[^)]+)\)", page)
-    assert len(links) > 15 and all((place.parent / link).exists() for link in links)
+    assert len(links) > 5 and all((place.parent / link).exists() for link in links)
 
 
 def test_the_figures_of_the_page_are_those_that_notebooks_save():

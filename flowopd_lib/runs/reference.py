@@ -1,8 +1,8 @@
 """A whole run made small enough to be committed: `python -m flowopd_lib.runs.reference RUN FOLDER`.
 
 Notebooks as they were run, their results, figures (of 256 colours), scores and curves (of five digits); of
-the adapters those that the gallery shows, in half precision. States, embeddings and the pictures of later
-trainings and all other notebooks are left out.
+the adapters those that the gallery shows, in half precision, and of the pictures those of their first
+trainings, or none (--no-gallery). States and embeddings are left out.
 """
 
 from __future__ import annotations
@@ -22,31 +22,36 @@ from PIL import Image
 from safetensors.torch import load_file, save
 
 from ..files import write_json
-from .profiles import NOTEBOOKS
+from .profiles import load_profile
 from .runner import read_status
 
 LARGEST = 25_000_000  # bytes
 SHOWN = "05_opd"  # whose students and pictures the gallery shows
 ADAPTERS = ("student", "GRPO-Mix")
-KEPT = (
-    f"Left out to stay small: states, adapters but those of {SHOWN}/{{{','.join(ADAPTERS)}}} (kept in "
-    f"bfloat16), embeddings, pictures but those of {SHOWN} and of the first training of each model, "
-    "report.html, digits of curves after the fifth, colours of figures but 256."
+LEFT_OUT = (
+    "Left out to stay small: states, embeddings, report.html, digits of curves after the fifth, colours of "
+    "figures but 256, "
 )
+GALLERY = (
+    f"adapters but those of {SHOWN}/{{{','.join(ADAPTERS)}}} (kept in bfloat16), pictures but those of "
+    f"{SHOWN} and of the first training of each model."
+)
+NO_GALLERY = "adapters, pictures but those of figures."
 DIGITS, COLOURS = 5, 256
 
 
-def make_small(run: str | Path, out: str | Path) -> int:
-    """Copy what a reader needs of `run` into `out`, in place of what lies there; its bytes.
+def make_small(run: str | Path, out: str | Path, gallery: bool = True) -> int:
+    """Copy what a reader needs of `run` into `out`, in place of what lies there; its bytes. Without `gallery`
+    the pictures and adapters that notebook 09 shows are left out too.
 
     Raises ValueError for a run that is not whole, is of several commits or of changed files, or is too large.
     """
     run, out = Path(run), Path(out)
     status, record = read_status(run), json.loads((run / "manifest.json").read_text())
-    for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
-        state = status.get(path.stem, {}).get("state", "not there")
+    for notebook in load_profile(record["profile"]):
+        state = status.get(notebook, {}).get("state", "not there")
         if state != "done":
-            raise ValueError(f"{run} is no whole run: {path.stem} is {state}; go on with it (--resume)")
+            raise ValueError(f"{run} is no whole run: {notebook} is {state}; go on with it (--resume)")
     commits = {name: told["git"] for name, told in record["notebooks"].items()}
     different = {git["commit"] for git in commits.values()}
     if len(different) > 1:
@@ -61,12 +66,14 @@ def make_small(run: str | Path, out: str | Path) -> int:
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         small = Path(folder) / "reference"
         for source in sorted(p for p in run.rglob("*") if p.is_file()):
-            data = _kept(source, source.relative_to(run))
+            data = _kept(source, source.relative_to(run), gallery)
             if data is not None:
                 target = small / source.relative_to(run)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
-        write_json(small / "manifest.json", record | {"kept": KEPT})
+        write_json(
+            small / "manifest.json", record | {"kept": LEFT_OUT + (GALLERY if gallery else NO_GALLERY)}
+        )
         sizes = {p.relative_to(small): p.stat().st_size for p in small.rglob("*") if p.is_file()}
         if sum(sizes.values()) > LARGEST:
             most = sorted(sizes, key=sizes.get, reverse=True)[:3]
@@ -80,7 +87,7 @@ def make_small(run: str | Path, out: str | Path) -> int:
     return sum(sizes.values())
 
 
-def _kept(source: Path, place: Path) -> bytes | None:
+def _kept(source: Path, place: Path, gallery: bool) -> bytes | None:
     """What is kept of a file of the run at `place`."""
     if any(part.startswith(".") or part in ("earlier", "parts") for part in place.parts):
         return None
@@ -93,19 +100,19 @@ def _kept(source: Path, place: Path) -> bytes | None:
             return None
         table, packed = pd.read_parquet(source), io.BytesIO()
         if "picture" in table:
-            kept = [_pictured(str(p), source.parent) for p in table["picture"]]
+            kept = [gallery and _pictured(str(p), source.parent) for p in table["picture"]]
             table["picture"] = table["picture"].where(kept)
         table.drop(columns=["embedding"], errors="ignore").to_parquet(packed, index=False)
         return packed.getvalue()
     if "adapter" in place.parts:
-        if place.parts[:2] not in [(SHOWN, name) for name in ADAPTERS]:
+        if not gallery or place.parts[:2] not in [(SHOWN, name) for name in ADAPTERS]:
             return None
         if place.suffix == ".safetensors":
             return save({key: w.to(torch.bfloat16) for key, w in load_file(source).items()}, {"format": "pt"})
         return source.read_bytes()
     if place.suffix == ".zip" or place.name == "about.json":
         kept = "looks" in place.parts or _pictured("/".join(place.parts[1:]), source.parents[1])
-        return source.read_bytes() if kept else None
+        return source.read_bytes() if gallery and kept else None
     if place.suffix == ".jsonl":
         rows = [json.loads(line, parse_float=_short) for line in source.read_text().splitlines()]
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -151,9 +158,12 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="a run's folder, such as papermill_runs/lab")
     parser.add_argument("out", type=Path, help="such as papermill_runs/reference")
+    parser.add_argument(
+        "--no-gallery", dest="gallery", action="store_false", help="without pictures and adapters"
+    )
     args = parser.parse_args()
     try:
-        size = make_small(args.run, args.out)
+        size = make_small(args.run, args.out, args.gallery)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     print(f"{args.out}: {size / 1e6:.1f} MB")

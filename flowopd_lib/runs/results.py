@@ -23,7 +23,7 @@ from .runner import read_status
 FIGURES = {
     "00_quickstart": ("samples.png",),
     "01_gradient_interference": ("along_base.png", "along_merged.png", "ways.png"),
-    "02_mixed_reward_seesaw": ("scores.png", "paths.png", "seesaw.png", "short.png"),
+    "02_mixed_reward_seesaw": ("scores.png", "paths.png", "seesaw.png", "short.png", "gold.png"),
     "03_expert_training": ("gains.png", "gold.png"),
     "04_cold_start": ("scores.png", "between.png"),
     "05_opd": ("scores.png", "curves.png", "gold.png", "gallery.png"),
@@ -40,14 +40,10 @@ def results_page(run: Path, place: Path) -> str:
     machine = record["machine"]
     commits = {told["git"]["commit"][:10] for told in record["notebooks"].values() if told.get("git")}
     about = ", ".join(
-        [
-            f"the profile `{record['profile']}` at commit {', '.join(sorted(commits)) or 'unknown'}",
-            record["date"][:10],
-            _told(machine),
-        ]
+        [f"commit {', '.join(sorted(commits)) or 'unknown'}", record["date"][:10], _told(machine)]
     )
     lines = [
-        "# Results",
+        f"# Results of the profile {record['profile']}",
         "",
         f"Written by `python -m flowopd_lib.runs.results` from the run [{run.name}]({_link(run, place)}): "
         f"{about}. Intervals are 95 %.",
