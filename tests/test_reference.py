@@ -102,7 +102,9 @@ def test_no_reference_of_a_part_of_two_commits_or_too_large(tmp_path, monkeypatc
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("run", "profile", "name"), [("reference", "lab", "results")])
+@pytest.mark.parametrize(
+    ("run", "profile", "name"), [("reference", "lab", "results"), ("reference_twice", "twice", "twice")]
+)
 def test_the_page_is_what_the_notebooks_concluded(run, profile, name):
     place = ROOT / "docs" / f"{name}.md"
     page = results_page(RUNS / run, place)
