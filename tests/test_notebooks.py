@@ -5,7 +5,7 @@ import json
 import nbformat
 import pytest
 
-from flowopd_lib.files import ROOT, read_lines, write_json
+from flowopd_lib.files import ROOT, RUNS, read_lines, write_json
 from flowopd_lib.inputs import read_yaml
 from flowopd_lib.runs.ahead import plan, run_ahead
 from flowopd_lib.runs.profiles import NOTEBOOKS, check_parameters, load_profile, overrides_of, parameters_of
@@ -128,6 +128,8 @@ def test_a_notebook_is_stripped_tagged_and_short(path):
 
 
 def test_every_profile_names_parameters_the_notebooks_have():
-    for profile in ("demo", "lab", "twice", "smoke", "sd35_8gpu", "sd35_4x8"):
+    profiles = [path.stem for path in (RUNS / "profiles").glob("*.yaml")]
+    assert len(profiles) > 5
+    for profile in profiles:
         for notebook, parameters in load_profile(profile).items():
             check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
