@@ -84,7 +84,7 @@ def write_world(folder: Path, server: str = "") -> Path:
         "OCR": {"class": "OCR", "tasks": ["ocr"], "region": [1, 17, 63, 47], "size": [64, 64]},
         "PickScore": {"class": "PickScore", "model_id": "clip", "scale": 26.0},
         **({"DeQA": deqa} if server else {}),
-        "GenEvalPartial": {**genevals, "partial": True, "training": True},
+        "GenEvalScore": {**genevals, "rule": "score", "training": True},
         "BLIP-VQA": {"class": "BLIPVQA", "model_id": "blip", "tasks": ["geneval"]},
         "Aesthetic": {
             "class": "Aesthetic",
@@ -111,7 +111,7 @@ def write_world(folder: Path, server: str = "") -> Path:
         },
         "deqa": {"judge": "DeQA" if server else "PickScore", "like": "pickscore"},
     }
-    tasks["geneval"]["rewards"] = {"GenEvalPartial": 1.0}
+    tasks["geneval"]["rewards"] = {"GenEvalScore": 1.0}
     world = {
         "about": "Stable Diffusion 3.5's architecture, the judges' own classes, all tiny and random.",
         "model": "model",

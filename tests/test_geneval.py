@@ -3,7 +3,7 @@
 import pytest
 
 from flowopd_lib.rewards import Detection, GenEval
-from flowopd_lib.rewards.geneval import credit, judge, relations
+from flowopd_lib.rewards.geneval import judge, relations, score
 
 
 def at(label, x, y, color="red", score=0.95, size=10):
@@ -76,8 +76,8 @@ def test_the_exact_verdict_forbids_what_nobody_asked_for():
     # what is too faint to be there is not too many
     assert judge(one, [circle, at("star", 40, 40, score=0.2)], 0.3, 0.9, exact=True)[0]
     assert judge(one, [circle, at("star", 40, 40)], 0.3, 0.9, exact=True)[1] == "expected 1 in all, found 2"
-    with pytest.raises(ValueError, match="exclude each other"):
-        GenEval(None, partial=True, exact=True)
+    with pytest.raises(ValueError, match="unknown rule 'strict' of GenEval: choose one of correct, score"):
+        GenEval(None, rule="strict")
 
 
 def test_position_has_genevals_margin():
@@ -108,27 +108,30 @@ def test_the_reason_says_what_is_missing():
     )
 
 
-def test_partial_credit_is_whole_for_a_right_picture_and_counts_each_aspect():
-    def share(record, *detections):
-        return credit(record, detections, threshold=0.3, counting_threshold=0.9)
+def test_flow_grpos_score_is_two_sided_and_pays_colour_and_position_only_for_an_exact_number():
+    """Every value by hand from `evaluate_reward` of yifan123/reward-server."""
+
+    def paid(record, *detections):
+        return score(record, detections, threshold=0.3, counting_threshold=0.9)
 
     three = record("counting", {"class": "circle", "count": 3}, exclude=[{"class": "circle", "count": 4}])
-    for n, wanted in ((3, 1.0), (2, 2 / 3), (4, 2 / 3), (0, 0.0), (7, 0.0)):
-        assert share(three, *[at("circle", 10 * i, 0) for i in range(n)]) == pytest.approx(wanted)
-    # where the verdict allows too many, so does the credit
-    one = record("single_object", CIRCLE)
-    assert (
-        right(one, at("circle", 10, 0), at("circle", 30, 0))
-        and share(one, at("circle", 10, 0), at("circle", 30, 0)) == 1.0
-    )
+    for n, wanted in ((3, 1.0), (2, 2 / 3), (4, 2 / 3), (0, 0.0), (7, -1 / 3)):
+        assert paid(three, *[at("circle", 10 * i, 0) for i in range(n)]) == pytest.approx(wanted)
+    # a surplus object is free for GenEval, and costs all of it here; one of another class is free in both
+    one, circles = record("single_object", CIRCLE), [at("circle", x, 0) for x in (10, 30)]
+    assert right(one, *circles) and paid(one, *circles) == 0.0
+    assert paid(one, circles[0], at("star", 40, 40)) == 1.0
     left = record("position", CIRCLE, {"class": "square", "count": 1, "position": ["left of", 0]})
     circle, before, behind = at("circle", 40, 20), at("square", 10, 20), at("square", 70, 20)
-    assert [share(left, *d) for d in ([circle, before], [circle, behind], [circle], [])] == [
-        1.0,
-        0.75,
-        0.5,
-        0.0,
-    ]
+    for found, terms in (
+        ([circle, before], [1, 1, 1]),
+        ([circle, behind], [1, 1, 0, 1]),  # the slip
+        ([circle], [1, 0, 0]),
+        ([before], [0, 1, 0]),
+        ([], [0, 0, 0]),
+    ):
+        assert paid(left, *found) == pytest.approx(sum(terms) / len(terms))
     both = record("color_attr", {**CIRCLE, "color": "red"}, {**STAR, "color": "blue"})
-    half = at("circle", 20, 20, "red"), at("star", 40, 20, "red")
-    assert share(both, *half) == 0.75 and not right(both, *half)
+    red, blue, wrong = at("circle", 20, 20), at("star", 40, 20, "blue"), at("star", 40, 20)
+    assert paid(both, red, blue) == 1.0 and paid(both, red, wrong) == 0.75
+    assert paid(both, red, blue, at("star", 50, 50, "blue")) == 0.5

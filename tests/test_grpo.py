@@ -415,12 +415,12 @@ def test_the_mix_takes_turns_and_weighs_as_the_paper_does(world):
     ]
     # GenEval counts half as partial credit
     assert {task: mix.weights_of(task) for task in world.own} == {
-        "geneval": pytest.approx({"GenEval": 0.4, "GenEvalPartial": 0.4, "DeQA": 0.2}),
+        "geneval": pytest.approx({"GenEval": 0.4, "GenEvalScore": 0.4, "DeQA": 0.2}),
         "ocr": pytest.approx({"OCR": 0.8, "DeQA": 0.2}),
         "pickscore": pytest.approx({"PickScore": 0.8, "DeQA": 0.2}),
     }
     assert world.rewards() == {
-        "geneval": {"GenEval": 0.5, "GenEvalPartial": 0.5},
+        "geneval": {"GenEval": 0.5, "GenEvalScore": 0.5},
         "ocr": {"OCR": 1.0},
         "pickscore": {"PickScore": 1.0},
     }

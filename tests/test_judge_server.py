@@ -335,8 +335,8 @@ def test_a_remote_detector_finds_what_our_rule_judges():
             judge(IMAGES[:2], prompts)
         assert describe(judge)["detector"]["judge"] == "GenEval" and fake.url not in str(describe(judge))
         detector = {"class": "RemoteDetector", "url": fake.url}
-        spec = {"class": "GenEval", "detector": detector, "partial": True, "training": True}
-        assert build_judge("GenEvalPartial", spec, ROOT, "cpu").partial
+        spec = {"class": "GenEval", "detector": detector, "rule": "score", "training": True}
+        assert build_judge("GenEvalScore", spec, ROOT, "cpu").rule == "score"
 
 
 def chat(text, reason="stop"):

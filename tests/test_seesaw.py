@@ -48,7 +48,7 @@ def test_the_arms_are_the_papers(world, policy):
     assert arms["+DeQA"]["grpo"]["rewards"]["ocr"] == {"OCR": 0.8, "DeQA": 0.2}
     assert judges_of(arms["+OCR"], world) == ["GenEval", "OCR"]
     assert judges_of(arms["Mix 3:1:1"], world) == ["GenEval", "OCR", "PickScore", "DeQA"]
-    partial = {"schedule": {"tasks": ["geneval"]}, "grpo": {"rewards": {"geneval": {"GenEvalPartial": 1.0}}}}
+    partial = {"schedule": {"tasks": ["geneval"]}, "grpo": {"rewards": {"geneval": {"GenEvalScore": 1.0}}}}
     assert judges_of(partial, world) == ["GenEval"]  # what pays is not reported
     flat = {"schedule": {"tasks": ["ocr"]}, "grpo": {"rewards": {"DeQA": 0.2, "OCR": 0.8}}}
     assert judges_of(flat, world) == ["OCR", "DeQA"]

@@ -55,12 +55,12 @@ def test_the_shipped_world_is_the_papers_four(world):
     )
     assert world.teachers == dict.fromkeys(world.tasks) | {t: t for t in world.tasks}
     assert world.rewards() == {
-        "geneval": {"GenEval": 0.5, "GenEvalPartial": 0.5},
+        "geneval": {"GenEval": 0.5, "GenEvalScore": 0.5},
         "ocr": {"OCR": 1.0},
         "pickscore": {"PickScore": 1.0},
     }
     assert world.rewards(beside=True)["geneval"] == pytest.approx(
-        {"GenEval": 0.4, "GenEvalPartial": 0.4, "DeQA": 0.2}
+        {"GenEval": 0.4, "GenEvalScore": 0.4, "DeQA": 0.2}
     )
     sign = world.some_judges(["OCR"], "cpu")["OCR"]
     assert tuple(sign.region) == SIGN_BOX and tuple(sign.size) == (SIZE, SIZE)
@@ -76,7 +76,7 @@ def test_which_judges_can_judge_which_prompts(world, judges):
 
 def test_a_judge_is_loaded_once_and_those_for_training_are_not_reported(world):
     assert world.judges("cpu")["OCR"] is world.training_judges("cpu")["OCR"]
-    assert set(world.training_judges("cpu")) - set(world.judges("cpu")) == {"GenEvalPartial"}
+    assert set(world.training_judges("cpu")) - set(world.judges("cpu")) == {"GenEvalScore"}
     assert set(world.unseen_judges("cpu")) == {
         f"{name} gold" for name in ("GenEval", "OCR", "PickScore", "DeQA")
     }
@@ -100,7 +100,7 @@ def test_the_full_size_world_says_what_the_paper_does():
     assert world.base == "stabilityai/stable-diffusion-3.5-medium"
     assert world.adapter("ocr") == "jieliu/SD3.5M-FlowGRPO-Text"
     assert [n for n in world.specs if world.judge_is(n, "unseen")] == ["Aesthetic", "ImageReward", "HPS"]
-    assert [n for n in world.specs if world.judge_is(n, "training")] == ["GenEvalPartial"]
+    assert [n for n in world.specs if world.judge_is(n, "training")] == ["GenEvalScore"]
     # the joint attention alone: neither attn2 nor the feed-forward layers
     assert all(t.startswith("attn.") for t in world.targets) and len(world.targets) == 8
 

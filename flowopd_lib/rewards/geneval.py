@@ -119,62 +119,71 @@ def judge(
     return not reasons, "; ".join(reasons)
 
 
-def credit(
+def score(
     record: dict,
     detections: Sequence[Detection],
     threshold: float,
     counting_threshold: float,
     max_objects: int = 16,
 ) -> float:
-    """How much of what was asked for is there, 0 to 1: the number of each object, `1 - |found - asked| /
-    asked`, its colour, its position.
+    """Flow-GRPO's training reward (yifan123/reward-server, `evaluate_reward`): the mean of terms, 1 at most.
 
-    Flow-GRPO trains on partial credit like this, because all or nothing says too little about a prompt that
-    is never right. Unlike there, too many cost only where the verdict says so (`exclude`): else credit would
-    fall while the verdict stays right.
+    Every included class adds `1 - |asked - found| / asked` with all of that class found, in every tag: one
+    object too many costs as much as one too few. Its colour and its position add a term each, which count
+    only if the number is exact; otherwise both together add one 0. A wrong position adds a 0 and, by a slip of
+    that code, a 1.
     """
-    counted = {unwanted["class"] for unwanted in record.get("exclude", [])}
     found = _by_class(record, detections, threshold, counting_threshold, max_objects)
-    credits, groups = [], []
+    terms, groups = [], []
     for wanted in record["include"]:
         group, count = found.get(wanted["class"], []), wanted["count"]
-        number = len(group) if wanted["class"] in counted else min(len(group), count)
-        kept, parts = group[:count], [max(0.0, 1 - abs(number - count) / count)]
-        if "color" in wanted:
-            parts.append(sum(d.color == wanted["color"] for d in kept) / count)
-        if "position" in wanted:
+        terms.append(1 - abs(count - len(group)) / count)
+        matched = len(group) == count
+        if not matched and ("color" in wanted or "position" in wanted):
+            terms.append(0.0)
+        if matched and "color" in wanted:
+            right = sum(d.color == wanted["color"] for d in group)
+            terms.append(1 - abs(count - right) / count)
+            matched = right == count
+        if matched and "position" in wanted:
             relation, target = wanted["position"]
-            pairs = [(a, b) for a in kept for b in groups[target]]
-            parts.append(float(bool(pairs) and all(relation in relations(a, b) for a, b in pairs)))
-        groups.append(kept)
-        credits.append(sum(parts) / len(parts))
-    return sum(credits) / len(credits)
+            if groups[target] is None:
+                matched = False
+                terms.append(0.0)
+            else:
+                matched = all(relation in relations(a, b) for a in group for b in groups[target])
+                terms += [1.0] if matched else [0.0, 1.0]
+        groups.append(group if matched else None)
+    return sum(terms) / len(terms)
+
+
+RULES = ("correct", "score", "exact")
 
 
 class GenEval:
-    """1 if the picture shows what the prompt's metadata asks for, else 0. With `partial`, the share of it
-    (see `credit`): to train on, never to report. With `exact`, and nothing else: GenEval's rule forbids too
-    many only where a prompt counts, and a model that is paid by it finds out.
+    """GenEval over the detections of any detector; scores are comparable with those of the same detector only
+    (`detector.name`). `rule` is one of
 
-    The rule is GenEval's; scores are comparable with those of the same detector only (`detector.name`)."""
+    correct  GenEval's: 1 if the image shows what the prompt's metadata asks for, else 0
+    score    Flow-GRPO's training reward (see `score`), to train on, never to report
+    exact    the gold reward: `correct`, and nothing in the image that the prompt does not ask for. GenEval forbids
+             surplus objects only where a prompt counts, so a model trained on it can draw more of them
+    """
 
     name, range, tasks = "GenEval", (0.0, 1.0), ("geneval",)
 
-    def __init__(self, detector: Detector, partial: bool = False, exact: bool = False):
-        if partial and exact:
-            raise ValueError("partial credit and the exact verdict exclude each other: give one of them")
-        self.detector, self.partial, self.training, self.exact = detector, partial, partial, exact
+    def __init__(self, detector: Detector, rule: str = "correct"):
+        if rule not in RULES:
+            raise ValueError(f"unknown rule {rule!r} of GenEval: choose one of {', '.join(RULES)}")
+        self.detector, self.rule, self.training = detector, rule, rule == "score"
+        if self.training:
+            self.range = (-14.0, 1.0)  # 16 objects of a class where one was asked for
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        least = self.detector.threshold, self.detector.counting_threshold
-        if self.partial:
-            return np.array(
-                [
-                    credit(p.metadata, found, *least)
-                    for p, found in zip(prompts, self._detect(images, prompts))
-                ],
-                np.float32,
-            )
+        if self.rule == "score":
+            thresholds = self.detector.threshold, self.detector.counting_threshold
+            found = self._detect(images, prompts)
+            return np.array([score(p.metadata, f, *thresholds) for p, f in zip(prompts, found)], np.float32)
         return np.array([right for right, _ in self.explain(images, prompts)], np.float32)
 
     def explain(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[tuple[bool, str]]:
@@ -186,7 +195,7 @@ class GenEval:
                 found,
                 self.detector.threshold,
                 self.detector.counting_threshold,
-                exact=self.exact,
+                exact=self.rule == "exact",
             )
             for prompt, found in zip(prompts, self._detect(images, prompts))
         ]

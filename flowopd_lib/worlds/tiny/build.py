@@ -1,10 +1,8 @@
-"""Build the small world's assets from nothing: `python -m flowopd_lib.worlds.tiny.build --work build`.
+"""Build the small benchmark's assets from nothing: `python -m flowopd_lib.worlds.tiny.build --work build`.
 
-Stages: prompts, vae, base, guidance, pickscore, deqa, and the twins pickscore_gold and deqa_gold, these on a
-GPU where there is one. Each checkpoints into `--work` and goes on from there when started again; a finished
-stage is not run twice. After changing a recipe, start with an empty folder.
-With `--start` autoencoder, base, DeQA and its twin are those of earlier assets, and PickScore goes on from
-there; its twin is trained anew. The results and a manifest are written to `--out`.
+Steps: prompts, vae, text (encoders), base (to capability), misalign, pickscore, deqa, and the gold rewards
+pickscore_gold and deqa_gold, these on a GPU where there is one. Each saves checkpoints in `--work` and resumes
+from there; a finished step is not run again. The results and a manifest are written to `--out`.
 """
 
 from __future__ import annotations
@@ -28,10 +26,11 @@ from diffusers import AutoencoderKL
 from ...files import write_json
 from ...prompts import Prompt, write_prompts
 from . import ASSETS
+from .misalign import misalign
 from .specs import PROMPT_TASKS, sample_specs
 from .train_base import train_base
-from .train_guidance import distil_guidance
 from .train_judges import train_deqa, train_pickscore
+from .train_text import load_text, pretrain_text
 from .train_vae import train_vae
 
 SEED = 0
@@ -54,36 +53,62 @@ def write_files(out: Path) -> None:
             )
 
 
-def stages(work: Path, start: Path | None = None) -> dict:
+# what each step is made from, and the folders it makes
+INPUTS = {
+    "prompts": (),
+    "vae": (),
+    "text": (),
+    "base": ("vae", "text"),
+    "misalign": ("vae", "text", "base"),
+    "pickscore": ("vae",),
+    "deqa": ("vae",),
+    "pickscore_gold": ("vae",),
+    "deqa_gold": ("vae",),
+}
+SHIPPED = ("prompts", "tiny-sd3", "ability", "pickscore", "deqa", "pickscore_gold", "deqa_gold")
+
+
+def steps(work: Path) -> dict:
     def vae(device: str = "cpu") -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False).to(device)
 
-    def taken(place: str, name: str):
-        return lambda: shutil.copytree(start / place, work / name, dirs_exist_ok=True)
+    def text() -> dict:
+        return load_text(work / "text")
 
     common, state = dict(seed=SEED, log=say), work / "state"
-    device, twins = "cuda" if torch.cuda.is_available() else "cpu", state / "gold"
-    twin = dict(seed=SEED + 1, twin=True, log=say)
-    pickscore = start and start / "pickscore"
-    found = {
+    device, golds = "cuda" if torch.cuda.is_available() else "cpu", state / "gold"
+    gold = dict(seed=SEED + 1, gold=True, log=say)
+    return {
         "prompts": lambda: write_files(work / "prompts"),
         "vae": lambda: train_vae(work / "vae", state, **common),
-        "base": lambda: train_base(vae(), work / "unguided", state, **common),
-        "guidance": lambda: distil_guidance(vae(), work / "unguided", work / "tiny-sd3", state, **common),
-        "pickscore": lambda: train_pickscore(vae(), work / "pickscore", state, start=pickscore, **common),
+        "text": lambda: pretrain_text(work / "text", **common),
+        "base": lambda: train_base(vae(), text(), work / "base", state, **common),
+        "misalign": lambda: misalign(vae(), text(), work / "base", work / "tiny-sd3", state, log=say),
+        "pickscore": lambda: train_pickscore(vae(), work / "pickscore", state, **common),
         "deqa": lambda: train_deqa(vae(), work / "deqa", state, **common),
-        "pickscore_gold": lambda: train_pickscore(vae(device), work / "pickscore_gold", twins, **twin),
-        "deqa_gold": lambda: train_deqa(vae(device), work / "deqa_gold", twins, **twin),
+        "pickscore_gold": lambda: train_pickscore(vae(device), work / "pickscore_gold", golds, **gold),
+        "deqa_gold": lambda: train_deqa(vae(device), work / "deqa_gold", golds, **gold),
     }
-    if start:
-        kept = {
-            "vae": taken("tiny-sd3/vae", "vae"),
-            "guidance": taken("tiny-sd3", "tiny-sd3"),
-            "deqa": taken("deqa", "deqa"),
-            "deqa_gold": taken("deqa_gold", "deqa_gold"),
-        }
-        return {name: kept.get(name, run) for name, run in found.items() if name != "base"}
-    return found
+
+
+def check_inputs(work: Path, name: str) -> None:
+    """Raises ValueError if a step was begun from other inputs than those there are now."""
+    inputs = {i: folder_hash(work / i) for i in INPUTS[name]}
+    record = work / f"{name}.inputs.json"
+    for i, found in json.loads(record.read_text()).items() if record.exists() else ():
+        if inputs[i] != found:
+            raise ValueError(
+                f"{name} was begun from another {i} than {work / i} now is; delete {record} and what {name} "
+                f"left in {work / 'state'}, or put {i} back"
+            )
+    write_json(record, inputs)
+
+
+def folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder)}".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def write_manifest(out: Path, seconds: dict[str, float]) -> None:
@@ -113,47 +138,42 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; about 1.5 GB")
     parser.add_argument("--out", type=Path, default=ASSETS, help="where the finished assets go")
-    parser.add_argument("--only", nargs="+", help="run these stages only")
-    parser.add_argument(
-        "--start", type=Path, help="assets to go on from: all is kept but PickScore, trained on, and its twin"
-    )
+    parser.add_argument("--only", nargs="+", help="run these steps only")
     args = parser.parse_args()
-    if args.start and not (args.start / "tiny-sd3").is_dir():
-        parser.error(f"--start {args.start} holds no tiny-sd3; name a folder of assets such as {ASSETS}")
-    work, todo = args.work, stages(args.work, args.start)
+    work, todo = args.work, steps(args.work)
     unknown = set(args.only or ()) - set(todo)
     if unknown:
-        parser.error(f"no stage called {', '.join(sorted(unknown))}; there are {', '.join(todo)}")
-    missing = [
-        n
-        for n in args.only or ()
-        if n not in ("prompts", "vae") and not (work / "vae.done").exists() and "vae" not in args.only
-    ]
-    if missing:
-        parser.error(
-            f"{', '.join(missing)} needs the autoencoder, which {work} does not have; add vae to --only"
-        )
+        parser.error(f"no step called {', '.join(sorted(unknown))}; there are {', '.join(todo)}")
+    chosen = [name for name in todo if not args.only or name in args.only]
+    for name in chosen:
+        missing = [i for i in INPUTS[name] if i not in chosen and not (work / f"{i}.done").exists()]
+        if missing:
+            parser.error(f"{name} needs {missing[0]}, which {work} does not have; add {missing[0]} to --only")
     work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    times_file = work / "seconds.json"
-    for name, run in todo.items():
-        times = json.loads(times_file.read_text()) if times_file.exists() else {}
-        done = work / f"{name}.done"
-        if done.exists() or (args.only and name not in args.only):
+    for name in chosen:
+        done, times_file = work / f"{name}.done", work / f"{name}.seconds.json"
+        if done.exists():
             continue
-        began = time.time()
         try:
-            run()
+            check_inputs(work, name)
+        except ValueError as error:
+            parser.error(str(error))
+        seconds, began = json.loads(times_file.read_text()) if times_file.exists() else 0.0, time.time()
+        try:
+            todo[name]()
             done.touch()
         finally:  # the time of a run that was stopped counts too
-            times[name] = times.get(name, 0) + time.time() - began
-            write_json(times_file, times)
-        say(f"{name}: done, {times[name]:.0f} s in all")
+            seconds += time.time() - began
+            write_json(times_file, seconds)
+        say(f"{name}: done, {seconds:.0f} s in all")
     if all((work / f"{name}.done").exists() for name in todo):
-        for name in ("prompts", "tiny-sd3", "pickscore", "deqa", "pickscore_gold", "deqa_gold"):
+        for name in SHIPPED:
             shutil.rmtree(args.out / name, ignore_errors=True)
             shutil.copytree(work / name, args.out / name)
-        write_manifest(args.out, json.loads(times_file.read_text()))
+        write_manifest(
+            args.out, {name: json.loads((work / f"{name}.seconds.json").read_text()) for name in todo}
+        )
         say(f"assets written to {args.out}")
 
 

@@ -20,11 +20,13 @@ def to_tensor(images: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def split_spec(rng: random.Random, split: str = "train") -> Spec:
-    """A draw from one split, half of it GenEval's: whoever trains on "train" never sees a val, test or OOD
-    prompt."""
+TASK_SHARES = {"geneval": 0.5, "ocr": 0.3, "pickscore": 0.2}
+
+
+def split_spec(rng: random.Random, split: str = "train", shares: dict = TASK_SHARES) -> Spec:
+    """A draw from one split: whoever trains on "train" never sees a val, test or OOD prompt."""
     while True:
-        spec = random_spec(rng, rng.choices(PROMPT_TASKS, (0.5, 0.3, 0.2))[0])
+        spec = random_spec(rng, rng.choices(PROMPT_TASKS, [shares[t] for t in PROMPT_TASKS])[0])
         if split_of(spec) == split:
             return spec
 
@@ -73,14 +75,25 @@ def mistake(spec: Spec, rng: random.Random) -> Spec:
     return spec if split_of(other) == "ood" else other
 
 
-ACCOMPANIED = 0.4  # of the pictures in a style that show more than their caption says
+ACCOMPANIED = 0.4  # of the images in a style that show more than their caption says
 
 
-def noisy_example(rng: random.Random, wrong: dict[str, float], spoiled: float) -> tuple[str, Image.Image]:
-    """One caption and picture of the web: the caption is wrong with probability `wrong[task]`, the picture
-    spoiled (blurred, noisy, blocky, pale) with probability `spoiled`."""
-    spec = split_spec(rng)
-    truth = mistake(spec, rng) if rng.random() < wrong[spec.task] else spec
+def noisy_example(
+    rng: random.Random,
+    wrong: dict[str, float] | None = None,
+    spoiled: float = 0.0,
+    other: float = 0.0,
+    shares: dict = TASK_SHARES,
+) -> tuple[str, Image.Image]:
+    """One caption and image of the web: with probability `wrong[task]` the image is of another prompt of the
+    task (with probability `other`) or gets the caption wrong in one respect; with probability `spoiled` it is
+    blurred, noisy, blocky or pale."""
+    spec = truth = split_spec(rng, shares=shares)
+    if rng.random() < (wrong or {}).get(spec.task, 0.0):
+        if rng.random() < other:
+            truth = split_spec(rng, shares=dict.fromkeys(PROMPT_TASKS, 0.0) | {spec.task: 1.0})
+        else:
+            truth = mistake(spec, rng)
     scene = lay_out(truth, rng.getrandbits(32))
     if spec.task == "pickscore" and rng.random() < ACCOMPANIED:
         scene = accompany(scene, rng, rng.randint(1, 3))

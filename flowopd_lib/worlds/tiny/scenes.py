@@ -1,8 +1,11 @@
-"""Pictures of the small world: a `Spec` and a seed give one 64x64 image, antialiased, the same every time.
+"""Images of the small benchmark: a `Spec` and a seed give one 64x64 image, antialiased, the same every time.
 
-`lay_out` decides what a right picture contains (where, how big, which of the colours not said), `draw` paints
-it, and
-`degrade` spoils it in five levels for the quality task.
+`lay_out` decides what a correct image contains (where, how big, which of the unspecified colours), `draw`
+renders it, and `degrade` lowers its quality in five levels for DeQA's task.
+
+The scenes are plain, because the base has to be able to draw them after hours on two cores: objects sit in
+the four corners, objects of a relation face each other, and only prompts in a style have a finish, a shadow
+or a tint.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from .specs import BACKGROUNDS, COLORS, FINISHES, SCENERIES, SHAPES, Spec, heldout_pair
+from .specs import BACKGROUNDS, COLORS, SCENERIES, SHAPES, Spec, heldout_pair
 
-SIZE, SUPER = 64, 4  # pixels of the picture; drawn SUPER times larger, then averaged down
-# centres lie on a lattice of the autoencoder's cells: fewer pictures to learn
-CELL = 8
-RADII = {1: 15.0, 2: 11.0, 3: 9.5, 4: 8.5, 5: 7.0}  # by the number of shapes, in pixels
+SIZE, SUPER = 64, 4  # pixels of the image; drawn SUPER times larger, then averaged down
+RADII = {1: 15.0, 2: 13.0, 3: 12.0, 4: 12.0, 5: 9.5}  # by the number of objects, in pixels
+CORNERS, MIDDLE = ((16, 16), (48, 16), (16, 48), (48, 48)), (32, 32)  # centres of objects
+# centres of small additional objects, and their radius
+EXTRA_CENTRES, EXTRA_RADIUS = tuple((x, y) for x in (8, 32, 56) for y in (8, 32, 56)), 6.5
 SIGN_BOX = (1, 17, 63, 47)  # (left, top, right, bottom): where every sign of the world hangs
 INK = {"black": (15, 15, 18), "navy": (18, 24, 90), "maroon": (95, 12, 20)}
 PLAIN = {"white": (240, 240, 240), "gray": (150, 150, 150), "black": (28, 28, 28)}
@@ -102,29 +106,18 @@ def _color(rng: random.Random, shape: str, avoid: tuple[str, ...] = ()) -> str:
     return rng.choice([c for c in COLORS if c not in avoid and not heldout_pair(shape, c)])
 
 
-def _apart(rng: random.Random, r: float, n: int, gap: float = 2.0) -> list[tuple[int, int]]:
-    """`n` centres on the lattice whose discs of radius `r` do not touch, by rejection; the gap shrinks if
-    luck is bad."""
-    inside = [c for c in range(0, SIZE + 1, CELL) if r + 1 <= c <= SIZE - r - 1]
-    for attempt in range(2000):
-        centres = [(rng.choice(inside), rng.choice(inside)) for _ in range(n)]
-        nearest = min((math.dist(a, b) for i, a in enumerate(centres) for b in centres[:i]), default=math.inf)
-        if nearest > 2.2 * r + gap * (1 - attempt / 2000):
-            return centres
-    raise RuntimeError(f"no room for {n} shapes of radius {r}")
-
-
 def lay_out(spec: Spec, seed: int) -> Scene:
-    """A scene that is right for the prompt; what the prompt leaves open is drawn from `seed`."""
+    """A scene that is correct for the prompt; what the prompt leaves open is drawn from `seed`."""
     rng = random.Random(f"{spec.text}/{seed}")
+    styled = spec.task == "pickscore"
     common = dict(
         background=spec.background or rng.choice(BACKGROUNDS),
-        shadow=rng.random() < 0.3,
-        finish=spec.finish or rng.choice(FINISHES + ("flat",) * 3),
-        tint=rng.randint(-8, 8),
+        shadow=styled and rng.random() < 0.3,
+        finish=spec.finish or "flat",
+        tint=rng.randint(-8, 8) if styled else 0,
     )
     if spec.word:
-        common["background"] = rng.choice(BACKGROUNDS[1:] + SCENERIES)
+        common["background"] = spec.background or rng.choice(BACKGROUNDS[1:] + SCENERIES)
         return Scene(word=spec.word, ink=rng.choice(list(INK)), **common)
     shapes = [spec.objects[0][0]] * spec.count + [o[0] for o in spec.objects[1:]]
     if spec.count > 1:
@@ -135,25 +128,26 @@ def lay_out(spec: Spec, seed: int) -> Scene:
             colors.append(color or _color(rng, shape, tuple(colors)))
     r = {"small": 10.0, "big": 21.0}.get(spec.size) or RADII[len(shapes)]
     if spec.relation:
-        first = 16 if spec.relation in ("left of", "above") else 48
-        centres = [(first, rng.choice((24, 32, 40))), (SIZE - first, rng.choice((24, 32, 40)))]
+        first, across = 16 if spec.relation in ("left of", "above") else 48, rng.choice((16, 48))
+        centres = [(first, across), (SIZE - first, across)]
         if spec.relation in ("above", "below"):
             centres = [(y, x) for x, y in centres]
+    elif len(shapes) == 1:
+        centres = [MIDDLE if spec.size == "big" else rng.choice((*CORNERS, MIDDLE))]
     else:
-        centres = _apart(rng, r, len(shapes))
+        centres = rng.sample(CORNERS, min(len(shapes), 4)) + [MIDDLE] * (len(shapes) - 4)
     return Scene(tuple(Item(s, c, x, y, r) for s, c, (x, y) in zip(shapes, colors, centres)), **common)
 
 
 def accompany(scene: Scene, rng: random.Random, n: int) -> Scene:
-    """The scene with up to `n` more things, small and of any kind, where there is room for them; a sign has
-    none beside it."""
-    items, inside = list(scene.items), range(CELL, SIZE, CELL)
-    for _ in range(0 if scene.word else 40 * n):
+    """The scene with up to `n` additional small objects of any kind, where there is room; none on a sign."""
+    items = list(scene.items)
+    for x, y in rng.sample(EXTRA_CENTRES, 0 if scene.word else len(EXTRA_CENTRES)):
         if len(items) == len(scene.items) + n:
             break
         shape = rng.choice(SHAPES)
-        new = Item(shape, _color(rng, shape), rng.choice(inside), rng.choice(inside), 6.5)
-        if all(math.dist((new.x, new.y), (i.x, i.y)) > new.r + i.r + 1 for i in items):
+        new = Item(shape, _color(rng, shape), x, y, EXTRA_RADIUS)
+        if all(math.dist((x, y), (i.x, i.y)) > new.r + i.r + 1 for i in items):
             items.append(new)
     return replace(scene, items=tuple(items))
 

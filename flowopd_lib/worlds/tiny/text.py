@@ -24,6 +24,7 @@ from transformers import (
 from . import specs
 
 CLIP_TOKENS, WIDTH = 20, 256  # WIDTH: joint_attention_dim, two CLIPs side by side, and T5's d_model
+T5_TOKENS = 8  # `max_sequence_length` of every call: five letters, </s>, and room to spare
 
 
 def vocabulary() -> list[str]:
@@ -84,7 +85,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     )
 
 
-def letter_tokenizer(length: int) -> PreTrainedTokenizerFast:
+def letter_tokenizer(length: int = T5_TOKENS) -> PreTrainedTokenizerFast:
     """T5's vocabulary layout (<pad> 0, </s> 1, <unk> 2), then A to Z; a normalizer keeps what stands in
     quotes."""
     vocab = {token: i for i, token in enumerate(("<pad>", "</s>", "<unk>", *string.ascii_uppercase))}
@@ -110,9 +111,8 @@ def letter_tokenizer(length: int) -> PreTrainedTokenizerFast:
     )
 
 
-def new_text_modules(t5_tokens: int) -> dict:
-    """The six text components of a `StableDiffusion3Pipeline`, untrained; T5 is called with `t5_tokens`
-    positions."""
+def new_text_modules() -> dict:
+    """The six text components of a `StableDiffusion3Pipeline`, untrained."""
     tokenizer = clip_tokenizer()
     clip = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -126,7 +126,7 @@ def new_text_modules(t5_tokens: int) -> dict:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    letters = letter_tokenizer(t5_tokens)
+    letters = letter_tokenizer()
     t5 = T5Config(
         vocab_size=len(letters),
         d_model=WIDTH,
@@ -153,10 +153,27 @@ def new_text_modules(t5_tokens: int) -> dict:
     )
 
 
+def tokenize(modules: dict, texts: list[str]) -> dict[str, torch.Tensor]:
+    """{"clip": (B, 20), "t5": (B, 8)} token ids."""
+
+    def ids(name, length):
+        return torch.tensor(
+            modules[name](texts, padding="max_length", max_length=length, truncation=True).input_ids
+        )
+
+    return {"clip": ids("tokenizer", CLIP_TOKENS), "t5": ids("tokenizer_3", T5_TOKENS)}
+
+
+def encode_clip(clip: CLIPTextModelWithProjection, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What SD3 takes of a CLIP: (B, 20, 128), the last but one hidden states, and (B, 128), pooled."""
+    out = clip(ids, output_hidden_states=True)
+    return out.hidden_states[-2], out.text_embeds
+
+
 def encode(modules: dict, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `StableDiffusion3Pipeline.encode_prompt` does, with gradient: (B, 20 + t5_tokens, 256) and
-    (B, 256)."""
-    out = [modules[name](clip_ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
-    words = torch.cat([o.hidden_states[-2] for o in out], -1)
+    """What `StableDiffusion3Pipeline.encode_prompt` does, with gradient: (B, 20 + 8, 256) and (B, 256)."""
+    words, pooled = zip(
+        *(encode_clip(modules[name], clip_ids) for name in ("text_encoder", "text_encoder_2"))
+    )
     letters = modules["text_encoder_3"](t5_ids)[0]
-    return torch.cat([words, letters.to(words.dtype)], 1), torch.cat([o.text_embeds for o in out], -1)
+    return torch.cat([torch.cat(words, -1), letters.to(words[0].dtype)], 1), torch.cat(pooled, -1)

@@ -1,9 +1,9 @@
-"""The experts of the small world: `python -m flowopd_lib.worlds.tiny.train_experts --work experts`.
+"""The experts of the small benchmark: `python -m flowopd_lib.worlds.tiny.train_experts --work experts`.
 
-Trains the recipes `papermill_runs/recipes/expert_*.yaml` one after the other (`expert_NAME_2.yaml` from where
-`expert_NAME.yaml` ends), goes on where it was cut off, and puts each adapter in half precision with its
-training curve and a manifest into `assets/experts/`. With `--start` an expert of two recipes or more goes on
-from an earlier one, such as that of another base, by the last of them.
+Trains the recipes `papermill_runs/recipes/expert_*.yaml` one after the other, resumes where it was cut off, and
+puts each adapter in half precision, with its training curve and a manifest, into `assets/experts/`. The adapters
+after a quarter and a half of the iterations are shipped beside it (`25`, `50`), and `curve.csv` has the rewards
+and gold rewards of all three on val prompts.
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
 import yaml
 from safetensors.torch import load_file, save
 
+from ...evaluate import evaluate
 from ...files import RUNS, write_json, write_whole
+from ...fit import weights_of
 from ...inputs import nearest, read_yaml
 from ...jobs.recipes import build
 from ...precision import decide
+from ...stats import summary
 from ...train import train
+from .. import load_world
 from . import ASSETS, BASE
 from .build import LIBRARIES, say
 
@@ -37,51 +42,66 @@ RECIPES = RUNS / "recipes"
 EXPERTS = ("geneval", "ocr", "pickscore", "deqa")
 
 
-def recipes_of(name: str, start: Path | None = None) -> list[Path]:
-    """`expert_{name}.yaml`, and what goes on from its adapter: `expert_{name}_2.yaml`, ...; the last of these
-    alone, if it has an earlier expert to go on from."""
-    found = sorted(RECIPES.glob(f"expert_{name}*.yaml"), key=lambda path: (len(path.stem), path.stem))
-    return found[-1:] if start and len(found) > 1 else found
+SHARES = (25, 50)  # per cent of the iterations after which an adapter is shipped too
+VAL_SEED = 1 << 20
 
 
-def train_expert(name: str, work: Path, dtype: str | torch.dtype = "auto", start: Path | None = None) -> None:
-    """Train an expert's recipes in `work/{recipe}`, each from its last checkpoint if there is one, in the
-    precision `work` was begun in. `start`: the folder of earlier experts."""
-    dtype, recipes = decide(work, dtype), recipes_of(name, start)
-    start = start / name if start and recipes != recipes_of(name) else None
-    for path in recipes:
-        recipe = read_yaml(path)
-        if start:
-            recipe["student"] = {"load": str(start)}
-        policy, objective, config = build(recipe, dtype=dtype)
-        for info in train(policy, objective, work / path.stem, config):
-            if info.metrics and (info.iteration + 1) % 10 == 0:
-                shown = " ".join(f"{key} {value:.4g}" for key, value in info.metrics.items())
-                say(f"{path.stem} {info.iteration + 1}/{config.iterations} {info.seconds:.0f} s {shown}")
-        start = work / path.stem / "adapter"
+def recipe_of(name: str) -> Path:
+    return RECIPES / f"expert_{name}.yaml"
 
 
-def ship(name: str, work: Path, out: Path, seconds: float, start: Path | None = None) -> None:
-    """`out/name`: adapter in half precision, `metrics.jsonl`, `manifest.json`."""
-    target, paths = out / name, recipes_of(name, start)
-    before = start / name / "adapter_model.safetensors" if paths != recipes_of(name) else None
-    started = hashlib.sha256(before.read_bytes()).hexdigest() if before else None
+def train_expert(name: str, work: Path, dtype: str | torch.dtype = "auto") -> None:
+    """Train an expert in `work/expert_NAME`, from its last checkpoint if there is one, in the precision `work`
+    was begun in."""
+    folder = work / f"expert_{name}"
+    policy, objective, config = build(read_yaml(recipe_of(name)), dtype=decide(work, dtype))
+    at = {round(config.iterations * share / 100): share for share in SHARES}
+    for info in train(policy, objective, folder, config):
+        done = info.iteration + 1
+        if info.metrics and done in at:
+            with weights_of(policy, "student", info.average):
+                policy.save_adapter("student", folder / str(at[done]))
+        if info.metrics and done % 10 == 0:
+            shown = " ".join(f"{key} {value:.4g}" for key, value in info.metrics.items())
+            say(f"expert_{name} {done}/{config.iterations} {info.seconds:.0f} s {shown}")
+
+
+def curve_of(folder: Path) -> pd.DataFrame:
+    """Every reward and gold reward of the base and of the adapters of a training, on val prompts: task,
+    reward, percent of the iterations, mean, low, high (95 %), n."""
+    world = load_world()
+    policy, models = world.policy(), {0: None}
+    for share in (*SHARES, 100):
+        models[share] = f"at{share}"
+        policy.load_adapter(models[share], folder / (str(share) if share < 100 else "adapter"))
+    rewards = {**world.judges(), **world.unseen_judges()}
+    prompts = [p for task in world.own for p in world.prompts(task, "val")]
+    names = {str(k): adapter for k, adapter in models.items()}
+    table = evaluate(policy, prompts, rewards, VAL_SEED, world.sampler(16), names)
+    found = summary(table, ["task", "model"], list(rewards)).dropna(subset="mean")
+    return found.rename(columns={"model": "percent", "judge": "reward"})
+
+
+def ship(name: str, work: Path, out: Path, seconds: float) -> None:
+    """`out/name`: adapters in half precision, `metrics.jsonl`, `curve.csv`, `manifest.json`."""
+    target, folder = out / name, work / f"expert_{name}"
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(work / paths[-1].stem / "adapter", target)
-    weights = target / "adapter_model.safetensors"
-    write_whole(weights, save({key: w.half() for key, w in load_file(weights).items()}, {"format": "pt"}))
-    lines = [
-        json.loads(line)
-        for path in paths
-        for line in (work / path.stem / "metrics.jsonl").read_text().splitlines()
-    ]
-    write_whole(
-        target / "metrics.jsonl",
-        "".join(json.dumps(line | {"iteration": i}) + "\n" for i, line in enumerate(lines, 1)),
-    )
+    for share in (*SHARES, 100):
+        source, place = (
+            (folder / str(share), target / str(share)) if share < 100 else (folder / "adapter", target)
+        )
+        shutil.copytree(source, place, dirs_exist_ok=True)
+        weights = place / "adapter_model.safetensors"
+        write_whole(weights, save({k: w.half() for k, w in load_file(weights).items()}, {"format": "pt"}))
+    shutil.copy(folder / "metrics.jsonl", target)
+    curve_of(folder).round(4).to_csv(target / "curve.csv", index=False)
     files = {
-        p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
-        for p in sorted(target.iterdir())
+        str(p.relative_to(target)): {
+            "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
+            "bytes": p.stat().st_size,
+        }
+        for p in sorted(target.rglob("*"))
+        if p.is_file()
     }
     base = hashlib.sha256(
         (BASE / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -90,8 +110,7 @@ def ship(name: str, work: Path, out: Path, seconds: float, start: Path | None = 
         target / "manifest.json",
         {
             "command": f"python -m flowopd_lib.worlds.tiny.train_experts --work experts --only {name}",
-            "recipes": [yaml.safe_load(path.read_text()) for path in paths],
-            **({"start_sha256": started} if started else {}),
+            "recipe": yaml.safe_load(recipe_of(name).read_text()),
             "seconds": round(seconds),
             "base_transformer_sha256": base,
             "date": datetime.date.today().isoformat(),
@@ -114,7 +133,6 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=list(EXPERTS), metavar="EXPERT", help=f"some of {', '.join(EXPERTS)}"
     )
-    parser.add_argument("--start", type=Path, help="a folder of earlier experts to go on from")
     args = parser.parse_args()
     for name in args.only:
         if name not in EXPERTS:
@@ -124,12 +142,12 @@ def main() -> None:
         times, began = args.work / f"{name}.json", time.time()
         seconds = json.loads(times.read_text()) if times.exists() else 0.0
         try:
-            train_expert(name, args.work, start=args.start)
+            train_expert(name, args.work)
         finally:  # the time of a run that was stopped counts too
             seconds += time.time() - began
             times.parent.mkdir(parents=True, exist_ok=True)
             write_json(times, seconds)
-        ship(name, args.work, args.out, seconds, args.start)
+        ship(name, args.work, args.out, seconds)
         say(f"{name}: done, {seconds:.0f} s in all")
 
 

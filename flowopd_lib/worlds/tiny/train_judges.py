@@ -40,22 +40,19 @@ from ...rewards.deqa import LEVELS
 from .data import SHARPNESS, candidate, graded_picture, noisy_example, split_spec, to_tensor
 from .scenes import SIZE
 from .text import CLIP_TOKENS, clip_tokenizer
-from .train_vae import CLEAN
 
 SCALE = 26.0  # exp(logit_scale), fixed: the paper divides PickScore by 26 in its average
 
-# of PickScore, and of its twin: the towers, and the cycles (steps, learning rate) on people's preferences
+# of PickScore, and of its gold reward: the towers, and the cycles (steps, learning rate) on people's preferences
 WIDTHS = {
     "text": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=2),
     "vision": dict(hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=5),
 }
-TWIN_WIDTHS = {
+GOLD_WIDTHS = {
     "text": dict(hidden_size=160, intermediate_size=480, num_hidden_layers=2, num_attention_heads=5),
     "vision": dict(hidden_size=192, intermediate_size=768, num_hidden_layers=3, num_attention_heads=6),
 }
-CYCLES, TWIN_CYCLES = ((2700, 6e-4), (2000, 5e-4), (1500, 5e-4)), ((2000, 6e-4),)
-# cycles and batch of a PickScore that goes on from an earlier one
-GOING_ON = (((1200, 5e-4),), 64)
+CYCLES, GOLD_CYCLES = ((2700, 6e-4), (2000, 5e-4), (1500, 5e-4)), ((2000, 6e-4),)
 
 
 @dataclass(frozen=True)
@@ -149,13 +146,11 @@ def train_pickscore(
     batch: int = 128,
     group: int = 8,
     seed: int = 0,
-    start: Path | None = None,
-    twin: bool = False,
+    gold: bool = False,
     log=print,
 ) -> None:
-    """PickScore, or its twin, on the autoencoder's device. `start`: an earlier PickScore to go on from, by
-    the cycles of `GOING_ON`."""
-    widths, preference = (TWIN_WIDTHS, TWIN_CYCLES) if twin else (WIDTHS, CYCLES)
+    """PickScore, or its gold reward, on the autoencoder's device."""
+    widths, preference = (GOLD_WIDTHS, GOLD_CYCLES) if gold else (WIDTHS, CYCLES)
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE), tokenizer)
@@ -169,8 +164,6 @@ def train_pickscore(
             logit_scale_init_value=float(np.log(SCALE)),
         )
     )
-    if start:
-        model, (preference, batch) = CLIPModel.from_pretrained(start).float(), GOING_ON
     model.logit_scale.requires_grad_(False)
     model.to(vae.device)
 
@@ -185,7 +178,7 @@ def train_pickscore(
 
     def captioned(step):
         rng = random.Random(f"clip/{seed}/{step}")
-        texts, images = zip(*(noisy_example(rng, CLEAN, 0.3) for _ in range(batch)))
+        texts, images = zip(*(noisy_example(rng, spoiled=0.3) for _ in range(batch)))
         return tokens(texts), pictures_of(list(images), rng, 0.25)
 
     def contrastive_loss(found):
@@ -193,8 +186,7 @@ def train_pickscore(
         logits, same = SCALE * t @ i.T, torch.arange(batch, device=t.device)
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
-    if not start:
-        train("clip", model, captioned, contrastive_loss, contrastive, 1e-3, work, log)
+    train("clip", model, captioned, contrastive_loss, contrastive, 1e-3, work, log)
     first, second = torch.triu_indices(group, group, 1)
 
     def offers(step):
@@ -242,20 +234,20 @@ def train_deqa(
     steps: int = 1200,
     batch: int = 64,
     seed: int = 0,
-    twin: bool = False,
+    gold: bool = False,
     log=print,
 ) -> None:
-    """DeQA, a ResNet, or its twin, a RegNet, on the autoencoder's device."""
+    """DeQA, a ResNet, or its gold reward, a RegNet, on the autoencoder's device."""
     torch.manual_seed(seed)
     shape = dict(
         embedding_size=32,
-        hidden_sizes=[48, 96, 192] if twin else [32, 64, 128],
+        hidden_sizes=[48, 96, 192] if gold else [32, 64, 128],
         depths=[1, 2, 2],
         num_labels=len(LEVELS),
         id2label=dict(enumerate(LEVELS)),
         label2id={v: k for k, v in enumerate(LEVELS)},
     )
-    if twin:
+    if gold:
         model = RegNetForImageClassification(RegNetConfig(groups_width=16, layer_type="y", **shape))
     else:
         model = ResNetForImageClassification(ResNetConfig(layer_type="basic", **shape))

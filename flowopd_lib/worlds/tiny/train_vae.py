@@ -15,9 +15,8 @@ from ...checkpoint import load_state, save_state
 from ...precision import in_fast_precision
 from .data import noisy_example, to_tensor
 
-CLEAN = dict.fromkeys(("geneval", "ocr", "pickscore"), 0.0)
 # (name, steps, learning rate, weight of fine detail): the whole picture, then what that leaves soft
-PHASES = (("vae", 6000, 2e-3, 0.0), ("vae-detail", 1600, 1e-3, 4.0))
+PHASES = (("vae", 5000, 2e-3, 0.0), ("vae-detail", 1500, 1e-3, 4.0))
 
 
 def new_vae() -> AutoencoderKL:
@@ -65,7 +64,7 @@ def train_vae(out: Path, work: Path, batch: int = 32, seed: int = 0, log=print) 
     # One number each: diffusers' pipeline scales all latent channels alike.
     rng = random.Random(f"vae-scale/{seed}")
     with torch.no_grad():
-        z = vae.encode(to_tensor([noisy_example(rng, CLEAN, 0.25)[1] for _ in range(512)])).latent_dist.mean
+        z = vae.encode(to_tensor([noisy_example(rng, spoiled=0.25)[1] for _ in range(512)])).latent_dist.mean
     vae.register_to_config(
         scaling_factor=round(1 / z.std().item(), 6), shift_factor=round(z.mean().item(), 6)
     )
@@ -101,7 +100,7 @@ def _phase(
     for step in range(first, steps):
         rng = random.Random(f"{name}/{seed}/{step}")
         torch.manual_seed(seed * 1_000_003 + step)
-        x = to_tensor([noisy_example(rng, CLEAN, 0.25)[1] for _ in range(batch)])
+        x = to_tensor([noisy_example(rng, spoiled=0.25)[1] for _ in range(batch)])
         with in_fast_precision():
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample
