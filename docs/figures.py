@@ -5,12 +5,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from flowopd_lib import Sampler, captions_of, image_grid, load_world, sample, score, trajectory, use_style
-from flowopd_lib.looking.figures import COLORS
+from flowopd_lib import Sampler, captions_of, image_grid, load_benchmark, sample, score, trajectory, use_style
+from flowopd_lib.plots.figures import COLORS
 
 HERE = Path(__file__).parent
-WORLD = load_world()
-REWARDS = {expert: judge for judge, expert in WORLD.experts_of.items()}
+BENCHMARK = load_benchmark()
+REWARDS = {expert: reward for reward, expert in BENCHMARK.experts_of.items()}
 
 
 def box(axis, x, y, width, height, text, colour=".35", **style):
@@ -47,14 +47,14 @@ def arrow(axis, start, end, colour=".35", **style):
 
 def method() -> plt.Figure:
     """Experts, cold start, the student's walk, the routed teacher and the anchor. The pictures are samples of
-    the small world: the first sign of the test split that the base gets wrong, its OCR expert right, and the
+    the small benchmark: the first sign of the test split that the base gets wrong, its OCR expert right, and the
     merged student, on a walk of the SDE, right too."""
-    policy, judge, seed = WORLD.merged_policy(), WORLD.judges()["OCR"], 0
+    policy, reward, seed = BENCHMARK.merged_policy(), BENCHMARK.rewards()["OCR"], 0
 
     def right(adapter, sampler):
-        return judge(sample(policy, [prompt], [seed], sampler, adapter), [prompt])[0] == 1
+        return reward(sample(policy, [prompt], [seed], sampler, adapter), [prompt])[0] == 1
 
-    for prompt in WORLD.prompts("ocr", "test"):
+    for prompt in BENCHMARK.prompts("ocr", "test"):
         if not right(None, Sampler(20)) and right("ocr", Sampler(20)) and right("merged", Sampler(10, "sde")):
             break
     steps, shown = list(trajectory(policy, [prompt], [seed], Sampler(10, "sde"), "merged")), [0, 2, 4, 6, 8]
@@ -118,12 +118,12 @@ def method() -> plt.Figure:
 
 def samples() -> plt.Figure:
     """The base's samples of the first test prompts, with their scores."""
-    policy, judges = WORLD.policy(), WORLD.judges()
-    few = WORLD.first_prompts("test", 6)
+    policy, rewards = BENCHMARK.policy(), BENCHMARK.rewards()
+    few = BENCHMARK.first_prompts("test", 6)
     images = sample(policy, few, range(len(few)), Sampler(40))
     return image_grid(
         images,
-        captions_of(score(images, few, judges)),
+        captions_of(score(images, few, rewards)),
         6,
         "Base model: GenEval, OCR and PickScore test prompts",
     )

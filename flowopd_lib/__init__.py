@@ -6,6 +6,7 @@ import os
 # other job, and two jobs beside one another take 4 to 10 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from .benchmarks import Benchmark, load_benchmark
 from .evaluate import evaluate, probe_of, score
 from .files import read_lines, write_json, write_table
 from .fit import fit
@@ -14,7 +15,9 @@ from .jobs.lab import Lab
 from .jobs.launch import InProcess, Look, some_prompts
 from .jobs.processes import Launched
 from .jobs.recipes import build, grpo_mix
-from .looking.figures import (
+from .merge import merge
+from .objectives import GRPO, OPD, SFT
+from .plots.figures import (
     captions_of,
     gold_figure,
     image_grid,
@@ -27,18 +30,16 @@ from .looking.figures import (
     training_curves,
     use_style,
 )
-from .looking.interference_figures import (
+from .plots.interference_figures import (
     directions_figure,
     gain_matrix,
     interference_figure,
     taylor_figure,
     ways_figure,
 )
-from .looking.playground import known_prompts
-from .looking.study_figures import judge_figure, kl_figure, steps_figure, walk_figure
-from .looking.widgets import Playground, SampleGallery, TrainingMonitor, TrajectoryExplorer
-from .merge import merge
-from .objectives import GRPO, OPD, SFT
+from .plots.playground import known_prompts
+from .plots.study_figures import kl_figure, reward_figure, steps_figure, walk_figure
+from .plots.widgets import Playground, SampleGallery, TrainingMonitor, TrajectoryExplorer
 from .policy import FlowPolicy
 from .prompts import Prompt
 from .rollout import Sampler, initial_noise, sample, trajectory
@@ -56,7 +57,6 @@ from .stats import (
     summary,
 )
 from .train import StepInfo, TrainConfig, TrainingDiverged, train
-from .worlds import World, load_world
 
 __all__ = [
     "begin",
@@ -79,14 +79,14 @@ __all__ = [
     "initial_noise",
     "InProcess",
     "interference_figure",
-    "judge_figure",
+    "reward_figure",
     "kernel_distance",
     "kl_figure",
     "known_prompts",
     "Lab",
     "Launched",
     "list_of",
-    "load_world",
+    "load_benchmark",
     "Look",
     "mean_interval",
     "merge",
@@ -130,7 +130,7 @@ __all__ = [
     "walk_figure",
     "ways_figure",
     "within",
-    "World",
+    "Benchmark",
     "write_json",
     "write_table",
 ]

@@ -31,7 +31,16 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 # Flow-GRPO's
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ATTENTION = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 CONFIG, PEFT_FILE, DIFFUSERS_FILE = (
@@ -128,7 +137,11 @@ def linear_places(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
     for name, module in transformer.named_modules():
         # one that PEFT adapts
         layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        if isinstance(layer, torch.nn.Linear) and ".lora_" not in name and not name.endswith(".base_layer"):
+        if (
+            isinstance(layer, torch.nn.Linear)
+            and ".lora_" not in name
+            and not name.endswith(".base_layer")
+        ):
             found[name] = (layer.in_features, layer.out_features)
     return found
 
@@ -154,11 +167,17 @@ def read_adapter(source: str | Path, places: Mapping[str, tuple[int, int]]) -> L
             None
             if packed is None
             else {
-                k.removeprefix("transformer."): v for k, v in packed.items() if k.startswith("transformer.")
+                k.removeprefix("transformer."): v
+                for k, v in packed.items()
+                if k.startswith("transformer.")
             }
         )
         prefix, about = "transformer.", f"{file.name} in diffusers' format"
-    strange = [key for key in weights if not re.fullmatch(re.escape(prefix) + r".+\.lora_[AB]\.weight", key)]
+    strange = [
+        key
+        for key in weights
+        if not re.fullmatch(re.escape(prefix) + r".+\.lora_[AB]\.weight", key)
+    ]
     if strange:
         other = {"base_model.model.": "transformer.", "transformer.": "base_model.model."}[prefix]
         hint = {
@@ -174,13 +193,17 @@ def read_adapter(source: str | Path, places: Mapping[str, tuple[int, int]]) -> L
     found = {key.removeprefix(prefix): w for key, w in weights.items()}
     if config is None:  # diffusers' older files: every scale is 1
         ranks = {
-            key.removesuffix(".lora_A.weight"): len(w) for key, w in found.items() if key.endswith("A.weight")
+            key.removesuffix(".lora_A.weight"): len(w)
+            for key, w in found.items()
+            if key.endswith("A.weight")
         }
         alphas = {place: float(rank) for place, rank in ranks.items()}
     else:
         ranks, alphas = _planned(config, places, source)
     expected = {
-        f"{place}.lora_{f}.weight": (rank, places[place][0]) if f == "A" else (places[place][1], rank)
+        f"{place}.lora_{f}.weight": (rank, places[place][0])
+        if f == "A"
+        else (places[place][1], rank)
         for place, rank in ranks.items()
         if place in places
         for f in "AB"
@@ -235,7 +258,11 @@ def _planned(
         raise ValueError(f"the adapter {source} is of the kind {kind}; only LoRA is supported")
     usual = LoraConfig().to_dict()
     for field, value in config.items():
-        if field not in UNDERSTOOD and value not in (None, False, [], {}) and value != usual.get(field):
+        if (
+            field not in UNDERSTOOD
+            and value not in (None, False, [], {})
+            and value != usual.get(field)
+        ):
             raise ValueError(
                 f"the adapter {source} has {field} = {value!r}, which is not supported: "
                 f"{REASONS.get(field, 'it may change what the adapter computes')}"
@@ -265,12 +292,18 @@ def _planned(
         }
     )
     if not lora.target_modules:
-        raise ValueError(f"the adapter {source} does not say which layers it adapts (target_modules)")
+        raise ValueError(
+            f"the adapter {source} does not say which layers it adapts (target_modules)"
+        )
     ranks, alphas = {}, {}
     for place in places:
         if check_target_module_exists(lora, place):
-            ranks[place] = rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern, place), lora.r)
-            alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern, place), lora.lora_alpha)
+            ranks[place] = rank = lora.rank_pattern.get(
+                get_pattern_key(lora.rank_pattern, place), lora.r
+            )
+            alpha = lora.alpha_pattern.get(
+                get_pattern_key(lora.alpha_pattern, place), lora.lora_alpha
+            )
             alphas[place] = float(alpha) * (math.sqrt(rank) if lora.use_rslora else 1.0)
     return ranks, alphas
 
@@ -298,7 +331,9 @@ def _files_of(source: str | Path) -> tuple[Path, Path | None]:
             ) from error
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is not a safetensors file; pickles are never read: convert it first")
+            raise ValueError(
+                f"{path} is not a safetensors file; pickles are never read: convert it first"
+            )
         config = path.with_name(CONFIG)
         return path, config if path.name == PEFT_FILE and config.is_file() else None
     names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
@@ -357,7 +392,9 @@ def write_diffusers(lora: Lora, folder: str | Path) -> None:
     """A folder that `read_adapter` and `StableDiffusion3Pipeline.load_lora_weights` read, ranks and alphas
     included."""
     record = lora.config().to_dict()
-    told = {f"transformer.{k}": record[k] for k in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
+    told = {
+        f"transformer.{k}": record[k] for k in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    }
     told["transformer.target_modules"] = sorted(record["target_modules"])
     write_whole(
         Path(folder) / DIFFUSERS_FILE,

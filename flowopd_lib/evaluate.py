@@ -18,14 +18,14 @@ from .parts import Parts
 from .policy import FlowPolicy
 from .progress import progress as told
 from .prompts import Prompt
-from .rewards import Reward, can_judge
+from .rewards import Reward, can_reward
 from .rollout import Sampler, sample
 from .stats import AVERAGE, Home, model_scores
 from .thumbnails import webp, write_thumbnails
 
 
-def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd.DataFrame:
-    """One row an image: task, tag, prompt and a column per judge, NaN where a judge does not apply."""
+def score(images, prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> pd.DataFrame:
+    """One row an image: task, tag, prompt and a column per reward, NaN where a reward does not apply."""
     table = pd.DataFrame(
         {
             "task": [p.task for p in prompts],
@@ -33,18 +33,18 @@ def score(images, prompts: Sequence[Prompt], judges: Mapping[str, Reward]) -> pd
             "prompt": [p.text for p in prompts],
         }
     )
-    for name, judge in judges.items():
-        rows = [i for i, p in enumerate(prompts) if can_judge(judge, p)]
+    for name, reward in rewards.items():
+        rows = [i for i, p in enumerate(prompts) if can_reward(reward, p)]
         table[name] = np.nan
         if rows:
-            table.loc[rows, name] = judge(images[rows], [prompts[i] for i in rows])
+            table.loc[rows, name] = reward(images[rows], [prompts[i] for i in rows])
     return table
 
 
 def evaluate(
     policy: FlowPolicy,
     prompts: Sequence[Prompt],
-    judges: Mapping[str, Reward],
+    rewards: Mapping[str, Reward],
     seed: int = 0,
     sampler: Sampler = Sampler(),
     models: Mapping[str, str | None] = MappingProxyType({"base": None}),
@@ -61,7 +61,7 @@ def evaluate(
 
     `models` maps a name to an adapter (None: the base). Image j of prompt i has seed `seed + j * len(prompts)
     + i` under every model: the same noise, so that models can be compared prompt by prompt. Columns: model,
-    task, tag, prompt, repeat, seed, one per judge, and `embedding` if `embed` (images to (B, D), such as
+    task, tag, prompt, repeat, seed, one per reward, and `embedding` if `embed` (images to (B, D), such as
     `PickScore.embed`) is given. `guidance`: of an adapter, where it is not the sampler's.
 
     With `pictures`, a folder, every sample is kept there as a thumbnail and `picture` says where, seen from
@@ -70,7 +70,7 @@ def evaluate(
 
     With `into`, a parquet file, the table is kept there, and while it grows its finished batches beside it:
     the same call goes on where it was cut off, and only reads what is whole. Where the models, prompts,
-    judges or settings are others, what lies there is moved into `earlier/`.
+    rewards or settings are others, what lies there is moved into `earlier/`.
 
     Several processes (`share`) deal the batches out among themselves by way of `into`, which all must see;
     which samples are one batch does not depend on how many there are.
@@ -81,7 +81,7 @@ def evaluate(
         raise ValueError(
             f"seed must be at least 0, repeats and batch at least 1, not {seed}, {repeats} and {batch}"
         )
-    if share.world > 1 and into is None:
+    if share.processes > 1 and into is None:
         raise ValueError("several processes share an evaluation by way of a file: give into")
     policy.check_adapters(a for a in models.values() if a is not None)
     policy.check_prompts(prompts)
@@ -97,7 +97,7 @@ def evaluate(
             "models": {m: a and policy.adapter(a).sha256 for m, a in models.items()},
             "guidance": {a: g for a, g in guidance.items() if a in models.values()},
             "prompts": list(prompts),
-            "judges": judges,
+            "rewards": rewards,
             "embedded": embed is not None,
             "pictures": pictures is not None,
         }
@@ -125,7 +125,7 @@ def evaluate(
         own = replace(sampler, guidance=guidance.get(adapter, sampler.guidance))
         images = sample(policy, part, seeds, own, adapter, batch)
         repeat = [j // len(prompts) for j in range(i, i + len(part))]
-        rows = score(images, part, judges).assign(repeat=repeat, seed=seeds)
+        rows = score(images, part, rewards).assign(repeat=repeat, seed=seeds)
         if pictures is not None:
             rows["thumbnail"] = [webp(image) for image in images]
         if embed is not None:
@@ -134,9 +134,11 @@ def evaluate(
 
     starts = [(number, i) for number in range(len(models)) for i in range(0, len(every), batch)]
     adapters, found = list(models.values()), {}
-    mine = [start for n, start in enumerate(starts) if n % share.world == share.rank]
+    mine = [start for n, start in enumerate(starts) if n % share.processes == share.rank]
     with told(
-        len(mine) * batch, f"evaluate {len(models)} models on {len(every)} prompts", progress and main
+        len(mine) * batch,
+        f"evaluate {len(models)} models on {len(every)} prompts",
+        progress and main,
     ) as advance:
         for number, i in mine:
             rows = parts.get(number, i) if parts else None
@@ -166,7 +168,7 @@ def evaluate(
 def probe_of(
     policy: FlowPolicy,
     prompts: Sequence[Prompt],
-    judges: Mapping[str, Reward],
+    rewards: Mapping[str, Reward],
     sampler: Sampler,
     seed: int = 1 << 20,
     home: Home = AVERAGE,
@@ -177,9 +179,9 @@ def probe_of(
     none of the test's. Several processes (`share`) meet in a file in `folder`, which is then removed."""
 
     def probe(adapter: str) -> pd.DataFrame:
-        models, into = {adapter: adapter}, folder / "probe.parquet" if share.world > 1 else None
+        models, into = {adapter: adapter}, folder / "probe.parquet" if share.processes > 1 else None
         how = {"progress": False, "into": into, "share": share}
-        table = evaluate(policy, prompts, judges, seed, sampler, models, **how)
+        table = evaluate(policy, prompts, rewards, seed, sampler, models, **how)
         share.wait()
         if into and share.rank == 0:
             into.unlink()

@@ -17,11 +17,11 @@ from pathlib import Path
 import yaml
 
 from .adapters import write_diffusers
+from .benchmarks import load_benchmark
+from .benchmarks.benchmark import DEFAULT
 from .files import read_lines, write_whole
 from .inputs import read_yaml
 from .policy import FlowPolicy
-from .worlds import load_world
-from .worlds.world import DEFAULT
 
 
 def export(
@@ -36,7 +36,7 @@ def export(
 ) -> Path:
     """Write one adapter of `policy` in diffusers' format, with its card.
 
-    `recipe` as in `recipes`; `scores` are records of `model_scores` (judge, mean, low, high, n). Raises
+    `recipe` as in `recipes`; `scores` are records of `model_scores` (reward, mean, low, high, n). Raises
     ValueError for a licence without a name.
     """
     if not license.strip():
@@ -48,12 +48,20 @@ def export(
     write_diffusers(policy.adapter(adapter), folder)
     write_whole(
         folder / "README.md",
-        card(recipe, license, base or load_world(recipe.get("world", DEFAULT)).base_name, scores, updates),
+        card(
+            recipe,
+            license,
+            base or load_benchmark(recipe.get("benchmark", DEFAULT)).base_name,
+            scores,
+            updates,
+        ),
     )
     return folder
 
 
-def card(recipe: Mapping, license: str, base: str, scores: Sequence[Mapping], updates: int | None) -> str:
+def card(
+    recipe: Mapping, license: str, base: str, scores: Sequence[Mapping], updates: int | None
+) -> str:
     """The model card's text, with the metadata that the hub reads."""
     about = {
         "library_name": "diffusers",
@@ -72,15 +80,15 @@ def card(recipe: Mapping, license: str, base: str, scores: Sequence[Mapping], up
     schedule = recipe.get("schedule", {})
     data = (
         f"Prompts of {', '.join(schedule.get('tasks', ['geneval', 'ocr', 'pickscore']))}, split train, of "
-        f"the world {recipe.get('world', DEFAULT)}; no pictures but the model's own."
+        f"the benchmark {recipe.get('benchmark', DEFAULT)}; no pictures but the model's own."
     )
     table = ["Not evaluated, or the scores were not given to `export`."]
     if scores:
         table = [
-            "| judge | mean [95 % interval] | n |",
+            "| reward | mean [95 % interval] | n |",
             "|---|---|---|",
             *(
-                f"| {s['judge']} | {s['mean']:.3f} [{s['low']:.3f}, {s['high']:.3f}] | {s['n']} |"
+                f"| {s['reward']} | {s['mean']:.3f} [{s['low']:.3f}, {s['high']:.3f}] | {s['n']} |"
                 for s in scores
             ),
         ]
@@ -125,10 +133,12 @@ def scores_of(path: Path, model: str) -> list[dict]:
     rows = [
         r
         for r in record.get("scores", [])
-        if isinstance(r, dict) and r.get("model") == model and "judge" in r
+        if isinstance(r, dict) and r.get("model") == model and "reward" in r
     ]
     if not rows:
-        there = sorted({str(r.get("model")) for r in record.get("scores", []) if isinstance(r, dict)})
+        there = sorted(
+            {str(r.get("model")) for r in record.get("scores", []) if isinstance(r, dict)}
+        )
         raise ValueError(
             f"{path} has no scores of {model!r}; it has those of {', '.join(there) or 'nothing'}"
         )
@@ -142,10 +152,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "training", type=Path, help="the folder of a finished training, with adapter/ and recipe.yaml"
+        "training",
+        type=Path,
+        help="the folder of a finished training, with adapter/ and recipe.yaml",
     )
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--license", required=True, help="the licence's name on the hub, such as apache-2.0")
+    parser.add_argument(
+        "--license", required=True, help="the licence's name on the hub, such as apache-2.0"
+    )
     parser.add_argument("--base", default="", help="the base's name, if not the recipe's")
     parser.add_argument(
         "--scores",
@@ -161,7 +175,7 @@ def main() -> None:
             raise FileNotFoundError(f"{args.training} has no adapter/: is the training over?")
         recipe = read_yaml(args.training / "recipe.yaml")
         scores = scores_of(args.scores, args.model) if args.scores else []
-        policy = load_world(recipe.get("world", DEFAULT)).policy()
+        policy = load_benchmark(recipe.get("benchmark", DEFAULT)).policy()
         policy.load_adapter("exported", args.training / "adapter")
         print(
             export(

@@ -113,7 +113,8 @@ def plain(node: Any) -> Any:
         return plain(node.to_dict("records") if isinstance(node, pd.DataFrame) else node.tolist())
     if isinstance(node, (list, tuple, set, frozenset, np.ndarray, pd.Index)):
         return [
-            plain(value) for value in (node.tolist() if isinstance(node, (np.ndarray, pd.Index)) else node)
+            plain(value)
+            for value in (node.tolist() if isinstance(node, (np.ndarray, pd.Index)) else node)
         ]
     if isinstance(node, np.generic):
         node = node.item()
@@ -176,9 +177,7 @@ def _told(owner: Path) -> str:
     try:
         record = json.loads(owner.read_text())
         where = "" if record["host"] == platform.node() else f" on {record['host']}"
-        return (
-            f"process {record['pid']}{where} ({record['what']}, since {record['since']}: {record['command']})"
-        )
+        return f"process {record['pid']}{where} ({record['what']}, since {record['since']}: {record['command']})"
     except (OSError, ValueError, KeyError):
         return "another process"
 

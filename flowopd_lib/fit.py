@@ -75,7 +75,9 @@ def fit(
     ended = True
     with (
         progress(total, f"train {adapter}", shown and main) as advance,
-        contextlib.closing(during(train(policy, objective, folder, config, adapter, accelerator))) as updates,
+        contextlib.closing(
+            during(train(policy, objective, folder, config, adapter, accelerator))
+        ) as updates,
     ):
         before = 0.0
         for info in updates:
@@ -85,7 +87,12 @@ def fit(
             now = min(info.seconds, config.max_seconds) if by_time else done
             advance(now - before)
             before = now
-            if every and done % every == 0 and done < config.iterations and info.seconds < config.max_seconds:
+            if (
+                every
+                and done % every == 0
+                and done < config.iterations
+                and info.seconds < config.max_seconds
+            ):
                 ask(done, info.seconds, info.average)
             if told is not None and told(info):
                 ended = False

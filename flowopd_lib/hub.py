@@ -19,7 +19,12 @@ def hub_fault(name: str, error: BaseException) -> str:
         )
     if "RepositoryNotFoundError" in kinds or "not a valid model identifier" in said:
         return f"the hub has no {name}, or it is private: check the name, or log in with `hf auth login`"
-    unreachable = {"ConnectError", "ConnectTimeout", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
+    unreachable = {
+        "ConnectError",
+        "ConnectTimeout",
+        "LocalEntryNotFoundError",
+        "OfflineModeIsEnabled",
+    }
     if unreachable & kinds or "Cannot load model" in said or "couldn't connect" in said.lower():
         return (
             f"{name} is not on this machine and the hub cannot be reached: connect, or download it elsewhere "

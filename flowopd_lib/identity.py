@@ -15,7 +15,7 @@ import torch
 from .prompts import Prompt
 
 # Where and in what portions it is computed changes roundings, not what is computed.
-ASIDE = ("device", "batch", "micro")
+ASIDE = ("device", "batch", "micro_batch_size")
 
 
 def _bytes(digest, node: Any) -> None:
@@ -99,7 +99,9 @@ def differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
     """One line for each value that two descriptions do not share: `sampler.steps was 3 and is 6`."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):
-            yield from differences(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+            yield from differences(
+                before.get(key), now.get(key), f"{where}.{key}" if where else str(key)
+            )
     elif before != now:
         yield f"{where} was {_short(before)} and is {_short(now)}"
 

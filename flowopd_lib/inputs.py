@@ -77,7 +77,9 @@ def check_keys(where: str, given: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{where} must be a mapping of names to values, not {given!r}")
     for key in given:
         if key not in known:
-            raise ValueError(f"{where} has no {key!r}{nearest(str(key), known)}; it has {', '.join(known)}")
+            raise ValueError(
+                f"{where} has no {key!r}{nearest(str(key), known)}; it has {', '.join(known)}"
+            )
 
 
 def check_mapping(
@@ -112,7 +114,9 @@ def check_value(name: str, value: Any, kind: Any) -> Any:
         faults = sorted(error.errors(include_url=False), key=lambda e: -len(e["loc"]))
         fault = faults[0]
     place = name + "".join(
-        f"[{part!r}]" for part in fault["loc"] if not (isinstance(part, str) and _is_kind(part, fault, value))
+        f"[{part!r}]"
+        for part in fault["loc"]
+        if not (isinstance(part, str) and _is_kind(part, fault, value))
     )
     given, wanted = fault["input"], _wanted(fault)
     hint = ""
@@ -124,7 +128,8 @@ def check_value(name: str, value: Any, kind: Any) -> Any:
                 hint += ", and with a point, such as 3.0e-4, or YAML takes it for a text"
     if fault["type"] == "literal_error" and isinstance(given, str):
         hint = nearest(
-            given, [c.strip("' ") for c in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
+            given,
+            [c.strip("' ") for c in fault["ctx"]["expected"].replace(" or ", ", ").split(",")],
         )
     raise ValueError(f"{place} must be {wanted}, not {given!r}{hint}")
 
@@ -164,7 +169,12 @@ def _wanted(fault: Mapping) -> str:
     }
     if kind == "literal_error":
         return "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
-    for limit, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
+    for limit, words in (
+        ("ge", "at least"),
+        ("gt", "more than"),
+        ("le", "at most"),
+        ("lt", "less than"),
+    ):
         if limit in context:
             return (
                 f"{words} {context[limit]:g}"
@@ -174,17 +184,23 @@ def _wanted(fault: Mapping) -> str:
     return names.get(kind) or fault["msg"][0].lower() + fault["msg"][1:]
 
 
-def check_options(where: str, given: Any, kind: Any, left_out: Iterable[str] = ()) -> dict[str, Any]:
+def check_options(
+    where: str, given: Any, kind: Any, left_out: Iterable[str] = ()
+) -> dict[str, Any]:
     """`given`, checked against the arguments of `kind` and their types; lists become tuples where the
     argument takes one."""
-    hints = typing.get_type_hints(kind.__init__ if inspect.isclass(kind) else kind, include_extras=True)
+    hints = typing.get_type_hints(
+        kind.__init__ if inspect.isclass(kind) else kind, include_extras=True
+    )
     known = [n for n in inspect.signature(kind).parameters if n not in left_out]
     check_keys(where, given, known)
     checked = {}
     for name, value in given.items():
         if isinstance(value, list) and "tuple" in str(hints.get(name, "")):
             value = tuple(value)
-        checked[name] = check_value(f"{where}.{name}", value, hints[name]) if name in hints else value
+        checked[name] = (
+            check_value(f"{where}.{name}", value, hints[name]) if name in hints else value
+        )
     return checked
 
 
@@ -223,7 +239,9 @@ def check_tracker(name: str | None) -> None:
             f"{', '.join(map(str, LOGGER_TYPE_TO_CLASS))}"
         )
     if name not in map(str, get_available_trackers()):
-        raise ValueError(f"the tracker {name} is not installed; pip install {name}, or leave log_with out")
+        raise ValueError(
+            f"the tracker {name} is not installed; pip install {name}, or leave log_with out"
+        )
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -251,14 +269,18 @@ def begin(names: Mapping[str, Any], **kinds: Any) -> Path:
     Raises ValueError for a value of another kind, for a name that papermill was given and the notebook does
     not have, and for an `out_dir` that is no folder.
     """
-    cells = [cell for cell in names.get("In", []) if isinstance(cell, str) and cell.startswith(INJECTED)]
+    cells = [
+        cell for cell in names.get("In", []) if isinstance(cell, str) and cell.startswith(INJECTED)
+    ]
     check_keys("this notebook", {name: None for cell in cells for name in _assigned(cell)}, kinds)
     check_kinds({name: names[name] for name in kinds}, kinds)
     out = Path(names.get("out_dir") or tempfile.mkdtemp())
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"out_dir {str(out)!r} cannot be a folder for results: {error.strerror}") from error
+        raise ValueError(
+            f"out_dir {str(out)!r} cannot be a folder for results: {error.strerror}"
+        ) from error
     return out
 
 
@@ -283,11 +305,17 @@ def kinds_of(sources: Iterable[str]) -> dict[str, Any]:
         if "begin(globals()" not in source:
             continue
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "begin":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "begin"
+            ):
                 # our own notebooks
                 return {
                     k.arg: eval(
-                        compile(ast.Expression(k.value), "begin", "eval"), {"__builtins__": {}}, KINDS
+                        compile(ast.Expression(k.value), "begin", "eval"),
+                        {"__builtins__": {}},
+                        KINDS,
                     )
                     for k in node.keywords
                     if k.arg

@@ -81,9 +81,14 @@ def merge(
     how = {
         "cat": dict(combination_type="cat"),
         "svd": dict(combination_type="svd", svd_rank=rank, svd_full_matrices=False),
-        "ties": dict(combination_type="ties_svd", density=density, svd_rank=rank, svd_full_matrices=False),
+        "ties": dict(
+            combination_type="ties_svd", density=density, svd_rank=rank, svd_full_matrices=False
+        ),
         "dare": dict(
-            combination_type="dare_ties_svd", density=density, svd_rank=rank, svd_full_matrices=False
+            combination_type="dare_ties_svd",
+            density=density,
+            svd_rank=rank,
+            svd_full_matrices=False,
         ),
         "factor_wise": dict(combination_type="linear"),
     }[method]

@@ -100,7 +100,9 @@ class FlowPolicy:
         # resumed training
         for i in range(0, len(new), TEXTS):
             part = new[i : i + TEXTS]
-            with quiet():  # the pipeline's own warning of what it cuts off comes after ours, once a text
+            with (
+                quiet()
+            ):  # the pipeline's own warning of what it cuts off comes after ours, once a text
                 tokens, _, pooled, _ = self.pipeline.encode_prompt(
                     part + [""] * (TEXTS - len(part)),
                     None,
@@ -109,7 +111,9 @@ class FlowPolicy:
                     max_sequence_length=self.max_sequence_length,
                     device=self.device,
                 )
-            self._texts |= {text: (tokens[row].clone(), pooled[row].clone()) for row, text in enumerate(part)}
+            self._texts |= {
+                text: (tokens[row].clone(), pooled[row].clone()) for row, text in enumerate(part)
+            }
         rows = [self._texts[t] for t in texts]
         for text in dict.fromkeys(texts):
             self._texts.move_to_end(text)
@@ -169,7 +173,9 @@ class FlowPolicy:
         """One adapter as it stands, its tensors shared with the network."""
         self._known(name)
         layers = {
-            place.removeprefix("base_model.model."): m for place, m in self._layers() if name in m.lora_A
+            place.removeprefix("base_model.model."): m
+            for place, m in self._layers()
+            if name in m.lora_A
         }
         return Lora(
             {p: m.lora_A[name].weight.detach() for p, m in layers.items()},
@@ -192,7 +198,9 @@ class FlowPolicy:
         """The linear layers that have adapters, with their places."""
         from peft.tuners.lora import Linear
 
-        return [(place, m) for place, m in self.transformer.named_modules() if isinstance(m, Linear)]
+        return [
+            (place, m) for place, m in self.transformer.named_modules() if isinstance(m, Linear)
+        ]
 
     def start_hash(self, name: str, folder: Path) -> str:
         """The adapter's `sha256` as it was when a training of the adapter into `folder` first asked, which is
@@ -227,7 +235,9 @@ class FlowPolicy:
         self._check_new(name)
         self._add(name, self.adapter(source))
 
-    def combine_adapters(self, adapters: Sequence[str], weights: Sequence[float], name: str, **how) -> None:
+    def combine_adapters(
+        self, adapters: Sequence[str], weights: Sequence[float], name: str, **how
+    ) -> None:
         """A new adapter made of others by PEFT's `add_weighted_adapter`, which says what `how` can be;
         `merge` chooses it."""
         self._check_new(name)
@@ -357,7 +367,10 @@ class FlowPolicy:
             if self.device.type == "cpu" and self.dtype == torch.bfloat16
             else nullcontext()
         )
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), plain:
+        with (
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
+            plain,
+        ):
             v = self.transformer(
                 hidden_states=x.to(self.dtype),
                 timestep=timestep,
@@ -372,7 +385,7 @@ class FlowPolicy:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, H, W) to images (B, 3, 8H, 8W) in [0, 1], float32. Latents that carry a graph pass
-        it on: a judge's gradient finds its way back."""
+        it on: a reward's gradient finds its way back."""
         config = self.vae.config
         z = latents.to(self.dtype) / config.scaling_factor + config.shift_factor
         with torch.set_grad_enabled(latents.requires_grad and torch.is_grad_enabled()):

@@ -40,7 +40,9 @@ def resolve(dtype: str | torch.dtype, device: str | torch.device = "cpu") -> tor
         and torch.device(device).type == "cuda"
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
-        raise ValueError(f"{torch.cuda.get_device_name()} cannot compute in bfloat16; take auto or float32")
+        raise ValueError(
+            f"{torch.cuda.get_device_name()} cannot compute in bfloat16; take auto or float32"
+        )
     return found
 
 
@@ -91,6 +93,7 @@ def decide(
     found = resolve(kept or dtype, device)
     if write and not kept:
         write_json(
-            file, {"precision": str(found).removeprefix("torch."), "device": torch.device(device).type}
+            file,
+            {"precision": str(found).removeprefix("torch."), "device": torch.device(device).type},
         )
     return found

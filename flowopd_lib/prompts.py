@@ -5,7 +5,7 @@ unchanged.
     ocr/{split}.txt                  one prompt a line, the target text in double quotes
     pickscore_sfw/{split}.txt        one prompt a line
 
-A world's file says where its tasks' files lie and of which kind they are.
+A benchmark's file says where its tasks' files lie and of which kind they are.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def read_prompts(path: str | Path, task: str, kind: str) -> list[Prompt]:
     path = Path(path)
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"no prompts at {path}; {path.parent} holds {', '.join(there) or 'nothing'}")
+        raise FileNotFoundError(
+            f"no prompts at {path}; {path.parent} holds {', '.join(there) or 'nothing'}"
+        )
     prompts = []
     # not splitlines(), which would also split inside a prompt, at U+2028
     try:

@@ -1,4 +1,4 @@
-"""GenEval's records, which say what a right picture shows: read, and checked so that its rule can judge by
+"""GenEval's records, which say what a right picture shows: read, and checked so that its rule can reward by
 them."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _short(value) -> str:
 
 
 def _check_record(record: dict, where: str) -> None:
-    """Raises ValueError for a GenEval record that its rule could not judge."""
+    """Raises ValueError for a GenEval record that its rule could not reward."""
     for key in ("tag", "prompt"):
         if not isinstance(record[key], str) or not record[key].strip():
             raise ValueError(f"{where}: {key} must be a text, not {_short(record[key])}")

@@ -86,7 +86,9 @@ class Sampler:
                 f"not {self.first}" + (f" to {self.last}" if self.last is not None else "")
             )
         if self.slide and self.last is None:
-            raise ValueError(f"slide ({self.slide} iterations) needs last, where the window turns back")
+            raise ValueError(
+                f"slide ({self.slide} iterations) needs last, where the window turns back"
+            )
         if self.branch and not self.explores:
             raise ValueError(
                 "branch lets the images of a prompt part by noise: sample with sde or cps at a positive "
@@ -101,7 +103,9 @@ class Sampler:
     @property
     def window(self) -> range:
         """The steps that can be trained: those with noise, or for the ODE all but the last."""
-        return range(self.first, self.first + (self.steps - 1 if self.noisy is None else self.noisy))
+        return range(
+            self.first, self.first + (self.steps - 1 if self.noisy is None else self.noisy)
+        )
 
     def at(self, iteration: int, seed: int) -> Sampler:
         """The sampler of an iteration, whose window stands still."""
@@ -142,7 +146,9 @@ class NoiseStreams:
         self.generators = [generator(seed) for seed in seeds]
 
     def draw(self) -> torch.Tensor:
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(
+            self.device
+        )
 
 
 def initial_noise(policy: FlowPolicy, seeds: Sequence[int]) -> torch.Tensor:
@@ -181,7 +187,9 @@ def walk(
     """`trajectory` by any `velocity(x, sigma, index)`. Where that carries a graph, the steps yielded do
     not."""
     if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts with {len(seeds)} seeds; every sample needs one of each")
+        raise ValueError(
+            f"{len(prompts)} prompts with {len(seeds)} seeds; every sample needs one of each"
+        )
     if sampler.branch and (group < 2 or len(seeds) % group):
         raise ValueError(
             f"branch is for several images of a prompt that share a walk, not for {group}; sample without "
@@ -235,10 +243,14 @@ def sample(
 ) -> torch.Tensor:
     """Images (N, 3, H, W) in [0, 1] for N prompts and seeds, `batch` at a time."""
     if not len(prompts) or len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts with {len(seeds)} seeds; every sample needs one of each")
+        raise ValueError(
+            f"{len(prompts)} prompts with {len(seeds)} seeds; every sample needs one of each"
+        )
     images = []
     for i in range(0, len(prompts), batch):
-        for step in trajectory(policy, prompts[i : i + batch], seeds[i : i + batch], sampler, adapter):
+        for step in trajectory(
+            policy, prompts[i : i + batch], seeds[i : i + batch], sampler, adapter
+        ):
             pass
         images.append(policy.decode(step.x_next).cpu())
     return torch.cat(images)

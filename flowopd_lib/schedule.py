@@ -35,25 +35,33 @@ class Schedule:
         prompts: Mapping[str, Sequence[Prompt]],
         prompts_per_batch: int,
         images_per_prompt: int = 1,
-        shares: Mapping[str, int] | None = None,
+        task_weights: Mapping[str, int] | None = None,
         alternate: bool = False,
         seed: int = 0,
     ):
-        shares = dict(shares or dict.fromkeys(prompts, 1))
+        weights = dict(task_weights or dict.fromkeys(prompts, 1))
         if not prompts or not all(prompts.values()):
             raise ValueError("a schedule needs at least one prompt for every task")
-        if set(shares) != set(prompts) or not all(isinstance(n, int) and n > 0 for n in shares.values()):
+        if set(weights) != set(prompts) or not all(
+            isinstance(n, int) and n > 0 for n in weights.values()
+        ):
             raise ValueError(
-                f"shares must give a positive whole number for each of {', '.join(prompts)}, not {shares}"
+                f"task_weights must give a positive integer for each of {', '.join(prompts)}, not {weights}"
             )
         if prompts_per_batch < 1 or images_per_prompt < 1:
             raise ValueError("a batch needs at least one prompt and one image a prompt")
         if seed < 0:
             raise ValueError(f"the seed of a schedule must be at least 0, not {seed}")
-        self.prompts, self.seed, self.alternate = {t: list(p) for t, p in prompts.items()}, seed, alternate
+        self.prompts, self.seed, self.alternate = (
+            {t: list(p) for t, p in prompts.items()},
+            seed,
+            alternate,
+        )
         self.size, self.repeats = prompts_per_batch, images_per_prompt
-        turns = [(i / n, task) for task, n in shares.items() for i in range(n)]
-        self.turns = [task for _, task in sorted(turns, key=lambda turn: turn[0])]  # 3:1:1 -> g o p g g
+        turns = [(i / n, task) for task, n in weights.items() for i in range(n)]
+        self.task_schedule = [
+            task for _, task in sorted(turns, key=lambda turn: turn[0])
+        ]  # 3:1:1 -> g o p g g
 
     @property
     def every(self) -> list[Prompt]:
@@ -62,9 +70,9 @@ class Schedule:
 
     def _task(self, position: int) -> tuple[str, int]:
         """The task of the n-th draw (an iteration's, or a prompt's), and how many draws it had before."""
-        rounds, turn = divmod(position, len(self.turns))
-        task = self.turns[turn]
-        return task, rounds * self.turns.count(task) + self.turns[:turn].count(task)
+        rounds, turn = divmod(position, len(self.task_schedule))
+        task = self.task_schedule[turn]
+        return task, rounds * self.task_schedule.count(task) + self.task_schedule[:turn].count(task)
 
     def _prompt(self, task: str, index: int) -> Prompt:
         epoch, place = divmod(index, len(self.prompts[task]))
@@ -78,7 +86,9 @@ class Schedule:
             task, before = self._task(iteration)
             chosen = [self._prompt(task, before * self.size + i) for i in range(self.size)]
         else:
-            chosen = [self._prompt(*self._task(iteration * self.size + i)) for i in range(self.size)]
+            chosen = [
+                self._prompt(*self._task(iteration * self.size + i)) for i in range(self.size)
+            ]
         prompts = [p for p in chosen for _ in range(self.repeats)]
         # Far above the seeds of evaluations, which count from a small number.
         first = (self.seed + 1 << 40) + iteration * len(prompts)

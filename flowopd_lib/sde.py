@@ -48,13 +48,19 @@ def coefficients(
     if kind not in KINDS:
         raise ValueError(f"unknown sampler {kind!r}: choose one of {', '.join(KINDS)}")
     if not 1 >= sigma > sigma_next >= 0:
-        raise ValueError(f"a step goes down, from at most 1 to at least 0, not from {sigma} to {sigma_next}")
+        raise ValueError(
+            f"a step goes down, from at most 1 to at least 0, not from {sigma} to {sigma_next}"
+        )
     dt = sigma - sigma_next
     if kind == "ode" or noise_level == 0 or sigma_next == 0:
         return 1.0, -dt, 0.0  # Euler: diffusers' step
     if kind == "sde":
         s = noise_scale(sigma, sigma_next, noise_level)
-        return 1 - s**2 / (2 * sigma) * dt, -(1 + s**2 * (1 - sigma) / (2 * sigma)) * dt, s * math.sqrt(dt)
+        return (
+            1 - s**2 / (2 * sigma) * dt,
+            -(1 + s**2 * (1 - sigma) / (2 * sigma)) * dt,
+            s * math.sqrt(dt),
+        )
     if not 0 <= noise_level <= 1:
         raise ValueError(f"the noise level of CPS lies in [0, 1], not at {noise_level}")
     s = sigma_next * math.sin(noise_level * math.pi / 2)
@@ -86,7 +92,9 @@ def _reduce(z: torch.Tensor, reduction: str) -> torch.Tensor:
     return z.flatten(1).sum(1) if reduction == "sum" else z.flatten(1).mean(1)
 
 
-def log_prob(x_next: torch.Tensor, mean: torch.Tensor, std: float, reduction: str = "sum") -> torch.Tensor:
+def log_prob(
+    x_next: torch.Tensor, mean: torch.Tensor, std: float, reduction: str = "sum"
+) -> torch.Tensor:
     """(B,): log N(x_next; mean, std^2). `sum` is the density of the whole latent; `mean`, Flow-GRPO's,
     divides it by C*H*W, which makes ratios of probabilities that far closer to 1 (hence its clip range of
     1e-4).

@@ -26,35 +26,48 @@ def mean_interval(
     return _bootstrap_mean(values, resamples, seed)
 
 
-# The columns of a table of samples that are no judge's.
-ABOUT = ("model", "task", "tag", "prompt", "repeat", "seed", "train_seed", "split", "picture", "embedding")
+# The columns of a table of samples that are no reward's.
+ABOUT = (
+    "model",
+    "task",
+    "tag",
+    "prompt",
+    "repeat",
+    "seed",
+    "train_seed",
+    "split",
+    "picture",
+    "embedding",
+)
 
 
-# A judge's twin, which nothing is trained on, has its name and this.
+# A reward's gold, which nothing is trained on, has its name and this.
 GOLD = " gold"
 
 
-def judges_in(table: pd.DataFrame) -> list[str]:
-    """The judges whose scores a table of samples has, without their twins."""
+def rewards_in(table: pd.DataFrame) -> list[str]:
+    """The rewards whose scores a table of samples has, without their gold rewards."""
     scores = [c for c in table if c not in ABOUT and pd.api.types.is_numeric_dtype(table[c])]
     return [c for c in scores if not c.endswith(GOLD)]
 
 
-def summary(table: pd.DataFrame, by: Sequence[str] = (), judges: Sequence[str] | None = None) -> pd.DataFrame:
-    """Long table: the columns of `by`, judge (None: all), mean, low, high (95 %), n. Judges without scores in
+def summary(
+    table: pd.DataFrame, by: Sequence[str] = (), rewards: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Long table: the columns of `by`, reward (None: all), mean, low, high (95 %), n. Rewards without scores in
     a group are left out."""
-    judges = judges_in(table) if judges is None else judges
+    rewards = rewards_in(table) if rewards is None else rewards
     rows = []
     groups = table.groupby(list(by), sort=False) if by else [((), table)]
     for key, group in groups:
-        for name in judges:
+        for name in rewards:
             values = group[name].dropna() if name in group else []
             if len(values) >= 2:
                 mean, low, high = mean_interval(values)
                 rows.append(
                     {
                         **dict(zip(by, key)),
-                        "judge": name,
+                        "reward": name,
                         "mean": mean,
                         "low": low,
                         "high": high,
@@ -65,26 +78,31 @@ def summary(table: pd.DataFrame, by: Sequence[str] = (), judges: Sequence[str] |
 
 
 def paired_differences(
-    table: pd.DataFrame, baseline: str, judges: Sequence[str] | None = None, by: Sequence[str] = ("task",)
+    table: pd.DataFrame,
+    baseline: str,
+    rewards: Sequence[str] | None = None,
+    by: Sequence[str] = ("task",),
 ) -> pd.DataFrame:
     """Every model's score minus the baseline's on the same prompts and noise: model, the columns of `by`,
-    judge, mean, low, high (95 %), n prompts.
+    reward, mean, low, high (95 %), n prompts.
 
     A prompt's repeats are averaged first; the percentile bootstrap draws prompts. Raises ValueError for an
     unknown baseline.
     """
     if baseline not in set(table["model"]):
-        raise ValueError(f"no model {baseline!r} in the table; it has {', '.join(table['model'].unique())}")
-    judges = judges_in(table) if judges is None else [name for name in judges if name in table]
+        raise ValueError(
+            f"no model {baseline!r} in the table; it has {', '.join(table['model'].unique())}"
+        )
+    rewards = rewards_in(table) if rewards is None else [name for name in rewards if name in table]
     keys = list(dict.fromkeys([*by, "task", "prompt"]))
-    scores = table.groupby(["model", *keys], sort=False)[judges].mean()
+    scores = table.groupby(["model", *keys], sort=False)[rewards].mean()
     rows = []
     for model in table["model"].unique():
         if model == baseline:
             continue
         change = (scores.loc[model] - scores.loc[baseline]).reset_index()
         for key, group in change.groupby(list(by), sort=False) if by else [((), change)]:
-            for name in judges:
+            for name in rewards:
                 values = group[name].dropna()
                 if len(values) >= 2:
                     # Differences of yes-or-no scores can all be 0 or 1 by chance; they are no shares, so no
@@ -94,7 +112,7 @@ def paired_differences(
                         {
                             "model": model,
                             **dict(zip(by, key)),
-                            "judge": name,
+                            "reward": name,
                             "mean": mean,
                             "low": low,
                             "high": high,
@@ -104,9 +122,9 @@ def paired_differences(
     return pd.DataFrame(rows)
 
 
-# A judge, the task on whose prompts its score counts, and its full scale: what an Average adds up.
+# A reward, the task on whose prompts its score counts, and its full scale: what an Average adds up.
 Home = Sequence[tuple[str, str, float]]
-# the paper's; a `World` has its own
+# the paper's; a `Benchmark` has its own
 AVERAGE: Home = (
     ("GenEval", "geneval", 1.0),
     ("OCR", "ocr", 1.0),
@@ -118,7 +136,7 @@ AVERAGE: Home = (
 def paper_average(
     table: pd.DataFrame, home: Home = AVERAGE, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """The Average, each judge on its own prompts over its full scale, by model: mean, low, high (95 %,
+    """The Average, each reward on its own prompts over its full scale, by model: mean, low, high (95 %,
     prompts drawn within their task). Flow-OPD's is (GenEval + OCR + DeQA/5 + PickScore/26) / 4, DeQA and
     PickScore on the preference prompts. Raises ValueError if one is missing.
     """
@@ -126,14 +144,16 @@ def paper_average(
     for model, group in table.groupby("model", sort=False):
         rng, total, draws = np.random.default_rng(seed), 0.0, np.zeros(resamples)
         drawn: dict[str, np.ndarray] = {}
-        for judge, task, scale in home:
+        for reward, task, scale in home:
             part = group[group["task"] == task]
-            if judge not in part or part[judge].isna().all():
+            if reward not in part or part[reward].isna().all():
                 raise ValueError(
-                    f"the Average needs {judge} on the {task} prompts, which {model} does not have"
+                    f"the Average needs {reward} on the {task} prompts, which {model} does not have"
                 )
-            values = part.groupby("prompt", sort=False)[judge].mean().to_numpy() / scale
-            if task not in drawn:  # DeQA and PickScore judge the same pictures: they are drawn together
+            values = part.groupby("prompt", sort=False)[reward].mean().to_numpy() / scale
+            if (
+                task not in drawn
+            ):  # DeQA and PickScore reward the same pictures: they are drawn together
                 drawn[task] = rng.integers(len(values), size=(resamples, len(values)))
             total += values.mean() / len(home)
             draws += values[drawn[task]].mean(1) / len(home)
@@ -141,7 +161,7 @@ def paper_average(
         rows.append(
             {
                 "model": model,
-                "judge": "Average",
+                "reward": "Average",
                 "mean": total,
                 "low": low,
                 "high": high,
@@ -152,40 +172,51 @@ def paper_average(
 
 
 def home_scores(table: pd.DataFrame, home: Home = AVERAGE) -> pd.DataFrame:
-    """The same table with each score on its own prompts only: PickScore and DeQA, which can judge any, on the
+    """The same table with each score on its own prompts only: PickScore and DeQA, which can reward any, on the
     preference prompts."""
     return table.assign(
-        **{judge: table[judge].where(table["task"] == task) for judge, task, _ in home if judge in table}
+        **{
+            reward: table[reward].where(table["task"] == task)
+            for reward, task, _ in home
+            if reward in table
+        }
     )
 
 
 def model_scores(table: pd.DataFrame, home: Home = AVERAGE) -> pd.DataFrame:
     """What the paper's tables show: every model's scores, each on its own prompts, and the Average:
-    model, judge, mean, low, high, n prompts.
+    model, reward, mean, low, high, n prompts.
 
     A prompt's repeats, and several trainings under one name, are averaged first: they are no new prompts.
     """
-    judges = [judge for judge, _, _ in home if judge in table]
+    rewards = [reward for reward, _, _ in home if reward in table]
     by_prompt = (
-        home_scores(table, home).groupby(["model", "task", "prompt"], sort=False)[judges].mean().reset_index()
+        home_scores(table, home)
+        .groupby(["model", "task", "prompt"], sort=False)[rewards]
+        .mean()
+        .reset_index()
     )
-    return pd.concat([summary(by_prompt, ["model"], judges), paper_average(table, home)], ignore_index=True)
+    return pd.concat(
+        [summary(by_prompt, ["model"], rewards), paper_average(table, home)], ignore_index=True
+    )
 
 
 def gold_gains(table: pd.DataFrame, baseline: str = "base", home: Home = AVERAGE) -> pd.DataFrame:
-    """What every model gained over the baseline by a judge (`proxy`) and by its twin (`gold`), on the same
-    samples of the judge's own prompts, in full scales: model, judge, by (proxy, gold or gap: proxy less
-    gold), mean, low, high (95 %), n prompts. A gap above 0 is a gain that only the judge sees. Empty where
-    the table has no twins."""
+    """What every model gained over the baseline by a reward (`proxy`) and by its gold (`gold`), on the same
+    samples of the reward's own prompts, in full scales: model, reward, by (proxy, gold or gap: proxy less
+    gold), mean, low, high (95 %), n prompts. A gap above 0 is a gain that only the reward sees. Empty where
+    the table has no gold rewards."""
     found = []
-    for judge, task, scale in home:
-        if judge + GOLD in table:
+    for reward, task, scale in home:
+        if reward + GOLD in table:
             here = table[table["task"] == task]
-            proxy, gold = here[judge] / scale, here[judge + GOLD] / scale
-            here = here[["model", "task", "prompt"]].assign(proxy=proxy, gold=gold, gap=proxy - gold)
+            proxy, gold = here[reward] / scale, here[reward + GOLD] / scale
+            here = here[["model", "task", "prompt"]].assign(
+                proxy=proxy, gold=gold, gap=proxy - gold
+            )
             rows = paired_differences(here, baseline, ["proxy", "gold", "gap"], by=())
-            found.append(rows.rename(columns={"judge": "by"}).assign(judge=judge))
-    columns = ["model", "judge", "by", "mean", "low", "high", "n"]
+            found.append(rows.rename(columns={"reward": "by"}).assign(reward=reward))
+    columns = ["model", "reward", "by", "mean", "low", "high", "n"]
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
 
@@ -199,29 +230,31 @@ def gain_kept(
     seed: int = 0,
 ) -> pd.DataFrame:
     """The share of each expert's gain over the base that a student keeps, (student - base) / (expert - base):
-    judge, gains, mean, low, high (95 %), n.
+    reward, gains, mean, low, high (95 %), n.
 
-    `experts` maps a judge to the model trained for it; prompts are those of the Average. The bootstrap draws
+    `experts` maps a reward to the model trained for it; prompts are those of the Average. The bootstrap draws
     prompts for all three models together. NaN where the expert's own gain is not above 0 with its interval:
     there is no share of nothing.
     """
     rows = []
-    for judge, task, _ in home:
-        if judge not in experts:
+    for reward, task, _ in home:
+        if reward not in experts:
             continue
         part = table[table["task"] == task]
-        scores = part.groupby(["prompt", "model"], sort=False)[judge].mean().unstack("model")
-        ours, theirs = ((scores[m] - scores[base]).to_numpy() for m in (student, experts[judge]))
+        scores = part.groupby(["prompt", "model"], sort=False)[reward].mean().unstack("model")
+        ours, theirs = ((scores[m] - scores[base]).to_numpy() for m in (student, experts[reward]))
         drawn = np.random.default_rng(seed).integers(len(ours), size=(resamples, len(ours)))
         gained = theirs[drawn].mean(1)
         kept, low, high = np.nan, np.nan, np.nan
         if np.percentile(gained, 2.5) > 0:
             kept = ours.mean() / theirs.mean()
-            low, high = np.percentile(ours[drawn].mean(1)[gained > 0] / gained[gained > 0], (2.5, 97.5))
+            low, high = np.percentile(
+                ours[drawn].mean(1)[gained > 0] / gained[gained > 0], (2.5, 97.5)
+            )
         rows.append(
             {
-                "judge": judge,
-                "expert": experts[judge],
+                "reward": reward,
+                "expert": experts[reward],
                 "expert's gain": theirs.mean(),
                 "student's gain": ours.mean(),
                 "mean": kept,
@@ -233,7 +266,9 @@ def gain_kept(
     return pd.DataFrame(rows)
 
 
-def _bootstrap_mean(values: np.ndarray, resamples: int = 5000, seed: int = 0) -> tuple[float, float, float]:
+def _bootstrap_mean(
+    values: np.ndarray, resamples: int = 5000, seed: int = 0
+) -> tuple[float, float, float]:
     """Mean and its 95 % percentile interval."""
     from scipy import stats  # takes a second, and an evaluation may not come to it
 
@@ -272,7 +307,9 @@ def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.
         trainings = group.groupby(keys, sort=False)["embedding"].agg(spread)
         spreads = trainings.groupby(prompt, sort=False).mean().to_numpy()
         mean, low, high = _bootstrap_mean(spreads)
-        rows.append({**dict(zip(by, key)), "mean": mean, "low": low, "high": high, "n": len(spreads)})
+        rows.append(
+            {**dict(zip(by, key)), "mean": mean, "low": low, "high": high, "n": len(spreads)}
+        )
     return pd.DataFrame(rows)
 
 

@@ -21,17 +21,24 @@ QUALITY = 85  # a 64x64 scene takes some 600 bytes, a fifth of what lossless tak
 
 def webp(image: torch.Tensor) -> bytes:
     """One image (3, H, W) in [0, 1] as WebP, at most `LARGEST` pixels a side."""
-    picture = Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    picture = Image.fromarray(
+        (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    )
     picture.thumbnail((LARGEST, LARGEST))
     file = io.BytesIO()
     picture.save(file, "webp", quality=QUALITY)
     return file.getvalue()
 
 
-def write_thumbnails(folder: str | Path, number: int, model: str, pictures: Sequence[bytes]) -> list[str]:
+def write_thumbnails(
+    folder: str | Path, number: int, model: str, pictures: Sequence[bytes]
+) -> list[str]:
     """Write `folder/NUMBER_MODEL.zip` of `0.webp`, `1.webp`, ..., whole; where each lies, as seen from the
     folder's own parent."""
-    path, file = Path(folder) / f"{number:02d}_{re.sub(r'[^A-Za-z0-9.+-]', '_', model)}.zip", io.BytesIO()
+    path, file = (
+        Path(folder) / f"{number:02d}_{re.sub(r'[^A-Za-z0-9.+-]', '_', model)}.zip",
+        io.BytesIO(),
+    )
     with zipfile.ZipFile(file, "w") as archive:
         for n, picture in enumerate(pictures):  # a fixed date: the same samples make the same file
             archive.writestr(zipfile.ZipInfo(f"{n}.webp", (1980, 1, 1, 0, 0, 0)), picture)

@@ -21,7 +21,16 @@ import torch
 from .checkpoint import load_state, save_state
 from .files import append_lines, locked, write_whole
 from .identity import describe, differences
-from .inputs import BelowOne, Count, NotNegative, Positive, Whole, check_fields, check_tracker, within
+from .inputs import (
+    BelowOne,
+    Count,
+    NotNegative,
+    Positive,
+    Whole,
+    check_fields,
+    check_tracker,
+    within,
+)
 from .objectives import Objective, Share
 from .policy import FlowPolicy
 
@@ -29,9 +38,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # What a resumed training may have otherwise than the one that began it. All else must be the same: objective,
-# prompts and their order, sampler, judges, the weights of teachers, base and start, the adapter's shape and
-# scale, precision, optimizer. (Beside these, objectives leave out `micro`, the images in a forward, and
-# judges the device and the images they look at together; the number of processes is no setting at all.)
+# prompts and their order, sampler, rewards, the weights of teachers, base and start, the adapter's shape and
+# scale, precision, optimizer. (Beside these, objectives leave out `micro_batch_size`, the images in a forward, and
+# rewards the device and the images they look at together; the number of processes is no setting at all.)
 MAY_CHANGE = ("iterations", "save_every", "save_seconds", "max_seconds", "log_with")
 
 
@@ -89,7 +98,12 @@ class _Run:
     """What a checkpoint holds: the adapter, its average, the optimizer, and the count of iterations done."""
 
     def __init__(
-        self, policy: FlowPolicy, adapter: str, objective: Objective, config: TrainConfig, folder: Path
+        self,
+        policy: FlowPolicy,
+        adapter: str,
+        objective: Objective,
+        config: TrainConfig,
+        folder: Path,
     ):
         self.config, self.folder, self.state = config, folder, folder / "state.safetensors"
         self.parameters = policy.train_adapter(adapter)
@@ -122,11 +136,17 @@ class _Run:
             )
         with torch.no_grad():
             for mine, saved in zip(
-                [*self.parameters, *self.average], [*state["parameters"], *state["average"]], strict=True
+                [*self.parameters, *self.average],
+                [*state["parameters"], *state["average"]],
+                strict=True,
             ):
                 mine.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration, self.updates, self.seconds = state["iteration"], state["updates"], state["seconds"]
+        self.iteration, self.updates, self.seconds = (
+            state["iteration"],
+            state["updates"],
+            state["seconds"],
+        )
 
     def save(self) -> None:
         save_state(
@@ -167,7 +187,9 @@ class _Run:
         decay = min(self.config.ema, self.updates / (self.updates + 9))
         with torch.no_grad():
             torch._foreach_lerp_(
-                self.average, [p.data for p in self.parameters], 1 - decay if self.config.ema else 1.0
+                self.average,
+                [p.data for p in self.parameters],
+                1 - decay if self.config.ema else 1.0,
             )
         return norm
 
@@ -180,7 +202,9 @@ def mean_of_processes(metrics: dict[str, float]) -> dict[str, float]:
     return {
         name: sum(told) / len(told)
         for name in sorted({name for m in every for name in m})
-        for told in [[m[name] for m in every if name in m and not math.isnan(m[name])] or [math.nan]]
+        for told in [
+            [m[name] for m in every if name in m and not math.isnan(m[name])] or [math.nan]
+        ]
     }
 
 
@@ -194,7 +218,9 @@ def share_of(accelerator: Accelerator) -> Share:
         every = accelerator.gather(padded.to(accelerator.device)).unflatten(0, (len(sizes), -1))
         return torch.cat([part[:size] for part, size in zip(every, sizes)]).to(values.device)
 
-    return Share(accelerator.process_index, accelerator.num_processes, gather, accelerator.wait_for_everyone)
+    return Share(
+        accelerator.process_index, accelerator.num_processes, gather, accelerator.wait_for_everyone
+    )
 
 
 def train(
@@ -265,7 +291,9 @@ def _updates(
     while run.iteration < config.iterations and run.seconds < config.max_seconds:
         try:
             data = objective.collect(policy, adapter, run.iteration, share)
-        except Exception:  # a judge has gone, say: what was trained before is whole, in every process
+        except (
+            Exception
+        ):  # a reward has gone, say: what was trained before is whole, in every process
             if run.iteration:
                 run.save()
             raise
@@ -303,7 +331,10 @@ def _updates(
                     line = {"iteration": info.iteration, **told, "seconds": seconds, **metrics}
                     append_lines(log, json.dumps(line) + "\n")
                     over = run.iteration == config.iterations or run.seconds >= config.max_seconds
-                    due = run.iteration % config.save_every == 0 or time.time() - saved > config.save_seconds
+                    due = (
+                        run.iteration % config.save_every == 0
+                        or time.time() - saved > config.save_seconds
+                    )
                     if over or due:
                         run.save()
                         saved = time.time()

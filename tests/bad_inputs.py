@@ -13,7 +13,7 @@ from flowopd_lib.jobs import __main__ as jobs
 GOOD = {
     "student": {"rank": 4, "alpha": 8},
     "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
-    "adapters": {"mine": "ocr"},  # a copy of the world's expert under another name
+    "adapters": {"mine": "ocr"},  # a copy of the benchmark's expert under another name
     "sampler": {"steps": 4},
     "opd": {"teachers": {"geneval": None, "ocr": "mine"}},
     "train": {"iterations": 6, "lr": 1e-3},
@@ -65,8 +65,14 @@ def sft(**options):
 # name: (what is changed, part of what is said)
 RECIPES = {
     "lr as YAML's text": (put(train__lr="3e-4"), "train.lr must be a number, not '3e-4'"),
-    "iterations in quotes": (put(train__iterations="1"), "train.iterations must be a whole number, not '1'"),
-    "half an iteration": (put(train__iterations=1.5), "train.iterations must be a whole number, not 1.5"),
+    "iterations in quotes": (
+        put(train__iterations="1"),
+        "train.iterations must be a whole number, not '1'",
+    ),
+    "half an iteration": (
+        put(train__iterations=1.5),
+        "train.iterations must be a whole number, not 1.5",
+    ),
     "no iterations": (put(train__iterations=0), "train.iterations must be at least 1, not 0"),
     "iterations missing": (without("train__iterations"), "train lacks iterations"),
     "a negative rate": (put(train__lr=-1e-3), "train.lr must be more than 0, not -0.001"),
@@ -85,7 +91,10 @@ RECIPES = {
         put(opd__teachers=["ocr"]),
         "opd.teachers must be a mapping of names to values, not ['ocr']",
     ),
-    "a task without teacher": (put(opd__teachers={"ocr": "mine"}), "no teacher for the task geneval"),
+    "a task without teacher": (
+        put(opd__teachers={"ocr": "mine"}),
+        "no teacher for the task geneval",
+    ),
     "a teacher that is not loaded": (
         put(opd__teachers={"ocr": "ocrr", "geneval": None}),
         "opd names the adapter 'ocrr' (did you mean 'ocr'?)",
@@ -124,10 +133,19 @@ RECIPES = {
     "no prompts": (put(schedule__prompts_per_batch=0), "at least one prompt"),
     "prompts missing": (without("schedule__prompts_per_batch"), "schedule lacks prompts_per_batch"),
     "tags as a list": (put(schedule__tags=["colors"]), "schedule.tags must be a mapping"),
-    "a world that is not there": (put(world="tini"), "there is no world 'tini'; there are"),
-    "a world's file that is not there": (put(world="nowhere.yaml"), "there is no nowhere.yaml"),
-    "a model, which is the world's": (put(model="./nowhere"), "the train job has no 'model'"),
-    "prompts, which are the world's": (put(prompts="nowhere"), "the train job has no 'prompts'"),
+    "a benchmark that is not there": (
+        put(benchmark="tini"),
+        "there is no benchmark 'tini'; there are",
+    ),
+    "a benchmark's file that is not there": (
+        put(benchmark="nowhere.yaml"),
+        "there is no nowhere.yaml",
+    ),
+    "a model, which is the benchmark's": (put(model="./nowhere"), "the train job has no 'model'"),
+    "prompts, which are the benchmark's": (
+        put(prompts="nowhere"),
+        "the train job has no 'prompts'",
+    ),
     "an adapter that is not there": (
         put(adapters__mine="experts/none"),
         "is neither a folder here nor an adapter that the hub gives",
@@ -148,13 +166,19 @@ RECIPES = {
     ),
     "two objectives": (put(grpo={"rewards": {}}), "one objective: grpo, opd or sft"),
     "an unknown job": (put(job="trian"), "there is no job 'trian' (did you mean 'train'?)"),
-    "a probe of no split": (put(probe={"split": "vla"}), "probe.split must be one of train, val, test, ood"),
+    "a probe of no split": (
+        put(probe={"split": "vla"}),
+        "probe.split must be one of train, val, test, ood",
+    ),
     "no samples to begin with": (sft(samples=0), "sft.samples must be at least 1, not 0"),
     "a start on no task": (sft(tasks=["gneval"]), "has no task 'gneval'"),
     "a section as a list": (put(train=[1]), "train must be a mapping"),
     "a misspelt section": (put(scedule={}), "did you mean 'schedule'"),
-    "a reward of no judge": (grpo(rewards={"OCRR": 1.0}), "name OCRR; the judges are"),
-    "a weight as a text": (grpo(rewards={"OCR": "1"}), "grpo.rewards['OCR'] must be a number"),
+    "a reward of no reward": (grpo(reward_weights={"OCRR": 1.0}), "name OCRR; the rewards are"),
+    "a weight as a text": (
+        grpo(reward_weights={"OCR": "1"}),
+        "grpo.reward_weights['OCR'] must be a number",
+    ),
     "a clip of 0": (grpo(clip=0.0), "grpo.clip must be more than 0, not 0.0"),
     "an unknown normalisation": (
         grpo(normalise="z"),

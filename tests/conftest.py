@@ -12,7 +12,7 @@ os.environ.setdefault(
 # threads that wait by spinning starve those of the processes that tests start
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from flowopd_lib import load_world  # noqa: E402
+from flowopd_lib import load_benchmark  # noqa: E402
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -21,20 +21,20 @@ def pytest_xdist_auto_num_workers(config):
 
 
 @pytest.fixture(scope="session")
-def world():
-    return load_world()
+def benchmark():
+    return load_benchmark()
 
 
 @pytest.fixture(scope="session")
-def policy(world):
-    return world.policy(device="cpu")
+def policy(benchmark):
+    return benchmark.policy(device="cpu")
 
 
 @pytest.fixture(scope="session")
-def judges(world):
-    return world.judges("cpu")
+def rewards(benchmark):
+    return benchmark.rewards("cpu")
 
 
 @pytest.fixture(scope="session")
-def test_prompts(world):
-    return {task: world.prompts(task, "test") for task in world.own}
+def test_prompts(benchmark):
+    return {task: benchmark.prompts(task, "test") for task in benchmark.own}

@@ -1,7 +1,7 @@
 """Two nodes on one machine: `make test-nodes`. Needs root and iproute2.
 
 Two network namespaces with addresses of their own stand for the nodes; `srun` and `scontrol` are small
-stand-ins on the PATH that start a command in each of them with the scheduler's variables. What runs is the
+dummy models on the PATH that start a command in each of them with the scheduler's variables. What runs is the
 command line of papermill_runs/launchers/slurm.yaml: torchrun on each node, two processes each, which meet at
 the first node. The training, the evaluation and a resume must be those of one process.
 """
@@ -27,14 +27,21 @@ from flowopd_lib.jobs.processes import Launched
 
 NODES = {"flowopd1": "10.99.7.1", "flowopd2": "10.99.7.2"}
 TRAIN = {
-    "world": "tiny",
+    "benchmark": "tiny",
     "student": {"merge": "cat", "adapters": ["geneval", "ocr"]},
     "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 6},
     "sampler": {"steps": 4, "kind": "sde"},
     "opd": {"steps": 1, "mar": 0.04, "anchor": "deqa"},
     "train": {"iterations": 4, "lr": 1.0e-3, "ema": 0.0, "save_every": 1},
 }
-EVALUATE = {"job": "evaluate", "world": "tiny", "models": {"base": None}, "n": 6, "steps": 4, "batch": 3}
+EVALUATE = {
+    "job": "evaluate",
+    "benchmark": "tiny",
+    "models": {"base": None},
+    "n": 6,
+    "steps": 4,
+    "batch": 3,
+}
 SCONTROL = f"""#!/bin/sh
 # scontrol show hostnames LIST
 echo {chr(10).join(NODES)!r}
@@ -68,22 +75,37 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def set_up(stand_ins: Path) -> None:
-    """The namespaces, joined by a cable, their names in each other's hosts file, and the stand-ins."""
+def set_up(dummies: Path) -> None:
+    """The namespaces, joined by a cable, their names in each other's hosts file, and the dummy models."""
     first, second = NODES
     for node in NODES:
         run("ip", "netns", "add", node)
         run("ip", "-n", node, "link", "set", "lo", "up")
         hosts = Path("/etc/netns") / node / "hosts"
         hosts.parent.mkdir(parents=True, exist_ok=True)
-        hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {n}\n" for n, ip in NODES.items()))
-    run("ip", "link", "add", "cable1", "netns", first, "type", "veth", "peer", "cable2", "netns", second)
+        hosts.write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{ip} {n}\n" for n, ip in NODES.items())
+        )
+    run(
+        "ip",
+        "link",
+        "add",
+        "cable1",
+        "netns",
+        first,
+        "type",
+        "veth",
+        "peer",
+        "cable2",
+        "netns",
+        second,
+    )
     for (node, address), cable in zip(NODES.items(), ("cable1", "cable2")):
         run("ip", "-n", node, "addr", "add", f"{address}/24", "dev", cable)
         run("ip", "-n", node, "link", "set", cable, "up")
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
-        (stand_ins / name).write_text(text)
-        (stand_ins / name).chmod(0o755)
+        (dummies / name).write_text(text)
+        (dummies / name).chmod(0o755)
 
 
 def take_down() -> None:
@@ -105,7 +127,9 @@ def here(spec: dict, folder: Path) -> None:
 
 
 def processes_of(job: str) -> list[int]:
-    found = subprocess.run(["pgrep", "-f", f"flowopd_lib.jobs .*{job}"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["pgrep", "-f", f"flowopd_lib.jobs .*{job}"], capture_output=True, text=True
+    )
     mine = [int(p) for p in found.stdout.split()]
     return [p for p in mine if "RANK=" in Path(f"/proc/{p}/environ").read_text(errors="replace")]
 
@@ -120,7 +144,9 @@ def largest(a: dict, b: dict) -> float:
 
 def main() -> None:
     if os.geteuid() or not shutil.which("ip"):
-        sys.exit("error: two nodes on one machine need root and iproute2; run as root, apt install iproute2")
+        sys.exit(
+            "error: two nodes on one machine need root and iproute2; run as root, apt install iproute2"
+        )
     with tempfile.TemporaryDirectory() as place:
         out = Path(place)
         take_down()
@@ -138,12 +164,17 @@ def main() -> None:
             began = time.monotonic()
             on_nodes(TRAIN, out / "nodes").wait()
             print(
-                f"trained on two nodes, two processes each, in {time.monotonic() - began:.0f} s", flush=True
+                f"trained on two nodes, two processes each, in {time.monotonic() - began:.0f} s",
+                flush=True,
             )
             here(TRAIN, out / "one")
             difference = apart(gradients(out / "one"), gradients(out / "nodes"))
-            losses = [read_lines(out / n / "metrics.jsonl")["loss"].to_numpy() for n in ("nodes", "one")]
-            print(f"mean gradients of two nodes and of one process: {difference:.2g} apart, relatively")
+            losses = [
+                read_lines(out / n / "metrics.jsonl")["loss"].to_numpy() for n in ("nodes", "one")
+            ]
+            print(
+                f"mean gradients of two nodes and of one process: {difference:.2g} apart, relatively"
+            )
             print(f"losses: at most {abs(losses[0] / losses[1] - 1).max():.2g} apart, relatively")
             assert difference < 1e-4
 
@@ -177,7 +208,9 @@ def main() -> None:
                     on_nodes(longer, whole).wait()
                 same = largest(weights(folder), weights(whole))
                 said = "ended with an error" if with_error else "stopped"
-                print(f"{how.name} after {done} of 8 iterations: {said}, went on, {same:.2g} from one uncut")
+                print(
+                    f"{how.name} after {done} of 8 iterations: {said}, went on, {same:.2g} from one uncut"
+                )
                 assert done < 8 and same == 0
         finally:
             take_down()

@@ -14,7 +14,9 @@ from flowopd_lib.runs.ahead import Job, do_all, in_order
 def jobs_of_a_seesaw(out):
     def train(name, iterations, **spec):
         return Job(
-            "02", out / name, {"job": "train", "name": name, "train": {"iterations": iterations}, **spec}
+            "02",
+            out / name,
+            {"job": "train", "name": name, "train": {"iterations": iterations}, **spec},
         )
 
     models = {"base": None, "short": "short", "long": "long"}
@@ -23,7 +25,11 @@ def jobs_of_a_seesaw(out):
         train("other", 60),
         train("short", 40),
         train("long", 750, after=str(out / "short")),
-        Job("02", out, {"job": "evaluate", "models": models, "adapters": sources, "file": "all.parquet"}),
+        Job(
+            "02",
+            out,
+            {"job": "evaluate", "models": models, "adapters": sources, "file": "all.parquet"},
+        ),
     ]
 
 
@@ -46,8 +52,8 @@ def test_what_has_the_most_training_after_it_is_first_and_a_failure_stops_what_n
 
         def do(self, spec, folder, first):
             assert first, "adapters of another job may have the same names"
-            rank, world = spec.get("share", (0, 1))
-            asked.append((spec.get("name", "evaluate"), world))
+            rank, benchmark = spec.get("share", (0, 1))
+            asked.append((spec.get("name", "evaluate"), benchmark))
             if asked[-1][0] == fails and rank == 0:
                 raise RuntimeError("out of memory")
             if asked[-1][0] == fails:
@@ -88,18 +94,20 @@ def test_processes_that_meet_in_a_folder_wait_for_one_another(tmp_path):
     assert [step for step, _ in passed] == [0, 0, 0, 1, 1, 1]
 
 
-def test_a_merge_is_the_same_on_any_number_of_threads(world):
-    site, threads, found = Site(world, "float32"), torch.get_num_threads(), []
+def test_a_merge_is_the_same_on_any_number_of_threads(benchmark):
+    site, threads, found = Site(benchmark, "float32"), torch.get_num_threads(), []
     for number in (1, 2):
         torch.set_num_threads(number)
-        site.adapter(f"on_{number}", world.average())
+        site.adapter(f"on_{number}", benchmark.average())
         found.append(site.policy.adapter(f"on_{number}").sha256)
     torch.set_num_threads(threads)
     assert found[0] == found[1]
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="processes, the jobs beside one another, must be at least 1, not 0"):
+    with pytest.raises(
+        ValueError, match="processes, the jobs beside one another, must be at least 1, not 0"
+    ):
         ahead.run_ahead("smoke", 0)
     with pytest.raises(ValueError, match="no launcher 'lokal'"):
         ahead.run_ahead("smoke", 1, launcher="lokal")

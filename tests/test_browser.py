@@ -76,8 +76,8 @@ policy, objective, config = build({"student": {"rank": 4, "alpha": 8}, "sampler"
                                    "train": {"iterations": 100000, "lr": 1e-3},
                                    "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2,
                                                 "images_per_prompt": 4},
-                                   "grpo": {"rewards": {"OCR": 1.}, "micro": 4}})
-look = Look(some_prompts(objective.schedule, 4), objective.judges, 2, Sampler(8))
+                                   "grpo": {"reward_weights": {"OCR": 1.}, "micro_batch_size": 4}})
+look = Look(some_prompts(objective.schedule, 4), objective.rewards, 2, Sampler(8))
 TrainingMonitor(InProcess(policy, objective, "training", config, look=look), ["OCR", "kl"])
 """
 
@@ -96,7 +96,9 @@ def lab(tmp_path_factory):
         ('out_dir = \\"\\" ', f'out_dir = \\"{root / "out"}\\" '),
         ('RUNS / \\"reference\\"', f'\\"{root}\\"'),
     ):
-        assert text.count(old) == 1, f"notebook 09 no longer has once what this test replaces: {old}"
+        assert text.count(old) == 1, (
+            f"notebook 09 no longer has once what this test replaces: {old}"
+        )
         text = text.replace(old, new)
     (root / "09_gallery.ipynb").write_text(text)
     (root / "out").mkdir()
@@ -143,7 +145,9 @@ def lab(tmp_path_factory):
         end = time.monotonic() + CAP
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=for-the-test", timeout=60).close()
+                urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/api?token=for-the-test", timeout=60
+                ).close()
                 break
             except OSError:  # refused: it does not listen yet
                 said = (place / "log.txt").read_text()[-2000:]
@@ -269,7 +273,9 @@ class Page:
         return self.all(".noUi-handle", slider)[number]
 
     def button(self, text, within, number=0):
-        return within.find_elements(By.XPATH, f".//button[contains(normalize-space(), '{text}')]")[number]
+        return within.find_elements(By.XPATH, f".//button[contains(normalize-space(), '{text}')]")[
+            number
+        ]
 
     def press(self, find, *what):
         """Click what `find(*what)` finds, which a widget may put another in place of until it is clicked."""
@@ -277,7 +283,9 @@ class Page:
         def pressed():
             element = find(*what)
             if element.is_displayed() and element.is_enabled():
-                self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+                self.driver.execute_script(
+                    "arguments[0].scrollIntoView({block: 'center'})", element
+                )
                 element.click()
                 return element
 
@@ -319,9 +327,13 @@ def test_notebook_09_in_jupyterlab(lab, page):
     measured, began = {}, time.time()
     page.open_and_run(address, "09_gallery.ipynb")
     page.until(lambda: page.all(".fo-gallery img"), "the gallery")
-    measured["seconds from opening the notebook to the first gallery"] = round(time.time() - began, 1)
+    measured["seconds from opening the notebook to the first gallery"] = round(
+        time.time() - began, 1
+    )
     page.until(
-        lambda: page.all(".fo-playground img") and "minus base" in page.all(".jp-CodeCell")[-1].text,
+        lambda: (
+            page.all(".fo-playground img") and "minus base" in page.all(".jp-CodeCell")[-1].text
+        ),
         "the last cell",
     )
     measured["seconds from opening the notebook to its last cell"] = round(time.time() - began, 1)
@@ -336,7 +348,10 @@ def test_notebook_09_in_jupyterlab(lab, page):
     saved = root / "09_gallery.ipynb"
     page.until(lambda: '"outputs": [\n    {' in saved.read_text(), "the saved notebook")
     measured["bytes of the saved notebook, outputs and all"] = saved.stat().st_size
-    assert saved.stat().st_size < 200_000 and "widgets" not in json.loads(saved.read_text())["metadata"]
+    assert (
+        saved.stat().st_size < 200_000
+        and "widgets" not in json.loads(saved.read_text())["metadata"]
+    )
     (SHOTS / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     print(measured)
 
@@ -350,18 +365,25 @@ def test_a_training_is_watched_stopped_and_gone_on_with(lab, page):
     def curves():
         """How many iterations the curves have, as they say."""
         alts = page.read("img", monitor, "alt")
-        return next(int(m[1]) for alt in alts if (m := re.match(r"Curves of training: (\d+) of 100000", alt)))
+        return next(
+            int(m[1])
+            for alt in alts
+            if (m := re.match(r"Curves of training: (\d+) of 100000", alt))
+        )
 
     def newest():
         """The first samples and the last two times', however far it has come when the page is looked at."""
-        first, before, now = (int(text.removeprefix("iteration ")) for text in page.read(".fo-head", monitor))
+        first, before, now = (
+            int(text.removeprefix("iteration ")) for text in page.read(".fo-head", monitor)
+        )
         return first == 0 < before == now - 2 and len(page.read("img", monitor, "alt")) == 1 + 3 * 4
 
     page.until(lambda: curves() >= 4, "curves that go on")
     page.until(newest, "the newest samples")
     page.press(page.button, "stop", monitor)
     page.until(
-        lambda: "stopped: training" in monitor.text and page.button("go on", monitor).is_enabled(), "the stop"
+        lambda: "stopped: training" in monitor.text and page.button("go on", monitor).is_enabled(),
+        "the stop",
     )
     done = len((root / "training" / "metrics.jsonl").read_text().splitlines())
     assert (
@@ -371,7 +393,8 @@ def test_a_training_is_watched_stopped_and_gone_on_with(lab, page):
     page.shot("monitor", monitor)
     page.press(page.button, "go on", monitor)
     page.until(
-        lambda: len((root / "training" / "metrics.jsonl").read_text().splitlines()) > done, "more iterations"
+        lambda: len((root / "training" / "metrics.jsonl").read_text().splitlines()) > done,
+        "more iterations",
     )
     page.press(page.button, "stop", monitor)
     page.until(
@@ -401,7 +424,9 @@ def work_the_gallery(page, out):
         "Tab goes on to the prompts"
     )
     listed = page.read(".widget-select option", gallery)
-    assert any(text.startswith("— ocr, ood:") for text in listed) and any('"' in text for text in listed)
+    assert any(text.startswith("— ocr, ood:") for text in listed) and any(
+        '"' in text for text in listed
+    )
 
     both = count(page, gallery)
     seeds = Select(page.labelled("seeds", "select", gallery))
@@ -418,11 +443,17 @@ def work_the_gallery(page, out):
 
     def scores():
         alts = page.read(".fo-tile img", gallery, "alt")
-        return [float(alt.split("OCR ")[1].split(",")[0]) for alt in alts if alt.startswith(f"{of}, ")]
+        return [
+            float(alt.split("OCR ")[1].split(",")[0]) for alt in alts if alt.startswith(f"{of}, ")
+        ]
 
     Select(page.one(".widget-select-multiple select", gallery)).select_by_visible_text(of)
     page.until(
-        lambda: len(scores()) > 1 and scores() == sorted(scores(), reverse=True) and len(set(scores())) > 1,
+        lambda: (
+            len(scores()) > 1
+            and scores() == sorted(scores(), reverse=True)
+            and len(set(scores())) > 1
+        ),
         "the order",
     )
 
@@ -455,7 +486,8 @@ def work_the_gallery(page, out):
     page.until(lambda: "gallery.png" in gallery.text, "the contact sheet")
     page.press(page.button, "code of", gallery)
     page.until(
-        lambda: "redraw(policy, samples" in page.one("textarea", gallery).get_attribute("value"), "the code"
+        lambda: "redraw(policy, samples" in page.one("textarea", gallery).get_attribute("value"),
+        "the code",
     )
     table = pd.read_csv(out / "gallery.csv")
     assert (
@@ -475,14 +507,16 @@ def scrub_the_explorer(page):
     scrubber = page.press(page.handle, "step", explorer)
     scrubber.send_keys(*[Keys.ARROW_RIGHT] * 9)
     page.until(lambda: "step 10 of 20" in explorer.text, "the scrubber")
-    assert "step 10 of 20" in page.read("img", explorer, "alt")[0] and page.read("[aria-current]", explorer)[
-        0
-    ].startswith("10")
+    assert "step 10 of 20" in page.read("img", explorer, "alt")[0] and page.read(
+        "[aria-current]", explorer
+    )[0].startswith("10")
     page.shot("explorer", explorer)
     before = page.read("img", explorer, "src")[0]
     page.press(page.button, "ODE", explorer)
     page.until(
-        lambda: "as if with the SDE" in explorer.text and page.read("img", explorer, "src")[0] != before,
+        lambda: (
+            "as if with the SDE" in explorer.text and page.read("img", explorer, "src")[0] != before
+        ),
         "the ODE's walk",
     )
     first = page.read("[aria-current]", explorer)[0]
@@ -501,7 +535,8 @@ def try_the_playground(page):
     text.send_keys('a label saying "HRS"', Keys.ENTER)
     page.until(
         lambda: (
-            "known ocr prompt" in playground.text and 'saying "HRS"' in page.read("img", playground, "alt")[0]
+            "known ocr prompt" in playground.text
+            and 'saying "HRS"' in page.read("img", playground, "alt")[0]
         ),
         "the prompt typed",
     )
@@ -518,7 +553,14 @@ def look_at_the_dark_theme(page):
     def least():
         seen = [
             e
-            for css in (".fo-note", ".fo-row", ".fo-badge > span", ".fo-head", ".fo-bars td", ".fo-dim")
+            for css in (
+                ".fo-note",
+                ".fo-row",
+                ".fo-badge > span",
+                ".fo-head",
+                ".fo-bars td",
+                ".fo-dim",
+            )
             for e in page.all(css)[:3]
             if e.is_displayed()
         ]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
+from flowopd_lib.benchmarks.tiny import train_base as base
+from flowopd_lib.benchmarks.tiny import train_guidance as guidance
+from flowopd_lib.benchmarks.tiny.text import new_text_modules
+from flowopd_lib.benchmarks.tiny.train_vae import new_vae
 from flowopd_lib.checkpoint import load_state, save_state
-from flowopd_lib.worlds.tiny import train_base as base
-from flowopd_lib.worlds.tiny import train_guidance as guidance
-from flowopd_lib.worlds.tiny.text import new_text_modules
-from flowopd_lib.worlds.tiny.train_vae import new_vae
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
@@ -75,12 +75,16 @@ def test_guidance_is_distilled_and_goes_on_where_it_was_cut_off(tmp_path, monkey
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     monkeypatch.setattr(guidance, "SAVE_EVERY", 2)
     state.mkdir()
-    base.build_pool(vae, state / "pool-1.safetensors", new_text_modules(8), 12, 1, base.DATA[1], print)
+    base.build_pool(
+        vae, state / "pool-1.safetensors", new_text_modules(8), 12, 1, base.DATA[1], print
+    )
 
     def train(name):
         shutil.copytree(state, tmp_path / name, dirs_exist_ok=True)
         out, how = tmp_path / name / "out", {"steps": 4, "batch": 4, "log": lambda message: None}
-        guidance.distil_guidance(vae, Path(policy.pipeline.config._name_or_path), out, tmp_path / name, **how)
+        guidance.distil_guidance(
+            vae, Path(policy.pipeline.config._name_or_path), out, tmp_path / name, **how
+        )
         return SD3Transformer2DModel.from_pretrained(out / "transformer")
 
     whole = train("whole")
@@ -96,7 +100,9 @@ def test_guidance_is_distilled_and_goes_on_where_it_was_cut_off(tmp_path, monkey
         train("cut")
     monkeypatch.setattr(guidance, "save_state", save)
     resumed = train("cut").state_dict()
-    assert len(calls) == 1 and all(torch.equal(resumed[k], v) for k, v in whole.state_dict().items())
+    assert len(calls) == 1 and all(
+        torch.equal(resumed[k], v) for k, v in whole.state_dict().items()
+    )
 
     # nearer to the guided velocity than the base is, for a caption without a word in quotes
     with torch.no_grad():

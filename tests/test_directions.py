@@ -6,7 +6,15 @@ import torch
 
 from flowopd_lib import ways_figure
 from flowopd_lib.jobs.site import Site
-from flowopd_lib.studies.directions import WAYS, adapter_of, agreement, alignment, along, changes, ways
+from flowopd_lib.studies.directions import (
+    WAYS,
+    adapter_of,
+    agreement,
+    alignment,
+    along,
+    changes,
+    ways,
+)
 
 
 def delta(policy, adapter):
@@ -14,8 +22,8 @@ def delta(policy, adapter):
     return {place: lora.alpha[place] / len(a) * lora.b[place] @ a for place, a in lora.a.items()}
 
 
-def test_a_step_along_an_expert_is_so_much_of_its_change(world):
-    site = Site(world, "float32")
+def test_a_step_along_an_expert_is_so_much_of_its_change(benchmark):
+    site = Site(benchmark, "float32")
     for name in ("ocr", "deqa"):
         site.adapter(name)
     ocr, deqa = delta(site.policy, "ocr"), delta(site.policy, "deqa")
@@ -36,16 +44,23 @@ def test_a_step_along_an_expert_is_so_much_of_its_change(world):
 def test_changes_are_paired_and_in_shares_of_the_full_scale():
     home = (("OCR", "ocr", 1.0), ("DeQA", "pickscore", 5.0))
     rows = [
-        {"model": model, "task": task, "prompt": f"{task} {i}", judge: i + gain * full}
-        for model, gain in (("base", 0.0), ("ocr +0.5", 0.1), ("ocr -1", -0.3), ("merged ocr +0.5", 9.0))
-        for judge, task, full in home
+        {"model": model, "task": task, "prompt": f"{task} {i}", reward: i + gain * full}
+        for model, gain in (
+            ("base", 0.0),
+            ("ocr +0.5", 0.1),
+            ("ocr -1", -0.3),
+            ("merged ocr +0.5", 9.0),
+        )
+        for reward, task, full in home
         for i in range(5)
     ]
-    found = changes(pd.DataFrame(rows), home, ["ocr"], [0.5, -1.0]).set_index(["along", "size", "judge"])
+    found = changes(pd.DataFrame(rows), home, ["ocr"], [0.5, -1.0]).set_index(
+        ["along", "size", "reward"]
+    )
     assert len(found) == 4 and set(found["n"]) == {5}
     for size, gain in ((0.5, 0.1), (-1.0, -0.3)):
-        for judge in ("OCR", "DeQA"):
-            row = found.loc[("ocr", size, judge)]
+        for reward in ("OCR", "DeQA"):
+            row = found.loc[("ocr", size, reward)]
             assert list(row[["mean", "low", "high"]]) == pytest.approx([gain] * 3)
 
 
@@ -66,7 +81,9 @@ def test_task_vectors_are_compared_across_trainings_only(policy):
 
     def dense(adapter):
         lora = policy.adapter(adapter)
-        scaled = [lora.alpha[p] / len(lora.a[p]) * (lora.b[p] @ lora.a[p]).flatten() for p in lora.a]
+        scaled = [
+            lora.alpha[p] / len(lora.a[p]) * (lora.b[p] @ lora.a[p]).flatten() for p in lora.a
+        ]
         return torch.cat(scaled).double()
 
     vectors = {name: [dense(adapter) for adapter in adapters] for name, adapters in made.items()}
@@ -75,7 +92,9 @@ def test_task_vectors_are_compared_across_trainings_only(policy):
         inner = sum(vectors[one][i] @ vectors[other][j] for i, j in pairs) / 6
         assert whole.loc[(one, other), "inner"] == pytest.approx(inner.item(), rel=1e-4)
     # two single trainings look less alike than what they learned
-    assert whole.loc[("a", "a"), "cosine"] == pytest.approx(1) and whole.loc[("a", "a"), "raw"] < 0.3
+    assert (
+        whole.loc[("a", "a"), "cosine"] == pytest.approx(1) and whole.loc[("a", "a"), "raw"] < 0.3
+    )
     assert set(table["block"]) == {"all", "block 0", "block 1", "block 2", "block 3"}
     with pytest.raises(
         ValueError, match="at least three trainings, as many for each direction, not a: 2, b: 3"
@@ -84,33 +103,49 @@ def test_task_vectors_are_compared_across_trainings_only(policy):
     policy.remove_adapters()
 
 
-def test_several_ways_are_put_side_by_side_and_counted(world):
-    judge = {expert: judge for judge, expert in world.experts_of.items()}
+def test_several_ways_are_put_side_by_side_and_counted(benchmark):
+    reward = {expert: reward for reward, expert in benchmark.experts_of.items()}
 
     def moved(**says):
         rows = [
-            {"along": a, "size": size, "judge": j, "mean": says.get(f"{a}_{j}", 0.0) * size}
-            for a in judge
-            for j in judge.values()
+            {"along": a, "size": size, "reward": j, "mean": says.get(f"{a}_{j}", 0.0) * size}
+            for a in reward
+            for j in reward.values()
             for size in (0.5, 1.0)
         ]
-        return pd.DataFrame(rows).assign(low=lambda t: t["mean"] - 0.1, high=lambda t: t["mean"] + 0.1)
+        return pd.DataFrame(rows).assign(
+            low=lambda t: t["mean"] - 0.1, high=lambda t: t["mean"] + 0.1
+        )
 
     def cosines(value):
-        row = {"block": "all", "sigma": "all", "task": "pickscore", "on": "geneval", "cosine": value}
+        row = {
+            "block": "all",
+            "sigma": "all",
+            "task": "pickscore",
+            "on": "geneval",
+            "cosine": value,
+        }
         return pd.DataFrame([row | {"cosine_low": value - 0.1, "cosine_high": value + 0.1}])
 
     walk = pd.DataFrame(
-        [{"task": "pickscore", "on": "ocr", "measured": 0.3, "measured_low": 0.2, "measured_high": 0.4}]
+        [
+            {
+                "task": "pickscore",
+                "on": "ocr",
+                "measured": 0.3,
+                "measured_low": 0.2,
+                "measured_high": 0.4,
+            }
+        ]
     )
     tables = {
         "along": moved(pickscore_GenEval=-1.0, pickscore_OCR=-1.0),
         "walk": walk,
         "vectors": cosines(-0.5),
     }
-    found = ways(world, {**tables, "first": None, "branch": cosines(0.05)})
+    found = ways(benchmark, {**tables, "first": None, "branch": cosines(0.05)})
     assert list(found["way"].unique()) == ["along", "walk", "vectors", "branch"]
-    cell = found.set_index(["way", "along", "judge"])
+    cell = found.set_index(["way", "along", "reward"])
     assert cell.loc[("along", "PickScore", "GenEval"), "mean"] == -0.5  # of half the expert
     assert cell.loc[("along", "PickScore", "GenEval"), "says"] == -1
     assert cell.loc[("walk", "PickScore", "OCR"), "says"] == 1

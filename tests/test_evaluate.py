@@ -18,7 +18,7 @@ from flowopd_lib import (
     gold_gains,
     home_scores,
     kernel_distance,
-    load_world,
+    load_benchmark,
     mean_interval,
     model_scores,
     paired_differences,
@@ -26,7 +26,7 @@ from flowopd_lib import (
     summary,
 )
 
-WORLD = load_world()
+BENCHMARK = load_benchmark()
 
 evaluate_module = sys.modules["flowopd_lib.evaluate"]  # the package's `evaluate` is the function
 
@@ -43,7 +43,9 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 def test_no_hit_in_fifty_is_not_certainty():
     mean, low, high = mean_interval([0] * 50)
-    assert mean == low == 0 and high == pytest.approx(0.0713, abs=1e-3)  # Wilson's upper limit for 0 of 50
+    assert mean == low == 0 and high == pytest.approx(
+        0.0713, abs=1e-3
+    )  # Wilson's upper limit for 0 of 50
 
 
 def test_the_interval_of_a_constant_is_the_constant():
@@ -52,27 +54,29 @@ def test_the_interval_of_a_constant_is_the_constant():
         mean_interval([1])
 
 
-def test_evaluate_scores_what_applies_with_the_same_noise(policy, judges, test_prompts):
+def test_evaluate_scores_what_applies_with_the_same_noise(policy, rewards, test_prompts):
     prompts = [p for task in test_prompts.values() for p in task[:3]]
-    table = evaluate(policy, prompts, judges, seed=40, sampler=Sampler(3), batch=4, progress=False)
+    table = evaluate(policy, prompts, rewards, seed=40, sampler=Sampler(3), batch=4, progress=False)
     assert table["seed"].tolist() == list(range(40, 49)) and table["prompt"].tolist() == [
         p.text for p in prompts
     ]
     assert table["GenEval"].notna().tolist() == [True] * 3 + [False] * 6
     assert table["OCR"].notna().tolist() == [False] * 3 + [True] * 3 + [False] * 3
     assert table[["PickScore", "DeQA"]].notna().all(axis=None)
-    again = evaluate(policy, prompts, judges, seed=40, sampler=Sampler(3), batch=9, progress=False)
-    pd.testing.assert_frame_equal(table[["PickScore", "DeQA"]], again[["PickScore", "DeQA"]], rtol=1e-3)
+    again = evaluate(policy, prompts, rewards, seed=40, sampler=Sampler(3), batch=9, progress=False)
+    pd.testing.assert_frame_equal(
+        table[["PickScore", "DeQA"]], again[["PickScore", "DeQA"]], rtol=1e-3
+    )
     with pytest.raises(ValueError, match="empty"):
-        evaluate(policy, [], judges)
+        evaluate(policy, [], rewards)
 
 
-def test_every_model_gets_the_same_noise_and_every_repeat_new_noise(policy, judges, test_prompts):
+def test_every_model_gets_the_same_noise_and_every_repeat_new_noise(policy, rewards, test_prompts):
     prompts = test_prompts["ocr"][:3]
     table = evaluate(
         policy,
         prompts,
-        {"DeQA": judges["DeQA"]},
+        {"DeQA": rewards["DeQA"]},
         7,
         Sampler(3),
         {"one": None, "two": None},
@@ -86,21 +90,29 @@ def test_every_model_gets_the_same_noise_and_every_repeat_new_noise(policy, judg
     assert (one.DeQA[:3].values != one.DeQA[3:].values).all()
 
 
-def test_the_base_knows_what_it_is_asked(policy, judges, test_prompts):
+def test_the_base_knows_what_it_is_asked(policy, rewards, test_prompts):
     """A floor far below what the notebook measures: noise, or text that does not reach the picture, would
     fail it."""
     prompts = test_prompts["geneval"][:36] + test_prompts["ocr"][:24]
     table = evaluate(
-        policy, prompts, {n: judges[n] for n in ("GenEval", "OCR")}, sampler=Sampler(20), progress=False
+        policy,
+        prompts,
+        {n: rewards[n] for n in ("GenEval", "OCR")},
+        sampler=Sampler(20),
+        progress=False,
     )
     assert table["GenEval"].mean() > 0.25 and table["OCR"].mean() > 0.25
 
 
 def test_summary_counts_only_what_was_scored():
     table = pd.DataFrame(
-        {"task": ["a", "a", "b", "b"], "GenEval": [1.0, 0.0, np.nan, np.nan], "DeQA": [4.0, 4.0, 3.0, 5.0]}
+        {
+            "task": ["a", "a", "b", "b"],
+            "GenEval": [1.0, 0.0, np.nan, np.nan],
+            "DeQA": [4.0, 4.0, 3.0, 5.0],
+        }
     )
-    rows = summary(table, ["task"]).set_index(["task", "judge"])
+    rows = summary(table, ["task"]).set_index(["task", "reward"])
     assert rows.loc[("a", "GenEval"), "mean"] == 0.5 and rows.loc[("a", "GenEval"), "n"] == 2
     assert ("b", "GenEval") not in rows.index and rows.loc[("b", "DeQA"), "mean"] == 4
 
@@ -132,7 +144,9 @@ def test_the_paired_interval_covers_the_gain_and_is_narrower_than_unpaired():
         row = paired_differences(scores(rng, 60, 0.2), "old").iloc[0]
         hits += row["low"] <= 0.2 <= row["high"]
     assert hits >= 52 and row["n"] == 60  # 95 % of 60 is 57, minus three standard errors
-    _, low, high = mean_interval(scores(rng, 60, 0.2).query("model == 'new'").groupby("prompt").DeQA.mean())
+    _, low, high = mean_interval(
+        scores(rng, 60, 0.2).query("model == 'new'").groupby("prompt").DeQA.mean()
+    )
     assert row["high"] - row["low"] < (high - low) / 4
     with pytest.raises(ValueError, match="no model 'gone'"):
         paired_differences(scores(rng, 4, 0), "gone")
@@ -148,7 +162,11 @@ def test_the_average_is_the_papers():
             ("pickscore", {"DeQA": deqa, "PickScore": pickscore}),
         ]
         return pd.DataFrame(
-            [{"model": "m", "task": t, "prompt": f"{t} {i}", **v} for t, v in rows for i in range(3)]
+            [
+                {"model": "m", "task": t, "prompt": f"{t} {i}", **v}
+                for t, v in rows
+                for i in range(3)
+            ]
         )
 
     for given, printed in (((0.63, 0.59, 4.07, 21.64), 0.72), ((0.92, 0.94, 4.35, 23.08), 0.90)):
@@ -166,12 +184,18 @@ def test_models_are_scored_on_their_own_prompts():
     table = pd.DataFrame(
         [{"model": "m", "task": t, "prompt": f"{t} {i}", **v} for t, v in rows for i in range(3)]
     )
-    got = model_scores(table).set_index("judge")
+    got = model_scores(table).set_index("reward")
     assert got["mean"].to_dict() == pytest.approx(
-        {"GenEval": 1.0, "OCR": 0.5, "PickScore": 13.0, "DeQA": 4.0, "Average": (1 + 0.5 + 0.8 + 0.5) / 4}
+        {
+            "GenEval": 1.0,
+            "OCR": 0.5,
+            "PickScore": 13.0,
+            "DeQA": 4.0,
+            "Average": (1 + 0.5 + 0.8 + 0.5) / 4,
+        }
     )
     # a second sample of a prompt is no second prompt
-    twice = model_scores(pd.concat([table, table])).set_index("judge")
+    twice = model_scores(pd.concat([table, table])).set_index("reward")
     assert twice["n"].equals(got["n"]) and twice["low"].equals(got["low"])
     assert (
         got.loc["PickScore", "n"] == 3
@@ -180,10 +204,12 @@ def test_models_are_scored_on_their_own_prompts():
     )
 
 
-def test_the_distance_to_renders_is_small_for_renders_and_large_for_noise(judges):
-    embed = judges["PickScore"].embed
+def test_the_distance_to_renders_is_small_for_renders_and_large_for_noise(rewards):
+    embed = rewards["PickScore"].embed
     pictures = {
-        "renders": [WORLD.truth.clean_renders(t, "test", 30, seed=1) for t in ("ocr", "pickscore")],
+        "renders": [
+            BENCHMARK.truth.clean_renders(t, "test", 30, seed=1) for t in ("ocr", "pickscore")
+        ],
         "noise": [torch.rand(30, 3, 64, 64) for _ in range(2)],
     }
     table = pd.concat(
@@ -193,12 +219,14 @@ def test_the_distance_to_renders_is_small_for_renders_and_large_for_noise(judges
             for t, images in zip(("ocr", "pickscore"), both)
         ]
     )
-    rows = WORLD.truth.render_distance(table, embed, seed=0).set_index("model")
+    rows = BENCHMARK.truth.render_distance(table, embed, seed=0).set_index("model")
     assert rows.loc["renders", "high"] < rows.loc["noise", "low"] and (rows["n"] == 60).all()
-    again = table[table["model"] == "noise"].assign(model="renders", train_seed=1)  # another training
+    again = table[table["model"] == "noise"].assign(
+        model="renders", train_seed=1
+    )  # another training
     several = pd.concat([table.assign(train_seed=0), again])
     pd.testing.assert_frame_equal(
-        WORLD.truth.render_distance(several, embed, seed=0).set_index("model"), rows
+        BENCHMARK.truth.render_distance(several, embed, seed=0).set_index("model"), rows
     )
 
 
@@ -221,7 +249,10 @@ def test_diversity_sees_collapse_and_distance_sees_a_shift():
         )
 
     rows = diversity(pd.concat([table("collapsed", 0.0), table("varied", 0.5)])).set_index("model")
-    assert rows.loc["collapsed", "mean"] == pytest.approx(0, abs=1e-9) and rows.loc["varied", "low"] > 0.05
+    assert (
+        rows.loc["collapsed", "mean"] == pytest.approx(0, abs=1e-9)
+        and rows.loc["varied", "low"] > 0.05
+    )
     # two trainings that collapsed, each to pictures of its own, have none either
     both = [table("collapsed", 0.0).assign(train_seed=k) for k in range(2)]
     both[1]["embedding"] = list(-np.stack(both[1]["embedding"]))
@@ -237,14 +268,14 @@ def test_diversity_sees_collapse_and_distance_sees_a_shift():
         diversity(scores(rng, 3, 0.0))
 
 
-def test_a_table_keeps_as_parquet_with_its_embeddings(policy, judges, test_prompts, tmp_path):
+def test_a_table_keeps_as_parquet_with_its_embeddings(policy, rewards, test_prompts, tmp_path):
     table = evaluate(
         policy,
         test_prompts["ocr"][:2],
-        {"DeQA": judges["DeQA"]},
+        {"DeQA": rewards["DeQA"]},
         sampler=Sampler(2),
         repeats=2,
-        embed=judges["PickScore"].embed,
+        embed=rewards["PickScore"].embed,
         progress=False,
     )
     table.to_parquet(tmp_path / "samples.parquet")
@@ -257,13 +288,13 @@ def test_a_table_keeps_as_parquet_with_its_embeddings(policy, judges, test_promp
 
 
 def test_an_evaluation_cut_off_goes_on_to_the_same_table_and_pictures(
-    judges, test_prompts, tmp_path, monkeypatch
+    rewards, test_prompts, tmp_path, monkeypatch
 ):
-    policy = FlowPolicy(WORLD.base)
-    policy.load_adapter("expert", WORLD.adapter("ocr"))
+    policy = FlowPolicy(BENCHMARK.base)
+    policy.load_adapter("expert", BENCHMARK.adapter("ocr"))
     prompts, kinds = (
         test_prompts["ocr"][:3] + test_prompts["geneval"][:3],
-        {n: judges[n] for n in ("GenEval", "OCR", "DeQA")},
+        {n: rewards[n] for n in ("GenEval", "OCR", "DeQA")},
     )
     asked, draw = [], evaluate_module.sample
 
@@ -276,7 +307,7 @@ def test_an_evaluation_cut_off_goes_on_to_the_same_table_and_pictures(
             3,
             Sampler(2),
             {"base": None, "expert": "expert"},
-            embed=judges["PickScore"].embed,
+            embed=rewards["PickScore"].embed,
             batch=4,
             progress=False,
             pictures=tmp_path / name / "pictures",
@@ -315,9 +346,18 @@ def test_an_evaluation_cut_off_goes_on_to_the_same_table_and_pictures(
     pd.testing.assert_frame_equal(run("cut"), whole, check_exact=True)
     assert not asked  # only read
     plain = evaluate(
-        policy, prompts, kinds, 3, Sampler(2), {"base": None, "expert": "expert"}, batch=4, progress=False
+        policy,
+        prompts,
+        kinds,
+        3,
+        Sampler(2),
+        {"base": None, "expert": "expert"},
+        batch=4,
+        progress=False,
     )
-    pd.testing.assert_frame_equal(plain, whole.drop(columns=["picture", "embedding"]), check_exact=True)
+    pd.testing.assert_frame_equal(
+        plain, whole.drop(columns=["picture", "embedding"]), check_exact=True
+    )
     # something else: other weights under the name, other prompts
     with torch.no_grad():
         next(iter(policy.adapter_parameters("expert").values())).add_(0.1)
@@ -357,7 +397,7 @@ def test_the_share_of_an_experts_gain_that_a_student_keeps():
     assert unsure[["mean", "low", "high"]].isna().all(axis=None)
 
 
-def test_a_gain_that_only_the_judge_sees_is_told_by_its_twin(tmp_path):
+def test_a_gain_that_only_the_reward_sees_is_told_by_its_gold_reward(tmp_path):
     rng = np.random.default_rng(0)
     hard, one = rng.normal(20, 1, 90), [f"p{i}" for i in range(90)]
     table = pd.concat(
@@ -373,21 +413,28 @@ def test_a_gain_that_only_the_judge_sees_is_told_by_its_twin(tmp_path):
             )
             for model, proxy, gold in (("base", 0, 0), ("honest", 1.3, 1.3), ("hacked", 2.6, -0.52))
         ]
-        # on others' prompts a judge does not count
-        + [pd.DataFrame({"model": m, "task": "ocr", "prompt": one, "OCR": 1.0}) for m in ("base", "honest")]
+        # on others' prompts a reward does not count
+        + [
+            pd.DataFrame({"model": m, "task": "ocr", "prompt": one, "OCR": 1.0})
+            for m in ("base", "honest")
+        ]
     )
     gains = gold_gains(table)
     found = gains.set_index(["model", "by"])
-    assert set(gains["judge"]) == {"PickScore"} and (found["n"] == 90).all()
-    for model, proxy, gold in (("honest", 0.05, 0.05), ("hacked", 0.1, -0.02)):  # of the full scale, 26
+    assert set(gains["reward"]) == {"PickScore"} and (found["n"] == 90).all()
+    for model, proxy, gold in (
+        ("honest", 0.05, 0.05),
+        ("hacked", 0.1, -0.02),
+    ):  # of the full scale, 26
         assert found.loc[(model, "proxy"), "mean"] == pytest.approx(proxy, abs=0.003)
         assert found.loc[(model, "gold"), "mean"] == pytest.approx(gold, abs=0.003)
         gap = found.loc[(model, "gap")]
         assert (
-            gap["mean"] == pytest.approx(proxy - gold, abs=0.004) and gap["low"] < gap["mean"] < gap["high"]
+            gap["mean"] == pytest.approx(proxy - gold, abs=0.004)
+            and gap["low"] < gap["mean"] < gap["high"]
         )
     assert found.loc[("hacked", "gap"), "low"] > 0.1 and found.loc[("honest", "gap"), "low"] < 0.003
     gold_figure(gains, "Gains").savefig(tmp_path / "gold.png")
-    # what has no twin has no gap, and a twin is no judge of its own
+    # what has no gold has no gap, and a gold is no reward of its own
     assert gold_gains(table.drop(columns="PickScore gold")).empty
-    assert "PickScore gold" not in set(summary(table, ["model"])["judge"])
+    assert "PickScore gold" not in set(summary(table, ["model"])["reward"])

@@ -64,12 +64,14 @@ def test_results_are_json_whatever_numpy_and_pandas_hand_in(tmp_path):
 
 def test_whole_seconds_stay_floats(tmp_path):
     append_lines(
-        tmp_path / "metrics.jsonl", '{"iteration": 0, "seconds": 1.0}\n{"iteration": 1, "seconds": 2.0}\n'
+        tmp_path / "metrics.jsonl",
+        '{"iteration": 0, "seconds": 1.0}\n{"iteration": 1, "seconds": 2.0}\n',
     )
     rows = read_lines(tmp_path / "metrics.jsonl")
     assert rows["seconds"].dtype == float and rows["iteration"].dtype == int
     write_json(
-        tmp_path / "r.json", {"seconds": rows["seconds"].iloc[-1], "iteration": rows["iteration"].iloc[-1]}
+        tmp_path / "r.json",
+        {"seconds": rows["seconds"].iloc[-1], "iteration": rows["iteration"].iloc[-1]},
     )
     assert json.loads((tmp_path / "r.json").read_text()) == {"seconds": 2.0, "iteration": 1}
 
@@ -89,7 +91,8 @@ def test_a_file_is_as_open_to_others_as_any_and_no_less_than_whole(tmp_path, mon
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", full)
         with pytest.raises(
-            OSError, match=r"No space left on device; what was there before is left as it was.*x\.json"
+            OSError,
+            match=r"No space left on device; what was there before is left as it was.*x\.json",
         ):
             write_whole(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
@@ -134,7 +137,11 @@ HOLD = (
 def test_a_folder_has_one_writer_and_a_killed_one_blocks_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "WAIT", 0.2)
     other = subprocess.Popen(
-        [sys.executable, "-c", HOLD.format(path=os.path.dirname(files.__file__), folder=str(tmp_path))],
+        [
+            sys.executable,
+            "-c",
+            HOLD.format(path=os.path.dirname(files.__file__), folder=str(tmp_path)),
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from flowopd_lib.looking import gallery
 from PIL import Image
 
 from flowopd_lib import Sampler, evaluate
-from flowopd_lib.looking import gallery
-from flowopd_lib.looking.gallery import (
+from flowopd_lib.plots.gallery import (
     TEACHER,
     Query,
     Samples,
@@ -45,7 +45,9 @@ def made_up(folder, n=4):
                     "task": "ocr" if sign else "geneval",
                     "tag": "ocr" if sign else "counting",
                     "seed": 50 + i,
-                    "prompt": f'a sign that says "{chr(65 + i)}"' if sign else f"a photo of {i} red stars",
+                    "prompt": f'a sign that says "{chr(65 + i)}"'
+                    if sign
+                    else f"a photo of {i} red stars",
                     "picture": places[i],
                     "GenEval": np.nan if sign else float((i + m) % 2),
                     "OCR": i / 10 + m * (-1) ** i / 100 if sign else np.nan,
@@ -68,12 +70,9 @@ def test_select_filters_sorts_and_keeps_the_noise_together(tmp_path):
         53,
         57,
     ], "tasks in turn"
-    assert seeds(select(s, Query(search="RED 2"))) == [52] and seeds(select(s, Query(task="ocr"))) == [
-        54,
-        55,
-        56,
-        57,
-    ]
+    assert seeds(select(s, Query(search="RED 2"))) == [52] and seeds(
+        select(s, Query(task="ocr"))
+    ) == [54, 55, 56, 57]
     assert seeds(select(s, Query(tag="counting", prompt="a photo of 1 red stars"))) == [51]
     assert len(select(s, Query(search="nothing like it"))) == 0
     by_score = select(s, Query(sort="OCR", of="student"), ["student", "base"])
@@ -81,7 +80,12 @@ def test_select_filters_sorts_and_keeps_the_noise_together(tmp_path):
     assert seeds(by_score)[:4] == [57, 56, 55, 54] and seeds(by_score, 1) == seeds(by_score)
     # no score: last
     assert set(seeds(by_score)[4:]) == {50, 51, 52, 53}
-    assert seeds(select(s, Query(sort="OCR", of="student", descending=False)))[4:] == [50, 51, 52, 53]
+    assert seeds(select(s, Query(sort="OCR", of="student", descending=False)))[4:] == [
+        50,
+        51,
+        52,
+        53,
+    ]
     low = select(s, Query(ranges={"DeQA": (3.25, 3.45)}, of="student"))
     assert seeds(low) == [54, 53]
     assert seeds(select(s, Query(ranges={"OCR": (0, 1)}))) == [54, 55, 56, 57]
@@ -94,10 +98,14 @@ def test_sorting_by_disagreement_asks_the_prompts_own_teacher(tmp_path):
     assert s.table["seed"].iloc[grid[:2, 0]].tolist() == [55, 57]  # there the student is .01 below
     worst = disagreements(s, "student", "OCR", "ocr expert")
     assert disagreements(s, "student", "DeQA", "base", "ocr").empty
-    assert sorted(worst["seed"]) == [55, 57] and worst["difference"].tolist() == pytest.approx([-0.01, -0.01])
-    with pytest.raises(ValueError, match="no model 'studnt' here; there are base, ocr expert, student"):
+    assert sorted(worst["seed"]) == [55, 57] and worst["difference"].tolist() == pytest.approx(
+        [-0.01, -0.01]
+    )
+    with pytest.raises(
+        ValueError, match="no model 'studnt' here; there are base, ocr expert, student"
+    ):
         select(s, Query(of="studnt"))
-    with pytest.raises(ValueError, match="no judge 'Taste'"):
+    with pytest.raises(ValueError, match="no reward 'Taste'"):
         select(s, Query(sort="Taste"))
 
 
@@ -146,13 +154,13 @@ def test_a_sheet_shows_every_sample(tmp_path):
     assert {(51, 51, 51), (102, 102, 102)} <= colors  # .2 and .4
 
 
-def by_itself(policy, judges, by_split, models, folder, **how):
+def by_itself(policy, rewards, by_split, models, folder, **how):
     """Each split evaluated by itself, with pictures."""
     return {
         split: evaluate(
             policy,
             prompts,
-            {"DeQA": judges["DeQA"]},
+            {"DeQA": rewards["DeQA"]},
             9,
             Sampler(2),
             models,
@@ -164,10 +172,12 @@ def by_itself(policy, judges, by_split, models, folder, **how):
     }
 
 
-def test_evaluate_keeps_thumbnails_and_a_sample_is_drawn_again(policy, judges, test_prompts, tmp_path):
+def test_evaluate_keeps_thumbnails_and_a_sample_is_drawn_again(
+    policy, rewards, test_prompts, tmp_path
+):
     prompts = test_prompts["ocr"][:3] + test_prompts["geneval"][:3]
     models = {"base": None, "same": None}
-    tables = by_itself(policy, judges, {"test": prompts[:4], "ood": prompts[4:]}, models, tmp_path)
+    tables = by_itself(policy, rewards, {"test": prompts[:4], "ood": prompts[4:]}, models, tmp_path)
     s = with_splits(tables, tmp_path)
     for split in tables:
         assert sorted(p.name for p in (tmp_path / split / "pictures").iterdir()) == [
@@ -187,25 +197,34 @@ def test_evaluate_keeps_thumbnails_and_a_sample_is_drawn_again(policy, judges, t
     thumbnail = np.asarray(Image.open(io.BytesIO(s.picture(8)))) / 255
     # lossy (two steps leave noise), but the same picture
     assert np.abs(image.permute(1, 2, 0).numpy() - thumbnail).mean() < 0.04
-    assert float(judges["DeQA"](image[None], prompts[4:5])[0]) == pytest.approx(s.table["DeQA"][8], abs=1e-5)
+    assert float(rewards["DeQA"](image[None], prompts[4:5])[0]) == pytest.approx(
+        s.table["DeQA"][8], abs=1e-5
+    )
     code = code_of(s, 8, "policy = ...")
     assert "redraw(policy, samples, 8)" in code and compile(code, "cell", "exec")
-    table = evaluate(policy, prompts[:1], {"DeQA": judges["DeQA"]}, sampler=Sampler(1), progress=False)
+    table = evaluate(
+        policy, prompts[:1], {"DeQA": rewards["DeQA"]}, sampler=Sampler(1), progress=False
+    )
     assert "picture" not in table
     with pytest.raises(ValueError, match="picture; evaluate with pictures="):
         Samples(table, tmp_path)
 
 
 def test_a_sample_is_drawn_again_as_it_was_drawn_in_its_batch_and_with_its_adapters_guidance(
-    world, judges, test_prompts, tmp_path, monkeypatch
+    benchmark, rewards, test_prompts, tmp_path, monkeypatch
 ):
-    policy, asked = world.policy(device="cpu"), []
-    policy.load_adapter("ocr", world.adapter("ocr"))
+    policy, asked = benchmark.policy(device="cpu"), []
+    policy.load_adapter("ocr", benchmark.adapter("ocr"))
     prompts = test_prompts["ocr"]
-    by_split, models = {"test": prompts[:3], "ood": prompts[3:5]}, {"base": None, "ocr expert": "ocr"}
-    tables = by_itself(policy, judges, by_split, models, tmp_path, batch=2, guidance={"ocr": 4.0})
+    by_split, models = (
+        {"test": prompts[:3], "ood": prompts[3:5]},
+        {"base": None, "ocr expert": "ocr"},
+    )
+    tables = by_itself(policy, rewards, by_split, models, tmp_path, batch=2, guidance={"ocr": 4.0})
     s, draw = with_splits(tables, tmp_path), gallery.sample
-    monkeypatch.setattr(gallery, "sample", lambda *arguments: (asked.append(arguments), draw(*arguments))[1])
+    monkeypatch.setattr(
+        gallery, "sample", lambda *arguments: (asked.append(arguments), draw(*arguments))[1]
+    )
     for position, (prompt, seed, together) in {
         2: (prompts[2], 11, prompts[2:3]),
         5: (prompts[2], 11, prompts[2:3]),
@@ -216,7 +235,7 @@ def test_a_sample_is_drawn_again_as_it_was_drawn_in_its_batch_and_with_its_adapt
         own = {"ocr": 4.0, None: 1.0}[adapter]
         assert (drawn, sampler.guidance) == (together, own) and seeds[drawn.index(prompt)] == seed
         assert adapter == ("ocr" if s.table["model"][position] == "ocr expert" else None)
-        assert float(judges["DeQA"](image[None], [prompt])[0]) == pytest.approx(
+        assert float(rewards["DeQA"](image[None], [prompt])[0]) == pytest.approx(
             s.table["DeQA"][position], abs=1e-5
         )
 
@@ -226,5 +245,7 @@ def test_what_is_missing_is_named(tmp_path):
         load_samples(tmp_path)
     with pytest.raises(FileNotFoundError, match="no picture pictures/00_base.zip/0.webp"):
         read_thumbnail(tmp_path, "pictures/00_base.zip/0.webp")
-    with pytest.raises(ValueError, match="about.json does not say with which adapter base was drawn"):
+    with pytest.raises(
+        ValueError, match="about.json does not say with which adapter base was drawn"
+    ):
         redraw(None, made_up(tmp_path), 0)

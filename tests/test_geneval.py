@@ -3,7 +3,7 @@
 import pytest
 
 from flowopd_lib.rewards import Detection, GenEval
-from flowopd_lib.rewards.geneval import judge, relations, score
+from flowopd_lib.rewards.geneval import relations, reward, score
 
 
 def at(label, x, y, color="red", score=0.95, size=10):
@@ -11,7 +11,7 @@ def at(label, x, y, color="red", score=0.95, size=10):
 
 
 def right(record, *detections):
-    return judge(record, detections, threshold=0.3, counting_threshold=0.9)[0]
+    return reward(record, detections, threshold=0.3, counting_threshold=0.9)[0]
 
 
 def record(tag, *include, exclude=()):
@@ -36,12 +36,16 @@ def test_two_object():
 
 
 def test_counting_needs_the_exact_number_and_the_higher_confidence():
-    three = record("counting", {"class": "circle", "count": 3}, exclude=[{"class": "circle", "count": 4}])
+    three = record(
+        "counting", {"class": "circle", "count": 3}, exclude=[{"class": "circle", "count": 4}]
+    )
     circles = [at("circle", x, 20) for x in (10, 25, 40, 55)]
     assert right(three, *circles[:3])
     assert not right(three, *circles[:2])
     assert not right(three, *circles)
-    assert right(three, *circles[:3], at("circle", 10, 50, score=0.85))  # not sure enough to be counted
+    assert right(
+        three, *circles[:3], at("circle", 10, 50, score=0.85)
+    )  # not sure enough to be counted
     assert not right(three, *circles[:2], at("circle", 10, 50, score=0.85))
 
 
@@ -59,7 +63,8 @@ def test_color_is_asked_of_the_most_certain_object():
 
 
 @pytest.mark.parametrize(
-    "relation, x, y", [("left of", 10, 32), ("right of", 54, 32), ("above", 32, 10), ("below", 32, 54)]
+    "relation, x, y",
+    [("left of", 10, 32), ("right of", 54, 32), ("above", 32, 10), ("below", 32, 54)],
 )
 def test_position(relation, x, y):
     wanted = record("position", CIRCLE, {**STAR, "position": [relation, 0]})
@@ -71,12 +76,21 @@ def test_position(relation, x, y):
 def test_the_exact_verdict_forbids_what_nobody_asked_for():
     one, circle, star = record("single_object", CIRCLE), at("circle", 20, 20), at("star", 40, 40)
     assert right(one, circle, star) and right(one, circle, circle)
-    for found, told in (([circle], True), ([circle, star], False), ([circle, at("circle", 40, 40)], False)):
-        assert judge(one, found, 0.3, 0.9, exact=True)[0] is told
+    for found, told in (
+        ([circle], True),
+        ([circle, star], False),
+        ([circle, at("circle", 40, 40)], False),
+    ):
+        assert reward(one, found, 0.3, 0.9, exact=True)[0] is told
     # what is too faint to be there is not too many
-    assert judge(one, [circle, at("star", 40, 40, score=0.2)], 0.3, 0.9, exact=True)[0]
-    assert judge(one, [circle, at("star", 40, 40)], 0.3, 0.9, exact=True)[1] == "expected 1 in all, found 2"
-    with pytest.raises(ValueError, match="unknown rule 'strict' of GenEval: choose one of correct, score"):
+    assert reward(one, [circle, at("star", 40, 40, score=0.2)], 0.3, 0.9, exact=True)[0]
+    assert (
+        reward(one, [circle, at("star", 40, 40)], 0.3, 0.9, exact=True)[1]
+        == "expected 1 in all, found 2"
+    )
+    with pytest.raises(
+        ValueError, match="unknown rule 'strict' of GenEval: choose one of correct, score"
+    ):
         GenEval(None, rule="strict")
 
 
@@ -102,10 +116,9 @@ def test_exclusion():
 
 
 def test_the_reason_says_what_is_missing():
-    assert judge(record("colors", {**CIRCLE, "color": "red"}), [at("circle", 9, 9, "blue")], 0.3, 0.9) == (
-        False,
-        "expected red circle, found blue",
-    )
+    assert reward(
+        record("colors", {**CIRCLE, "color": "red"}), [at("circle", 9, 9, "blue")], 0.3, 0.9
+    ) == (False, "expected red circle, found blue")
 
 
 def test_flow_grpos_score_is_two_sided_and_pays_colour_and_position_only_for_an_exact_number():
@@ -114,7 +127,9 @@ def test_flow_grpos_score_is_two_sided_and_pays_colour_and_position_only_for_an_
     def paid(record, *detections):
         return score(record, detections, threshold=0.3, counting_threshold=0.9)
 
-    three = record("counting", {"class": "circle", "count": 3}, exclude=[{"class": "circle", "count": 4}])
+    three = record(
+        "counting", {"class": "circle", "count": 3}, exclude=[{"class": "circle", "count": 4}]
+    )
     for n, wanted in ((3, 1.0), (2, 2 / 3), (4, 2 / 3), (0, 0.0), (7, -1 / 3)):
         assert paid(three, *[at("circle", 10 * i, 0) for i in range(n)]) == pytest.approx(wanted)
     # a surplus object is free for GenEval, and costs all of it here; one of another class is free in both

@@ -15,11 +15,14 @@ from flowopd_lib.rollout import Sampler, generator, trajectory
 from flowopd_lib.schedule import Batch, Schedule
 from flowopd_lib.sde import log_prob, transition
 
-TASKS = {task: [Prompt(f"{task} {i}", task) for i in range(7)] for task in ("geneval", "ocr", "pickscore")}
+TASKS = {
+    task: [Prompt(f"{task} {i}", task) for i in range(7)]
+    for task in ("geneval", "ocr", "pickscore")
+}
 
 
 class Brightness:
-    """A judge of the small policy's pictures."""
+    """A reward of the small policy's pictures."""
 
     name, range = "OCR", (-9.0, 9.0)
 
@@ -33,7 +36,7 @@ def grpo(**options):
         schedule,
         {"OCR": Brightness()},
         {"OCR": 1.0},
-        **{"sampler": Sampler(5, "sde"), "micro": 12, "beta": 0.0, **options},
+        **{"sampler": Sampler(5, "sde"), "micro_batch_size": 12, "beta": 0.0, **options},
     )
 
 
@@ -81,7 +84,7 @@ def test_a_reward_is_scaled_weighed_by_task_and_left_out_where_it_does_not_apply
     for i, p in enumerate(batch.prompts):
         assert total[i] == pytest.approx(0.8 + 0.2 * 4 / 5 if p.task == "geneval" else 0.5)
     assert seen == {"DeQA": 4.0, "GenEval": 1.0, "OCR": 0.5}
-    o.judges["DeQA"].value = float("nan")
+    o.rewards["DeQA"].value = float("nan")
     with pytest.raises(ValueError, match="never turned into a reward"):
         o.score(torch.zeros(len(batch), 3, 1, 1), batch)
 
@@ -96,11 +99,13 @@ def learned(kind, reduction, clip, seed, images):
         Sampler(5, kind),
         reduction=reduction,
         clip=clip,
-        micro=2 * images,
+        micro_batch_size=2 * images,
         beta=0.0,
     )
     policy, optimizer, seen = SmallPolicy(2, student=weights), torch.optim.Adam([weights], 0.05), []
-    before = np.mean([o.collect(policy, "student", 100 + i, Share()).rewards["OCR"] for i in range(10)])
+    before = np.mean(
+        [o.collect(policy, "student", 100 + i, Share()).rewards["OCR"] for i in range(10)]
+    )
     for i in range(60):
         data = o.collect(policy, "student", i, Share())
         for update in range(o.updates):
@@ -155,7 +160,9 @@ def test_the_kl_penalty_holds_the_student_at_its_reference():
     for o in (free, held, home):
         data = o.collect(policy, "student", 0, Share())
         grads.append(
-            torch.autograd.grad(sum(o.losses(policy, "student", data, 0)), policy.weights["student"])[0]
+            torch.autograd.grad(
+                sum(o.losses(policy, "student", data, 0)), policy.weights["student"]
+            )[0]
         )
     # at its reference, there is nothing to hold
     torch.testing.assert_close(grads[0], grads[2])
@@ -164,8 +171,15 @@ def test_the_kl_penalty_holds_the_student_at_its_reference():
 
 def test_each_update_has_its_own_images_and_processes_share_whole_groups():
     o = grpo(updates=2)
-    data = o.collect(SmallPolicy(2, student=torch.zeros(2, 2, requires_grad=True)), "student", 0, Share())
-    assert [len(p.prompts) for p in data.parts] == [12] * 4 and [p.update for p in data.parts] == [0, 0, 1, 1]
+    data = o.collect(
+        SmallPolicy(2, student=torch.zeros(2, 2, requires_grad=True)), "student", 0, Share()
+    )
+    assert [len(p.prompts) for p in data.parts] == [12] * 4 and [p.update for p in data.parts] == [
+        0,
+        0,
+        1,
+        1,
+    ]
     batch = o.schedule.draw(0)
     mine, yours = Share(0, 2).of(batch, 6), Share(1, 2).of(batch, 6)
     assert sorted(mine.seeds + yours.seeds) == batch.seeds and len(mine) == 24
@@ -191,20 +205,25 @@ def test_a_process_without_a_prompt_of_an_iteration_adds_nothing_and_is_no_error
         SFT(torch.zeros(3, 2, 1, 1), TASKS["ocr"][:3], batch=1),
     ):
         data = objective.collect(policy, "student", 0, second)
-        assert list(objective.losses(policy, "student", data, 0)) == [] and objective.metrics(data) == {}
+        assert (
+            list(objective.losses(policy, "student", data, 0)) == []
+            and objective.metrics(data) == {}
+        )
 
 
 @pytest.mark.parametrize("groups, updates", [(12, 2), (8, 3), (4, 4), (7, 2)])
 def test_which_images_an_update_sees_follows_from_the_iteration_alone(groups, updates):
-    batch = Batch([Prompt(f"{g}", "ocr") for g in range(groups) for _ in range(3)], list(range(3 * groups)))
+    batch = Batch(
+        [Prompt(f"{g}", "ocr") for g in range(groups) for _ in range(3)], list(range(3 * groups))
+    )
 
-    def seen(world, micro):
+    def seen(benchmark, micro_batch_size):
         images = {u: [] for u in range(updates)}
-        for rank in range(world):
-            share = Share(rank, world)
+        for rank in range(benchmark):
+            share = Share(rank, benchmark)
             mine = share.of(batch, 3)
-            for update, rows, n in share.updates_of(groups, 3, updates, micro):
-                assert rows.stop - rows.start <= micro
+            for update, rows, n in share.updates_of(groups, 3, updates, micro_batch_size):
+                assert rows.stop - rows.start <= micro_batch_size
                 images[update] += [(seed, n) for seed in mine.seeds[rows]]
         return {u: sorted(found) for u, found in images.items()}
 
@@ -212,18 +231,22 @@ def test_which_images_an_update_sees_follows_from_the_iteration_alone(groups, up
     assert sorted(s for found in alone.values() for s, _ in found) == batch.seeds
     assert all(n == len(found) for found in alone.values() for _, n in found)
     assert max(map(len, alone.values())) - min(map(len, alone.values())) <= 3
-    for world in (2, 3, 4, groups + 1):
-        assert seen(world, 100) == seen(world, 3) == seen(1, 5) == alone
+    for benchmark in (2, 3, 4, groups + 1):
+        assert seen(benchmark, 100) == seen(benchmark, 3) == seen(1, 5) == alone
 
 
 def test_trainings_of_two_seeds_and_evaluations_share_no_noise():
-    first = {seed: Schedule({"ocr": TASKS["ocr"]}, 2, 2, seed=seed).draw(0).seeds[0] for seed in range(4)}
+    first = {
+        seed: Schedule({"ocr": TASKS["ocr"]}, 2, 2, seed=seed).draw(0).seeds[0] for seed in range(4)
+    }
     drawn = {
-        tuple(torch.randn(4, generator=generator(s)).tolist()) for s in (*first.values(), 1 << 39, *range(4))
+        tuple(torch.randn(4, generator=generator(s)).tolist())
+        for s in (*first.values(), 1 << 39, *range(4))
     }
     assert len(drawn) == 9
     assert torch.equal(
-        torch.randn(3, generator=generator(7)), torch.randn(3, generator=torch.Generator().manual_seed(7))
+        torch.randn(3, generator=generator(7)),
+        torch.randn(3, generator=torch.Generator().manual_seed(7)),
     )
 
 
@@ -257,7 +280,9 @@ def test_sft_learns_the_latents_it_is_given():
         optimizer.zero_grad()
         seen.append(o.metrics(data)["loss"])
     assert seen[-1] < seen[0] / 2
-    assert {p.text for p in o.collect(policy, "student", 4, Share()).prompts} == {str(i) for i in range(10)}
+    assert {p.text for p in o.collect(policy, "student", 4, Share()).prompts} == {
+        str(i) for i in range(10)
+    }
 
 
 @pytest.mark.parametrize(
@@ -269,7 +294,7 @@ def test_sft_learns_the_latents_it_is_given():
         (dict(normalise="z"), "normalise must be one of batch, group, gdpo, none, not 'z'"),
         (dict(updates=9), "9 updates need as many prompts"),
         (dict(updates=0), "updates must be at least 1, not 0"),
-        (dict(micro=0), "micro must be at least 1, not 0"),
+        (dict(micro_batch_size=0), "micro_batch_size must be at least 1, not 0"),
         (dict(clip=0.0), "clip must be more than 0"),
         (dict(beta=-1.0), "beta must be at least 0"),
         (dict(reduction="max"), "reduction must be one of sum, mean"),
@@ -281,15 +306,18 @@ def test_bad_settings_are_named(options, message):
         grpo(**options).collect(SmallPolicy(2, student=torch.zeros(2, 2)), "student", 0, Share())
 
 
-def test_rewards_without_a_judge_are_named():
-    with pytest.raises(ValueError, match="the rewards of ocr name Taste; the judges are OCR"):
+def test_rewards_without_a_reward_are_named():
+    with pytest.raises(ValueError, match="the rewards of ocr name Taste; the rewards are OCR"):
         GRPO(Schedule({"ocr": TASKS["ocr"]}, 2, 2), {"OCR": Brightness()}, {"Taste": 1.0})
     with pytest.raises(ValueError, match="shares must give a positive whole number"):
-        Schedule(TASKS, 3, shares={"ocr": 1})
+        Schedule(TASKS, 3, task_weights={"ocr": 1})
 
 
 def test_only_the_noisy_steps_of_a_mixed_sampler_have_noise_and_are_trained():
-    policy, sampler = SmallPolicy(2, student=torch.ones(2, 2, requires_grad=True)), Sampler(6, "sde", noisy=2)
+    policy, sampler = (
+        SmallPolicy(2, student=torch.ones(2, 2, requires_grad=True)),
+        Sampler(6, "sde", noisy=2),
+    )
     steps = list(trajectory(policy, TASKS["ocr"][:1], [3], sampler, "student"))
     ode = list(trajectory(policy, TASKS["ocr"][:1], [3], Sampler(6), "student"))
     assert [step.std > 0 for step in steps] == [True, True, False, False, False, False]
@@ -364,7 +392,12 @@ def test_images_of_a_prompt_share_a_walk_to_the_window_and_part_there(first):
 
 def test_the_loss_of_a_branch_is_that_of_its_images_one_by_one_at_a_forward_a_prompt():
     policy = SmallPolicy(2, student=torch.full((2, 2), 0.3, requires_grad=True))
-    objective = grpo(sampler=Sampler(6, "sde", noisy=2, first=1, branch=True), images=4, beta=0.1, micro=6)
+    objective = grpo(
+        sampler=Sampler(6, "sde", noisy=2, first=1, branch=True),
+        images=4,
+        beta=0.1,
+        micro_batch_size=6,
+    )
     data = objective.collect(policy, "student", 0, Share())
     assert all(len(part.prompts) == 4 for part in data.parts)  # a prompt's images stay together
     found = []
@@ -396,32 +429,38 @@ def test_windows_that_cannot_be_are_named(options, message):
         Sampler(**{"steps": 6, "kind": "sde", **options})
 
 
-def test_the_mix_takes_turns_and_weighs_as_the_paper_does(world):
-    recipe = grpo_mix(world, 9, 2, 4, seed=3, lr=1e-3, normalise="gdpo")
+def test_the_mix_takes_turns_and_weighs_as_the_paper_does(benchmark):
+    recipe = grpo_mix(benchmark, 9, 2, 4, seed=3, lr=1e-3, normalise="gdpo")
     policy, mix, config = build(recipe, device="cpu")
-    assert (config.iterations, config.lr, mix.schedule.size, mix.schedule.repeats) == (9, 1e-3, 2, 4)
-    assert (mix.normalise, mix.schedule.seed, mix.beta, mix.micro, mix.sampler) == (
+    assert (config.iterations, config.lr, mix.schedule.size, mix.schedule.repeats) == (
+        9,
+        1e-3,
+        2,
+        4,
+    )
+    assert (mix.normalise, mix.schedule.seed, mix.beta, mix.micro_batch_size, mix.sampler) == (
         "gdpo",
         3,
         0.0,
         4,
-        world.exploration,
+        benchmark.exploration,
     )
     tasks = [{p.task for p in mix.schedule.draw(i).prompts} for i in range(10)]
-    assert all(len(t) == 1 for t in tasks) and [sum(t == {name} for t in tasks) for name in world.own] == [
-        6,
-        2,
-        2,
-    ]
+    assert all(len(t) == 1 for t in tasks) and [
+        sum(t == {name} for t in tasks) for name in benchmark.own
+    ] == [6, 2, 2]
     # GenEval counts half as partial credit
-    assert {task: mix.weights_of(task) for task in world.own} == {
+    assert {task: mix.weights_of(task) for task in benchmark.own} == {
         "geneval": pytest.approx({"GenEval": 0.4, "GenEvalScore": 0.4, "DeQA": 0.2}),
         "ocr": pytest.approx({"OCR": 0.8, "DeQA": 0.2}),
         "pickscore": pytest.approx({"PickScore": 0.8, "DeQA": 0.2}),
     }
-    assert world.rewards() == {
+    assert benchmark.reward_weights() == {
         "geneval": {"GenEval": 0.5, "GenEvalScore": 0.5},
         "ocr": {"OCR": 1.0},
         "pickscore": {"PickScore": 1.0},
     }
-    assert {n: mix.judges[n].scale for n in ("PickScore", "DeQA")} == {"PickScore": 26.0, "DeQA": 5.0}
+    assert {n: mix.rewards[n].scale for n in ("PickScore", "DeQA")} == {
+        "PickScore": 26.0,
+        "DeQA": 5.0,
+    }

@@ -31,23 +31,27 @@ ROWS = (
     {"objectives"},
     {"train", "checkpoint", "fit", "merge"},
     {"evaluate", "stats"},
-    {"worlds"},
+    {"benchmarks"},
     {"export", "jobs", "studies"},  # studies have jobs of their own, and jobs know them
     {"check"},
-    {"looking"},
+    {"plots"},
     {"runs"},
     {"bench"},
 )
-# What is done once, to make the small world, uses what is below it.
-BUILDERS = {"worlds.tiny.train_experts"}
+# What is done once, to make the small benchmark, uses what is below it.
+BUILDERS = {"benchmarks.tiny.train_experts"}
 # What a stranger reads in one sitting.
-METHOD = [LIBRARY / f"{name}.py" for name in ("sde", "policy", "rollout", "prompts", "schedule", "train")]
+METHOD = [
+    LIBRARY / f"{name}.py" for name in ("sde", "policy", "rollout", "prompts", "schedule", "train")
+]
 METHOD += sorted((LIBRARY / "objectives").glob("*.py"))
 
 
 def modules():
     return {
-        ".".join(p.relative_to(LIBRARY).with_suffix("").parts).removesuffix("__init__").rstrip("."): p
+        ".".join(p.relative_to(LIBRARY).with_suffix("").parts)
+        .removesuffix("__init__")
+        .rstrip("."): p
         for p in LIBRARY.rglob("*.py")
     }
 
@@ -59,7 +63,10 @@ def imported(module: str, path, every) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.level:
             base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
             base = ".".join(part for part in base if part)
-            found |= {name if (name := f"{base}.{a.name}".lstrip(".")) in every else base for a in node.names}
+            found |= {
+                name if (name := f"{base}.{a.name}".lstrip(".")) in every else base
+                for a in node.names
+            }
     return found
 
 
@@ -70,7 +77,9 @@ ROW = {part: number for number, row in enumerate(ROWS) for part in row}
 @pytest.mark.parametrize("module", sorted(set(EVERY) - {""} - BUILDERS))
 def test_a_module_uses_its_own_row_and_those_above(module):
     mine = ROW[module.split(".")[0]]
-    below = {other for other in imported(module, EVERY[module], EVERY) if ROW[other.split(".")[0]] > mine}
+    below = {
+        other for other in imported(module, EVERY[module], EVERY) if ROW[other.split(".")[0]] > mine
+    }
     assert not below
 
 
@@ -102,6 +111,9 @@ def test_the_method_is_read_in_one_sitting():
 @pytest.mark.parametrize("command", (["check"], ["format", "--check"]), ids=" ".join)
 def test_the_code_is_formatted_and_clean(command):
     done = subprocess.run(
-        [sys.executable, "-m", "ruff", *command, "--no-cache"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "ruff", *command, "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr

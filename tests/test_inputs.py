@@ -125,7 +125,8 @@ def test_fields_as_their_annotations_say_are_taken_also_as_lists_and_numpys():
 def test_yaml_that_is_none_names_the_line(tmp_path):
     (tmp_path / "a.yaml").write_text("train:\n\titerations: 3\n")
     with pytest.raises(
-        ValueError, match=r"a.yaml, line 2, column 1 is not YAML: .*indent with spaces, not with a tab"
+        ValueError,
+        match=r"a.yaml, line 2, column 1 is not YAML: .*indent with spaces, not with a tab",
     ):
         read_yaml(tmp_path / "a.yaml")
     with pytest.raises(FileNotFoundError, match=r"there is no .*b.yaml"):
@@ -203,7 +204,7 @@ def test_every_parameter_of_a_notebook_says_what_it_may_be_and_its_default_is_th
     first = code[1].split("begin(")[0]
     assert not any(
         word in first
-        for word in ("sample(", "evaluate(", "fit(", "FlowPolicy(", "merged_policy(", "judges()")
+        for word in ("sample(", "evaluate(", "fit(", "FlowPolicy(", "merged_policy(", "rewards()")
     ), "before anything is loaded"
 
 
@@ -220,7 +221,9 @@ def test_papermill_alone_is_checked_too(tmp_path):
     nbformat.write(
         new_notebook(
             cells=cells,
-            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+            metadata={
+                "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+            },
         ),
         source,
     )
@@ -254,7 +257,8 @@ def test_a_bad_recipe_is_one_sentence(name, tmp_path):
 
 def test_the_good_recipe_they_are_made_of_is_good(tmp_path):
     assert bad_inputs.said_of(
-        bad_inputs.yaml.safe_dump({**bad_inputs.GOOD, "train": {"iterations": 1}}).encode(), tmp_path
+        bad_inputs.yaml.safe_dump({**bad_inputs.GOOD, "train": {"iterations": 1}}).encode(),
+        tmp_path,
     ) == (0, "")
 
 

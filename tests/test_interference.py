@@ -20,7 +20,7 @@ from flowopd_lib.studies.interference import (
 )
 
 
-class Judge:
+class Reward:
     """Pixels weighed by `of`."""
 
     def __init__(self, *of):
@@ -47,18 +47,18 @@ class Policy(SmallPolicy):
 def setting(seed=0):
     policy = Policy(2, student=torch.full((2, 2), 0.1, requires_grad=True))
     objectives = {}
-    for i, (name, judge) in enumerate(
+    for i, (name, reward) in enumerate(
         {
-            "one": Judge(1.0, 0.0),
-            "same": Judge(2.0, 0.0),
-            "against": Judge(-1.0, 0.0),
-            "other": Judge(0.0, 1.0),
+            "one": Reward(1.0, 0.0),
+            "same": Reward(2.0, 0.0),
+            "against": Reward(-1.0, 0.0),
+            "other": Reward(0.0, 1.0),
         }.items()
     ):
         schedule = Schedule({"ocr": [Prompt("x", "ocr")]}, 16, 8, seed=10 * seed + i)
         objectives[name] = GRPO(
             schedule,
-            {"OCR": judge},
+            {"OCR": reward},
             {"OCR": 1.0},
             Sampler(5, "sde"),
             updates=1,
@@ -66,7 +66,7 @@ def setting(seed=0):
             reduction="sum",
             clip=1e9,
             beta=0.0,
-            micro=128,
+            micro_batch_size=128,
         )
     return policy, objectives
 
@@ -74,7 +74,10 @@ def setting(seed=0):
 def test_the_gradient_is_that_of_the_mean_reward():
     policy, objectives = setting()
     found = torch.stack(
-        [sum(reward_gradients(policy, objectives["one"], "student", b).values()) for b in range(120)]
+        [
+            sum(reward_gradients(policy, objectives["one"], "student", b).values())
+            for b in range(120)
+        ]
     ).reshape(-1, 2, 2)
     mean, error = found.mean(0), found.std(0) / len(found) ** 0.5
 
@@ -98,13 +101,17 @@ def test_the_gradient_is_that_of_the_mean_reward():
             assert abs(mean[i, j] - slope) < 4 * error[i, j] + 0.05 * abs(slope) + 0.02
 
 
-def test_the_gradient_through_the_judge_is_that_of_the_score_functions_with_less_noise():
+def test_the_gradient_through_the_reward_is_that_of_the_score_functions_with_less_noise():
     policy, objectives = setting()
     found = {
-        how: torch.stack([sum(how(policy, objectives["one"], "student", b).values()) for b in range(60)])
+        how: torch.stack(
+            [sum(how(policy, objectives["one"], "student", b).values()) for b in range(60)]
+        )
         for how in (reward_gradients, walk_gradients)
     }
-    (scores, noisy), (walks, quiet) = ((g.mean(0), g.std(0) / len(g) ** 0.5) for g in found.values())
+    (scores, noisy), (walks, quiet) = (
+        (g.mean(0), g.std(0) / len(g) ** 0.5) for g in found.values()
+    )
     assert walks.abs().max() > 10 * quiet.max()
     assert (quiet < noisy / 2).all()
     assert ((scores - walks).abs() < 4 * (noisy**2 + quiet**2).sqrt()).all()
@@ -122,14 +129,18 @@ def test_cosines_of_tasks_that_agree_fight_and_ignore_each_other():
         assert abs(row.cosine - cosine) < 2 * width and width < 0.5
         assert abs(row.raw) <= abs(row.floor) + 0.2
     assert rows.loc[("one", "one"), "cosine"] == pytest.approx(1.0)
-    assert rows.loc[("one", "same"), "inner"] == pytest.approx(2 * rows.loc[("one", "one"), "inner"], rel=0.4)
+    assert rows.loc[("one", "same"), "inner"] == pytest.approx(
+        2 * rows.loc[("one", "one"), "inner"], rel=0.4
+    )
 
 
 def test_taylors_prediction_is_what_a_small_step_does_and_the_step_is_taken_back():
     policy, objectives = setting()
     before = policy.weights["student"].detach().clone()
     gradients = interference(policy, objectives, "student", batches=20).gradients
-    table = taylor_check(policy, objectives, "student", 0.1, gradients, images=512).set_index(["task", "on"])
+    table = taylor_check(policy, objectives, "student", 0.1, gradients, images=512).set_index(
+        ["task", "on"]
+    )
     assert torch.equal(policy.weights["student"], before) and len(table) == 16
     assert set(table["n"]) == {512 // 8}  # prompts, for the images of one are not independent
     for pair, sign in ((("one", "same"), 1), (("one", "against"), -1), (("same", "one"), 1)):
@@ -145,7 +156,7 @@ def pulled(policy, name, estimator="pathwise", mar=0.0):
         Sampler(5, "sde"),
         estimator,
         mar=mar,
-        micro=8,
+        micro_batch_size=8,
     )
 
 
@@ -161,7 +172,8 @@ def test_a_pull_is_the_way_down_the_kl_and_teachers_on_opposite_sides_fight():
     # Two chunks of images: the sum over both and all steps is the gradient of the loss itself.
     data = pulled(policy, "near").collect(policy, "student", 0, Share())
     whole = torch.autograd.grad(
-        sum(pulled(policy, "near").losses(policy, "student", data, 0)), policy.train_adapter("student")
+        sum(pulled(policy, "near").losses(policy, "student", data, 0)),
+        policy.train_adapter("student"),
     )[0]
     torch.testing.assert_close(sum(found.values()), -whole.flatten())
     assert (sum(found.values()) * nudge.flatten()).sum() > 0
@@ -193,7 +205,9 @@ def test_settings_that_would_bias_are_refused():
     with pytest.raises(ValueError, match="at least three batches"):
         interference(policy, objectives, "student", batches=2)
     with pytest.raises(ValueError, match="even number"):
-        taylor_check(policy, objectives, "student", 0.1, {name: torch.ones(5, 4) for name in objectives})
+        taylor_check(
+            policy, objectives, "student", 0.1, {name: torch.ones(5, 4) for name in objectives}
+        )
     objectives["one"].beta = 0.1
     with pytest.raises(ValueError, match="gradients of the reward itself"):
         reward_gradients(policy, objectives["one"], "student", 0)

@@ -38,7 +38,13 @@ def launched(spec: dict, folder: Path) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     (folder.parent / f"{folder.name}.yaml").write_text(yaml.safe_dump(spec))
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    job = ["-m", "flowopd_lib.jobs", str(folder.parent / f"{folder.name}.yaml"), "--folder", str(folder)]
+    job = [
+        "-m",
+        "flowopd_lib.jobs",
+        str(folder.parent / f"{folder.name}.yaml"),
+        "--folder",
+        str(folder),
+    ]
     return subprocess.Popen(
         [sys.executable, *run, *job],
         env={**os.environ, "OMP_NUM_THREADS": "1", "FLOWOPD_HEADLESS": "1"},
@@ -102,7 +108,7 @@ def test_an_evaluation_does_not_depend_on_the_processes_at_all(trained):
     the trainings' own roundings come in."""
     tables = [read_lines(trained[n] / "probes.jsonl") for n in (1, 2, 4)]
     first = [t[t["iteration"] == 0].drop(columns="seconds") for t in tables]
-    assert len(first[0]) == 5  # four judges and the Average
+    assert len(first[0]) == 5  # four rewards and the Average
     pd.testing.assert_frame_equal(first[1], first[0], check_exact=True)
     pd.testing.assert_frame_equal(first[2], first[0], check_exact=True)
 
@@ -120,7 +126,7 @@ def test_a_training_goes_on_with_another_number_of_processes(trained, on, tmp_pa
 
 EVALUATE = {
     "job": "evaluate",
-    "world": "tiny",
+    "benchmark": "tiny",
     "models": {"base": None, "ocr expert": "ocr"},
     "n": 12,
     "steps": 6,
@@ -165,7 +171,9 @@ def test_a_job_in_this_process_is_the_job_of_another(on):
     with one_thread():
         tables = [on[n].evaluate({"base": None, "deqa expert": "deqa"}, **size) for n in (1, 2)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
-    with pytest.raises(RuntimeError, match="the launcher local2 computes: this process holds no model"):
+    with pytest.raises(
+        RuntimeError, match="the launcher local2 computes: this process holds no model"
+    ):
         _ = on[2].policy
     assert on[2].live(lambda: 1 / 0) is None
 
@@ -179,24 +187,32 @@ from flowopd_lib import Lab
 lab = Lab("tiny", "local", Path({str(folder)!r}))
 lab.sources["x"] = {source!r}
 lab.evaluate({{"x": "x", "expert": {source!r}}}, n=1, steps=1)
-print("policy" in lab.site.__dict__, "flowopd_lib.worlds.tiny.detector" in sys.modules)
+print("policy" in lab.site.__dict__, "flowopd_lib.benchmarks.tiny.detector" in sys.modules)
 """
     run = [sys.executable, "-c", code]
     done = subprocess.run(
-        run, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=300
+        run,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return pd.read_parquet(folder / "samples.parquet"), done.stdout
 
 
 def test_the_processes_of_a_launcher_serve_all_notebooks_of_a_run(tmp_path):
-    """And a notebook's own process loads no model, nor a judge's."""
+    """And a notebook's own process loads no model, nor a reward's."""
     with shared(tmp_path / ".jobs") as variable:
         tables = []
         for source in ("geneval", "ocr"):
             table, told = asked_of_a_launcher(tmp_path / source, source, variable)
             assert told.split()[-2:] == ["False", "False"]
-            scores = {m: of.drop(columns="model").reset_index(drop=True) for m, of in table.groupby("model")}
+            scores = {
+                m: of.drop(columns="model").reset_index(drop=True)
+                for m, of in table.groupby("model")
+            }
             pd.testing.assert_frame_equal(scores["x"], scores["expert"])
             tables.append(scores["x"])
         # an adapter of the same name that another notebook had is forgotten
@@ -218,7 +234,9 @@ def test_the_studies_jobs_are_shared_out_and_go_on(tmp_path, policy):
         shared = Site("tiny", policy=policy)
         shared.share = Share(rank, 2)
         if rank:
-            with pytest.raises(FileNotFoundError):  # it would wait for the other, which here comes later
+            with pytest.raises(
+                FileNotFoundError
+            ):  # it would wait for the other, which here comes later
                 run_job(spec, tmp_path / "shared", shared)
         else:
             run_job(spec, tmp_path / "shared", shared)
@@ -232,9 +250,11 @@ def test_the_studies_jobs_are_shared_out_and_go_on(tmp_path, policy):
     assert list((tmp_path / "alone" / "earlier").rglob("interference.parquet"))
 
 
-def test_rewards_of_the_same_samples_on_one_two_and_four_processes(world, policy, record_property):
-    """What a process draws is a batch of another size: a rounding may flip a judge's yes or no, not more."""
-    world.load_experts(policy)
+def test_rewards_of_the_same_samples_on_one_two_and_four_processes(
+    benchmark, policy, record_property
+):
+    """What a process draws is a batch of another size: a rounding may flip a reward's yes or no, not more."""
+    benchmark.load_experts(policy)
     recipe = {
         "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 8, "images_per_prompt": 2},
         "sampler": {"steps": 4, "kind": "sde"},
@@ -278,7 +298,10 @@ def test_a_failed_process_is_told_by_its_own_words(tmp_path):
     [
         ([], "a job is a mapping"),
         ({"job": "evalute"}, "there is no job 'evalute' .did you mean 'evaluate'"),
-        ({"job": "evaluate", "modls": {}}, "the evaluate job has no 'modls' .did you mean 'models'"),
+        (
+            {"job": "evaluate", "modls": {}},
+            "the evaluate job has no 'modls' .did you mean 'models'",
+        ),
         ({"job": "evaluate", "models": {"a": None}, "n": 0}, "n must be at least 1"),
         ({"job": "evaluate", "models": {"a": None}, "split": "dev"}, "split must be one of"),
         ({"job": "interference", "adapter": "ocr", "batches": 2}, "batches must be at least 3"),
@@ -300,7 +323,9 @@ def test_an_adapter_of_unknown_making(policy):
     site = Site("tiny", policy=policy)
     with pytest.raises(ValueError, match="must be an expert, a folder or a hub id"):
         site.adapter("odd", {"made": "up"})
-    with pytest.raises(ValueError, match="the adapter odd has no 'adaptors' .did you mean 'adapters'"):
+    with pytest.raises(
+        ValueError, match="the adapter odd has no 'adaptors' .did you mean 'adapters'"
+    ):
         site.adapter("odd", {"merge": "cat", "adaptors": ["ocr"]})
 
 

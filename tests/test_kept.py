@@ -16,7 +16,7 @@ from flowopd_lib.jobs.work import run_job
 from flowopd_lib.runs import keep as command
 
 SPEC = {
-    "world": "tiny",
+    "benchmark": "tiny",
     "student": {"rank": 2},
     "schedule": {"tasks": ["geneval"], "prompts_per_batch": 2},
     "sampler": {"steps": 2, "kind": "sde"},
@@ -26,8 +26,8 @@ SPEC = {
 }
 
 
-def key(spec, world, dtype=torch.float32):
-    return kept.record_of(spec, world, dtype)["key"]
+def key(spec, benchmark, dtype=torch.float32):
+    return kept.record_of(spec, benchmark, dtype)["key"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,10 @@ def test_it_is_not_made_again(run, place, tmp_path, capsys):
             read_lines(tmp_path / "again" / name), read_lines(run / "05" / "student" / name)
         )
     weights = "adapter/adapter_model.safetensors"
-    ours, found = load_file(run / "05" / "student" / weights), load_file(tmp_path / "again" / weights)
+    ours, found = (
+        load_file(run / "05" / "student" / weights),
+        load_file(tmp_path / "again" / weights),
+    )
     assert all(torch.equal(ours[k].half(), found[k]) for k in ours) and found.keys() == ours.keys()
 
 
@@ -73,9 +76,9 @@ def test_a_folder_with_what_was_fetched_takes_another_training(run, place, tmp_p
     assert len(read_lines(tmp_path / "more" / "metrics.jsonl")) == 3
     assert sorted(set(read_lines(tmp_path / "more" / "probes.jsonl")["iteration"])) == [0, 2, 3]
     own = json.loads((tmp_path / "more" / "training.json").read_text())["key"]
-    assert own == key(longer, site.world) != key(SPEC, site.world)
+    assert own == key(longer, site.benchmark) != key(SPEC, site.benchmark)
     # one of the folder's own is under way, or has ended: it goes on from its state
-    kept.fetch(kept.record_of(SPEC, site.world, torch.float32), tmp_path / "more")
+    kept.fetch(kept.record_of(SPEC, site.benchmark, torch.float32), tmp_path / "more")
     assert len(read_lines(tmp_path / "more" / "metrics.jsonl")) == 3
     policy.remove_adapters()
 
@@ -94,9 +97,11 @@ def test_a_training_that_is_stopped_is_not_kept_for_what_it_was_before(tmp_path,
     policy.remove_adapters()
 
 
-def test_a_key_is_what_it_follows_from(world, run, tmp_path):
-    mine = key(SPEC, world)
-    assert mine == key({**SPEC, "name": "a", "train": {**SPEC["train"], "save_every": 7}}, world)
+def test_a_key_is_what_it_follows_from(benchmark, run, tmp_path):
+    mine = key(SPEC, benchmark)
+    assert mine == key(
+        {**SPEC, "name": "a", "train": {**SPEC["train"], "save_every": 7}}, benchmark
+    )
     others = [
         {**SPEC, "seed": 1},
         {**SPEC, "student": {"rank": 3}},
@@ -105,40 +110,50 @@ def test_a_key_is_what_it_follows_from(world, run, tmp_path):
         {**SPEC, "train": {**SPEC["train"], "iterations": 3}},
         {**SPEC, "probe": None},
     ]
-    keys = {mine, key(SPEC, world, torch.bfloat16), *(key(spec, world) for spec in others)}
+    keys = {mine, key(SPEC, benchmark, torch.bfloat16), *(key(spec, benchmark) for spec in others)}
     assert len(keys) == len(others) + 2
     assert (
-        kept.record_of({**SPEC, "train": {**SPEC["train"], "max_seconds": 9.0}}, world, torch.float32) is None
+        kept.record_of(
+            {**SPEC, "train": {**SPEC["train"], "max_seconds": 9.0}}, benchmark, torch.float32
+        )
+        is None
     )
 
 
-def test_an_adapter_is_its_files_or_its_training(world, run, tmp_path):
-    named = {**SPEC, "student": "start", "adapters": {"start": str(run / "05" / "student" / "adapter")}}
-    before = key(named, world)
+def test_an_adapter_is_its_files_or_its_training(benchmark, run, tmp_path):
+    named = {
+        **SPEC,
+        "student": "start",
+        "adapters": {"start": str(run / "05" / "student" / "adapter")},
+    }
+    before = key(named, benchmark)
     kept.keep(run, tmp_path / "kept")
     (folder,) = (tmp_path / "kept").iterdir()
     # the same training, in half precision
-    assert key({**named, "adapters": {"start": str(folder / "adapter")}}, world) == before
+    assert key({**named, "adapters": {"start": str(folder / "adapter")}}, benchmark) == before
     (folder / "training.json").unlink()
-    assert key({**named, "adapters": {"start": str(folder / "adapter")}}, world) != before
+    assert key({**named, "adapters": {"start": str(folder / "adapter")}}, benchmark) != before
 
 
-def test_another_world_is_another_training(world, tmp_path):
-    from flowopd_lib import load_world
+def test_another_benchmark_is_another_training(benchmark, tmp_path):
+    from flowopd_lib import load_benchmark
 
-    told = read_yaml(ROOT / "flowopd_lib" / "worlds" / world.name / "world.yaml") | {
-        "folder": str(world.folder)
+    told = read_yaml(ROOT / "flowopd_lib" / "benchmarks" / benchmark.name / "benchmark.yaml") | {
+        "folder": str(benchmark.folder)
     }
 
     def of(name, **change):
         write_json(tmp_path / f"{name}.yaml", {**told, **change})
-        return key({**SPEC, "world": str(tmp_path / f"{name}.yaml")}, load_world(tmp_path / f"{name}.yaml"))
+        return key(
+            {**SPEC, "benchmark": str(tmp_path / f"{name}.yaml")},
+            load_benchmark(tmp_path / f"{name}.yaml"),
+        )
 
     same = of("same", about="Another sentence.")
-    assert same == key(SPEC, world)
-    judges = {**told["judges"], "PickScore": {**told["judges"]["PickScore"], "scale": 20.0}}
+    assert same == key(SPEC, benchmark)
+    rewards = {**told["rewards"], "PickScore": {**told["rewards"]["PickScore"], "scale": 20.0}}
     sampling = {**told["sampling"], "distillation": {"steps": 3, "kind": "sde"}}
-    assert len({same, of("judges", judges=judges), of("sampling", sampling=sampling)}) == 3
+    assert len({same, of("rewards", rewards=rewards), of("sampling", sampling=sampling)}) == 3
 
 
 def test_comments_do_not_count_as_code(tmp_path):
@@ -151,22 +166,33 @@ def test_comments_do_not_count_as_code(tmp_path):
     )
     assert of("def f(x):\n    return x") != of("def f(x):\n    return -x")
     # the same in every version of Python: a machine with another finds what is kept, too
-    assert of("def f(x, *, y=1):\n    return f'{x:.2f}', [y, None, '']\n").startswith("f623ff1a8866")
+    assert of("def f(x, *, y=1):\n    return f'{x:.2f}', [y, None, '']\n").startswith(
+        "f623ff1a8866"
+    )
 
 
-def test_unseen_judges_and_for_grpo_the_experts_do_not_count(world):
+def test_held_out_rewards_and_for_grpo_the_experts_do_not_count(benchmark):
     grpo = {
         "student": {"rank": 2},
         "schedule": {"tasks": ["geneval"], "prompts_per_batch": 2, "images_per_prompt": 2},
-        "grpo": {"rewards": {"GenEval": 1.0}},
+        "grpo": {"reward_weights": {"GenEval": 1.0}},
         "train": {"iterations": 1},
     }
-    told = {name: kept.record_of(spec, world, torch.float32) for name, spec in {"o": SPEC, "g": grpo}.items()}
-    worlds = {name: record["follows_from"]["world"] for name, record in told.items()}
-    assert not any(world.judge_is(name, "unseen") for found in worlds.values() for name in found["judges"])
-    assert not worlds["g"]["experts"] and set(worlds["o"]["experts"]) == set(world.experts)
+    told = {
+        name: kept.record_of(spec, benchmark, torch.float32)
+        for name, spec in {"o": SPEC, "g": grpo}.items()
+    }
+    benchmarks = {name: record["follows_from"]["benchmark"] for name, record in told.items()}
+    assert not any(
+        benchmark.reward_is(name, "held_out")
+        for found in benchmarks.values()
+        for name in found["rewards"]
+    )
+    assert not benchmarks["g"]["experts"] and set(benchmarks["o"]["experts"]) == set(
+        benchmark.experts
+    )
     anchored = {**grpo, "grpo": {**grpo["grpo"], "reference": "ocr"}}
-    found = kept.record_of(anchored, world, torch.float32)["follows_from"]["world"]
+    found = kept.record_of(anchored, benchmark, torch.float32)["follows_from"]["benchmark"]
     assert set(found["experts"]) == {"ocr"}
 
 
@@ -174,10 +200,12 @@ def test_what_was_fetched_can_be_merged(run, place, tmp_path, policy):
     kept.keep(run, place)
     lab = Lab("tiny", "", tmp_path)
     lab.site = Site("tiny", policy=policy)
-    lab.train("again", {k: v for k, v in SPEC.items() if k not in ("world", "probe")}, SPEC["probe"])
+    lab.train(
+        "again", {k: v for k, v in SPEC.items() if k not in ("benchmark", "probe")}, SPEC["probe"]
+    )
     assert "again" not in policy.adapters  # it was not trained here
     lab.sources["mean"] = {"merge": "cat", "adapters": ["again", "geneval"]}
-    lab.evaluate({"mean": "mean"}, n=1, steps=1, judges=["DeQA"])
+    lab.evaluate({"mean": "mean"}, n=1, steps=1, rewards=["DeQA"])
     policy.remove_adapters()
 
 

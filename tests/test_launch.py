@@ -7,13 +7,22 @@ import pytest
 import yaml
 from test_train import ENVIRONMENT, GRPO, SFT_START, assert_same_training, sft
 
-from flowopd_lib import FlowPolicy, InProcess, Launched, Look, Prompt, Sampler, TrainConfig, load_world
+from flowopd_lib import (
+    FlowPolicy,
+    InProcess,
+    Launched,
+    Look,
+    Prompt,
+    Sampler,
+    TrainConfig,
+    load_benchmark,
+)
 from flowopd_lib.files import read_lines
 from flowopd_lib.jobs.launch import some_prompts
 from flowopd_lib.jobs.recipes import build
-from flowopd_lib.looking.looks import looks_of
+from flowopd_lib.plots.looks import looks_of
 
-WORLD = load_world()
+BENCHMARK = load_benchmark()
 
 RECIPE = {**GRPO, "train": {"iterations": 4, "lr": 1e-3, "save_every": 100}}
 
@@ -25,7 +34,9 @@ def until(condition, seconds=1800):
         time.sleep(0.05)
 
 
-def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_the_bit(tmp_path, monkeypatch):
+def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_the_bit(
+    tmp_path, monkeypatch
+):
     # threads that wait by spinning starve each other on a busy machine
     for name, value in {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE"}.items():
         monkeypatch.setenv(name, value)
@@ -35,7 +46,9 @@ def test_stopped_in_a_process_of_its_own_and_gone_on_with_is_uninterrupted_to_th
     cut.start()
     with pytest.raises(RuntimeError, match="running already"):
         cut.start()
-    until(lambda: len(read_lines(tmp_path / "cut" / "metrics.jsonl")) >= 2 or cut.state != "running")
+    until(
+        lambda: len(read_lines(tmp_path / "cut" / "metrics.jsonl")) >= 2 or cut.state != "running"
+    )
     cut.stop()
     cut.wait()
     assert cut.state == "stopped" and not (tmp_path / "cut" / "adapter").exists()
@@ -69,10 +82,14 @@ def test_a_supervised_start_under_its_own_name_is_looked_at(tmp_path, monkeypatc
 def test_a_recipe_that_fails_says_so_in_one_sentence(tmp_path):
     failing = Launched({**RECIPE, "sampler": {"stepz": 4}}, tmp_path, "local")
     failing.start()
-    with pytest.raises(RuntimeError, match="failed: error: sampler has no 'stepz' .did you mean 'steps'"):
+    with pytest.raises(
+        RuntimeError, match="failed: error: sampler has no 'stepz' .did you mean 'steps'"
+    ):
         failing.wait()
     assert failing.state == "failed"
-    with pytest.raises(ValueError, match="there is no launcher 'locl' .did you mean 'local'.*; there are "):
+    with pytest.raises(
+        ValueError, match="there is no launcher 'locl' .did you mean 'local'.*; there are "
+    ):
         Launched(RECIPE, tmp_path, "locl")
     (tmp_path / "mine.yaml").write_text("command: exec $PYTHON -m flowopd_lib.jobs\n")
     with pytest.raises(ValueError, match='mine.yaml needs a command in which "\\$@" stands for'):
@@ -80,10 +97,12 @@ def test_a_recipe_that_fails_says_so_in_one_sentence(tmp_path):
 
 
 def test_in_a_thread_it_stops_goes_on_and_fails_aloud(tmp_path):
-    policy = FlowPolicy(WORLD.base)
+    policy = FlowPolicy(BENCHMARK.base)
     policy.add_adapter("student", rank=4, alpha=8)
     look = Look([Prompt("a photo of one red star", "pickscore")], every=1, sampler=Sampler(2))
-    training = InProcess(policy, sft(policy), tmp_path / "a", TrainConfig(10**6, lr=1e-3, ema=0.0), look=look)
+    training = InProcess(
+        policy, sft(policy), tmp_path / "a", TrainConfig(10**6, lr=1e-3, ema=0.0), look=look
+    )
     training.start()
     with pytest.raises(RuntimeError, match="running already"):
         training.start()
@@ -123,7 +142,7 @@ def test_some_prompts_are_different_ones_of_every_task():
                     "images_per_prompt": 4,
                     "tags": {"counting": 3},
                 },
-                "grpo": {"rewards": {"PickScore": 1.0}},
+                "grpo": {"reward_weights": {"PickScore": 1.0}},
             }
         )
     )

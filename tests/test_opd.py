@@ -26,7 +26,9 @@ def policy_of(size=2):
 
 def objective(estimator, batch=200, mar=0.0, seed=0, **options):
     schedule = Schedule({"ocr": [Prompt("x", "ocr")]}, batch, seed=seed)
-    return OPD(schedule, {"ocr": "teacher"}, SAMPLER, estimator, mar=mar, micro=batch, **options)
+    return OPD(
+        schedule, {"ocr": "teacher"}, SAMPLER, estimator, mar=mar, micro_batch_size=batch, **options
+    )
 
 
 def gradients(policy, estimator, rounds=60, **options):
@@ -67,7 +69,9 @@ def test_pathwise_and_return_to_go_is_the_gradient_of_the_whole_trajectorys_kl()
         for j in range(2):
             nudge = torch.zeros(2, 2, dtype=torch.float64)
             nudge[i, j] = h
-            exact[i, j] = (whole_kl(policy, weights + nudge) - whole_kl(policy, weights - nudge)) / (2 * h)
+            exact[i, j] = (
+                whole_kl(policy, weights + nudge) - whole_kl(policy, weights - nudge)
+            ) / (2 * h)
     assert ((mean - exact).abs() < 4 * error + 0.01 * exact.abs()).all()
     pathwise, noise = mean_and_error(gradients(policy, "pathwise"))
     assert ((pathwise - exact).abs() > 8 * noise).any()  # pathwise alone is another gradient
@@ -110,7 +114,9 @@ def test_an_action_and_its_mirror_image_leave_no_noise_of_the_score():
     data = o.collect(policy, "student", 0, Share())
     there, back = data.visits, mirrored(mirrored(data)).visits
     for (*_, visits), (*_, again) in zip(there, back):
-        assert all(torch.allclose(a.step.x_next, b.step.x_next, atol=1e-6) for a, b in zip(visits, again))
+        assert all(
+            torch.allclose(a.step.x_next, b.step.x_next, atol=1e-6) for a, b in zip(visits, again)
+        )
     for name in ("pathwise", "paper", "as_coded", "log_ratio"):
         reading, sides = objective(name, batch=20), []
         for side in (data, mirrored(data)):
@@ -120,14 +126,20 @@ def test_an_action_and_its_mirror_image_leave_no_noise_of_the_score():
             policy.weights["student"].grad = None
         found[name] = (sum(sides) / 2, (sides[0] - sides[1]).abs().max())
     size = found["pathwise"][0].abs().max()
-    assert found["pathwise"][1] == 0 and found["paper"][1] > 0.05 * size  # one action alone is noise
+    assert (
+        found["pathwise"][1] == 0 and found["paper"][1] > 0.05 * size
+    )  # one action alone is noise
     assert found["paper"][0].abs().max() < 1e-3 * size
-    torch.testing.assert_close(found["as_coded"][0], found["pathwise"][0], rtol=1e-3, atol=1e-3 * size.item())
+    torch.testing.assert_close(
+        found["as_coded"][0], found["pathwise"][0], rtol=1e-3, atol=1e-3 * size.item()
+    )
     # of a reward that does depend on the action, the part that does not is noise and goes, the other stays
     assert (found["log_ratio"][0] - found["pathwise"][0]).abs().max() > 0.01 * size
 
 
-@pytest.mark.parametrize("estimator", ["pathwise", "paper", "as_coded", "log_ratio", "return_to_go"])
+@pytest.mark.parametrize(
+    "estimator", ["pathwise", "paper", "as_coded", "log_ratio", "return_to_go"]
+)
 def test_a_teacher_that_is_the_student_leaves_nothing_to_learn(estimator):
     policy = policy_of()
     policy.weights["teacher"] = policy.weights["student"].detach().clone()
@@ -149,13 +161,19 @@ def test_walking_and_learning_at_once_gives_the_gradient_of_doing_them_in_turn()
         for loss in o.losses(policy, "student", o.collect(policy, "student", 3, Share()), 0):
             loss.backward()
         found.append(
-            (policy.weights["student"].grad.clone(), sum(a == "student" for a, _, _ in policy.asked))
+            (
+                policy.weights["student"].grad.clone(),
+                sum(a == "student" for a, _, _ in policy.asked),
+            )
         )
         policy.weights["student"].grad = None
         # teachers never keep a graph
         assert not any(grad for name, _, grad in policy.asked if name != "student")
     torch.testing.assert_close(found[0][0], found[1][0])
-    assert (found[0][1], found[1][1]) == (STEPS - 1, 2 * (STEPS - 1))  # one forward a state, not two
+    assert (found[0][1], found[1][1]) == (
+        STEPS - 1,
+        2 * (STEPS - 1),
+    )  # one forward a state, not two
 
 
 def test_every_prompt_is_routed_to_its_own_teacher():
@@ -167,9 +185,13 @@ def test_every_prompt_is_routed_to_its_own_teacher():
     x = initial_noise(policy, batch.seeds)
     teacher, anchor = o._targets(policy, x, 0.5, policy.encode(batch.seeds), batch.prompts)
     for i, p in enumerate(batch.prompts):
-        torch.testing.assert_close(teacher[i], policy.velocity(x[i : i + 1], 0.5, None, adapter=p.task)[0])
+        torch.testing.assert_close(
+            teacher[i], policy.velocity(x[i : i + 1], 0.5, None, adapter=p.task)[0]
+        )
     # batched: a forward a teacher
-    assert anchor is None and {(name, n) for name, n, _ in policy.asked[:3]} == {(t, 3) for t in tasks}
+    assert anchor is None and {(name, n) for name, n, _ in policy.asked[:3]} == {
+        (t, 3) for t in tasks
+    }
     with pytest.raises(ValueError, match="no teacher for the task pickscore"):
         OPD(Schedule(tasks, 9), {"geneval": "geneval", "ocr": "ocr"}, SAMPLER)
 
@@ -177,7 +199,9 @@ def test_every_prompt_is_routed_to_its_own_teacher():
 def test_the_anchor_pulls_on_every_prompt():
     policy = policy_of()
     policy.weights["anchor"] = torch.ones(2, 2)
-    free, held = (gradients(policy, "pathwise", rounds=1, mar=m, anchor="anchor") for m in (0.0, 0.5))
+    free, held = (
+        gradients(policy, "pathwise", rounds=1, mar=m, anchor="anchor") for m in (0.0, 0.5)
+    )
     teacher = policy.weights["teacher"]
     policy.weights["teacher"] = policy.weights["anchor"]
     towards = gradients(policy, "pathwise", rounds=1)
@@ -190,15 +214,24 @@ def test_ode_rollouts_subsets_of_steps_and_weightings():
     schedule = Schedule({"ocr": [Prompt("x", "ocr")]}, 4)
     for weighting in ("kl", "as_coded", "uniform_v", "x0", "ode"):
         o = OPD(
-            schedule, {"ocr": "teacher"}, Sampler(STEPS, "ode"), weighting=weighting, steps=(0, 2), mar=0.0
+            schedule,
+            {"ocr": "teacher"},
+            Sampler(STEPS, "ode"),
+            weighting=weighting,
+            steps=(0, 2),
+            mar=0.0,
         )
         policy.asked.clear()
-        assert len(list(o.losses(policy, "student", o.collect(policy, "student", 0, Share()), 0))) == 2
+        assert (
+            len(list(o.losses(policy, "student", o.collect(policy, "student", 0, Share()), 0))) == 2
+        )
         # the walk ends at the last trained step
         assert sum(name == "student" for name, _, _ in policy.asked) == 3
     drawn = {
         tuple(
-            OPD(schedule, {"ocr": "teacher"}, SAMPLER, steps=1).collect(policy, "student", i, Share()).trained
+            OPD(schedule, {"ocr": "teacher"}, SAMPLER, steps=1)
+            .collect(policy, "student", i, Share())
+            .trained
         )
         for i in range(40)
     }
@@ -223,7 +256,9 @@ def of_all_steps(estimator):
 )
 def test_a_few_steps_drawn_at_random_estimate_the_gradient_of_all(estimator, options):
     whole, e1 = of_all_steps(estimator)
-    drawn, e2 = mean_and_error(gradients(policy_of(), estimator, rounds=240, mar=0.1, anchor=None, **options))
+    drawn, e2 = mean_and_error(
+        gradients(policy_of(), estimator, rounds=240, mar=0.1, anchor=None, **options)
+    )
     assert ((whole - drawn).abs() < 4 * (e1**2 + e2**2).sqrt()).all() and (
         whole.abs() > 8 * (e1**2 + e2**2).sqrt()
     ).any()
@@ -232,21 +267,27 @@ def test_a_few_steps_drawn_at_random_estimate_the_gradient_of_all(estimator, opt
 def test_drawn_steps_of_all_kinds_of_walks_are_those_of_whole_walks_and_a_walk_ends_at_its_last():
     policy, schedule = policy_of(), Schedule({"ocr": [Prompt("x", "ocr")]}, 12)
     for kind in ("ode", "sde", "cps"):
-        o = OPD(schedule, {"ocr": "teacher"}, Sampler(STEPS, kind), steps=2, mar=0.0, micro=5)
+        o = OPD(
+            schedule, {"ocr": "teacher"}, Sampler(STEPS, kind), steps=2, mar=0.0, micro_batch_size=5
+        )
         batch = o.schedule.draw(0)
         walks = list(trajectory(policy, batch.prompts, batch.seeds, o.sampler, "student"))
         policy.asked.clear()
         data = o.collect(policy, "student", 0, Share())
-        steps, found = sum((v[3].steps for v in data.visits), []), torch.cat([v[3].x for v in data.visits])
+        steps, found = (
+            sum((v[3].steps for v in data.visits), []),
+            torch.cat([v[3].x for v in data.visits]),
+        )
         assert len(steps) == 24 and set(steps) == set(range(STEPS - 1))
         for k in range(STEPS - 1):
             mine = found[[s == k for s in steps]]
             assert all((walks[k].x - x).flatten(1).abs().sum(1).min() < 1e-5 for x in mine)
         assert sum(n for _, n, _ in policy.asked) < 12 * (STEPS - 2)  # some ended before
         policy.asked.clear()
-        # `micro` states at once
+        # `micro_batch_size` states at once
         assert (
-            list(o.losses(policy, "student", data, 0)) and max(n for _, n, grad in policy.asked if grad) == 5
+            list(o.losses(policy, "student", data, 0))
+            and max(n for _, n, grad in policy.asked if grad) == 5
         )
     # The same images draw the same steps whoever walks them.
     halves = [o.collect(policy, "student", 0, Share(rank, 2)).visits for rank in (0, 1)]
@@ -268,20 +309,26 @@ def test_drawn_steps_of_all_kinds_of_walks_are_those_of_whole_walks_and_a_walk_e
 )
 def test_bad_settings_are_named_before_anything_is_walked(options, message):
     with pytest.raises(ValueError, match=message):
-        OPD(Schedule({"ocr": [Prompt("x", "ocr")]}, 4), {"ocr": "teacher"}, **{"sampler": SAMPLER, **options})
+        OPD(
+            Schedule({"ocr": [Prompt("x", "ocr")]}, 4),
+            {"ocr": "teacher"},
+            **{"sampler": SAMPLER, **options},
+        )
 
 
 def test_the_kl_is_told_by_task_and_by_step():
     schedule = Schedule({"ocr": [Prompt("x", "ocr")], "geneval": [Prompt("y", "geneval")]}, 4)
     policy = policy_of()
-    o = OPD(schedule, {"ocr": "teacher", "geneval": "student"}, SAMPLER, mar=0.0, micro=3)
+    o = OPD(
+        schedule, {"ocr": "teacher", "geneval": "student"}, SAMPLER, mar=0.0, micro_batch_size=3
+    )
     data = o.collect(policy, "student", 0, Share())
     for loss in o.losses(policy, "student", data, 0):
         loss.backward()
     told = o.metrics(data)
-    assert told["kl_geneval"] == 0 < told["kl_ocr"] and [k for k in told if k.startswith("kl_step")] == [
-        f"kl_step_{k}" for k in range(STEPS - 1)
-    ]
+    assert told["kl_geneval"] == 0 < told["kl_ocr"] and [
+        k for k in told if k.startswith("kl_step")
+    ] == [f"kl_step_{k}" for k in range(STEPS - 1)]
     assert sum(told[f"kl_step_{k}"] for k in range(STEPS - 1)) / (STEPS - 1) == pytest.approx(
         told["kl"], rel=1e-5
     )
@@ -294,7 +341,9 @@ def test_the_kl_is_told_in_nats_whatever_the_loss_weighs(options):
     for weighting in ("kl", "uniform_v"):
         o = objective("pathwise", batch=12, weighting=weighting, **options)
         data = o.collect(policy, "student", 2, Share())
-        found.append((sum(loss.item() for loss in o.losses(policy, "student", data, 0)), o.metrics(data)))
+        found.append(
+            (sum(loss.item() for loss in o.losses(policy, "student", data, 0)), o.metrics(data))
+        )
     assert found[0][0] != pytest.approx(found[1][0], rel=0.1) and found[0][1] == pytest.approx(
         found[1][1], rel=1e-4
     )
@@ -322,7 +371,9 @@ def test_readings_that_share_the_rollouts_of_one_of_them_have_the_gradients_of_t
 
     def gradient(reading, collector):
         policy.weights["student"].grad = None
-        for loss in reading.losses(policy, "student", collector.collect(policy, "student", 1, Share()), 0):
+        for loss in reading.losses(
+            policy, "student", collector.collect(policy, "student", 1, Share()), 0
+        ):
             loss.backward()
         return policy.weights["student"].grad.clone()
 

@@ -11,12 +11,20 @@ import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowopd_lib import FlowPolicy, Prompt, Sampler, initial_noise, load_world, sample, trajectory
+from flowopd_lib import (
+    FlowPolicy,
+    Prompt,
+    Sampler,
+    initial_noise,
+    load_benchmark,
+    sample,
+    trajectory,
+)
+from flowopd_lib.benchmarks.tiny.text import encode
+from flowopd_lib.benchmarks.tiny.train_base import tokenize
 from flowopd_lib.sde import predict_x0, transition
-from flowopd_lib.worlds.tiny.text import encode
-from flowopd_lib.worlds.tiny.train_base import tokenize
 
-WORLD = load_world()
+BENCHMARK = load_benchmark()
 
 ALONE = """
 import sys
@@ -38,10 +46,21 @@ PROMPTS = [
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_folder_works_with_nothing_of_ours_and_gives_our_images(policy, guidance, tmp_path):
-    command = [sys.executable, "-c", ALONE, str(WORLD.base), str(guidance), *(p.text for p in PROMPTS)]
+    command = [
+        sys.executable,
+        "-c",
+        ALONE,
+        str(BENCHMARK.base),
+        str(guidance),
+        *(p.text for p in PROMPTS),
+    ]
     subprocess.run(command, check=True, cwd=tmp_path)
     theirs = np.load(tmp_path / "images.npy")
-    ours = sample(policy, PROMPTS, range(5, 8), Sampler(40, guidance=guidance)).permute(0, 2, 3, 1).numpy()
+    ours = (
+        sample(policy, PROMPTS, range(5, 8), Sampler(40, guidance=guidance))
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
     assert ours.shape == theirs.shape == (3, 64, 64, 3) and ours.std() > 0.05
     assert np.abs(ours - theirs).max() < 1e-3
 
@@ -82,7 +101,9 @@ def test_trajectory_yields_every_transition(policy):
 
 def test_texts_are_encoded_once(policy, monkeypatch):
     first = policy.encode(["a photo of a red circle"])
-    monkeypatch.setattr(policy.pipeline, "encode_prompt", lambda *a, **k: pytest.fail("encoded again"))
+    monkeypatch.setattr(
+        policy.pipeline, "encode_prompt", lambda *a, **k: pytest.fail("encoded again")
+    )
     again = policy.encode(["a photo of a red circle"] * 3)
     assert again.tokens.shape == (3, 28, 256) and torch.equal(again.tokens[2], first.tokens[0])
 
@@ -107,7 +128,8 @@ def test_a_prompt_that_cannot_be_read_is_an_error(policy):
     ):
         policy.encode(["a photo of a café"])
     with pytest.raises(
-        ValueError, match="longer than the 8 tokens of the model's tokenizer_3, such as .*; shorten them"
+        ValueError,
+        match="longer than the 8 tokens of the model's tokenizer_3, such as .*; shorten them",
     ):
         policy.encode(['a sign that says "ELEPHANTS"'])
     with pytest.warns(UserWarning, match="longer than the 20 tokens"):
@@ -115,7 +137,7 @@ def test_a_prompt_that_cannot_be_read_is_an_error(policy):
 
 
 def test_a_model_that_can_read_anything_cuts_prompts_off_and_says_so_once_a_task():
-    open_ = FlowPolicy(WORLD.base)
+    open_ = FlowPolicy(BENCHMARK.base)
     assert open_.strict
     open_.strict = False  # as a full-size model is
     prompts = [
@@ -157,9 +179,11 @@ def test_other_libraries_logs_are_left_as_they_were():
         for log in logs:
             log.set_verbosity_info()
             log.enable_progress_bar()
-        FlowPolicy(WORLD.base).encode([PROMPTS[0].text])
-        WORLD.judges("cpu")
-        assert all(log.get_verbosity() == log.INFO and log.is_progress_bar_enabled() for log in logs)
+        FlowPolicy(BENCHMARK.base).encode([PROMPTS[0].text])
+        BENCHMARK.rewards("cpu")
+        assert all(
+            log.get_verbosity() == log.INFO and log.is_progress_bar_enabled() for log in logs
+        )
     finally:
         for log, (verbosity, bars) in zip(logs, before):
             log.set_verbosity(verbosity)
@@ -169,7 +193,9 @@ def test_other_libraries_logs_are_left_as_they_were():
         "transformers)]; import flowopd_lib; "
         "assert a == [m.utils.logging.get_verbosity() for m in (diffusers, transformers)]"
     )
-    assert subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True).stderr == ""
+    assert (
+        subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True).stderr == ""
+    )
 
 
 def test_importing_the_library_loads_nothing_that_only_models_or_runs_need():

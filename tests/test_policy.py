@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from flowopd_lib import FlowPolicy, Prompt, Sampler, load_world, sample, trajectory
+from flowopd_lib import FlowPolicy, Prompt, Sampler, load_benchmark, sample, trajectory
 from flowopd_lib.merge import METHODS, merge
 
-WORLD = load_world()
+BENCHMARK = load_benchmark()
 
 PROMPTS = [
     Prompt('a sign that says "CAT"', "ocr"),
@@ -17,7 +17,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def crowd():
     """A policy of its own with three adapters that do something."""
-    policy = FlowPolicy(WORLD.base)
+    policy = FlowPolicy(BENCHMARK.base)
     for i, name in enumerate(("one", "two", "three")):
         policy.add_adapter(name, rank=4, alpha=8, seed=i)
         g = torch.Generator().manual_seed(i)
@@ -29,22 +29,27 @@ def crowd():
 
 def look(policy, adapter, **options):
     x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
-    return policy.velocity(x, 0.7, policy.encode([p.text for p in PROMPTS]), adapter=adapter, **options)
+    return policy.velocity(
+        x, 0.7, policy.encode([p.text for p in PROMPTS]), adapter=adapter, **options
+    )
 
 
 def test_a_new_adapter_changes_nothing_and_costs_itself_only(policy):
-    fresh = FlowPolicy(WORLD.base)
+    fresh = FlowPolicy(BENCHMARK.base)
     before, size = look(fresh, None), sum(p.nbytes for p in fresh.transformer.parameters())
     fresh.add_adapter("student", rank=4, alpha=8)
     mine = sum(p.nbytes for p in fresh.adapter_parameters("student").values())
     fresh.add_adapter("teacher", rank=4, alpha=8)
-    assert sum(p.nbytes for p in fresh.transformer.parameters()) == size + 2 * mine and mine < size / 20
+    assert (
+        sum(p.nbytes for p in fresh.transformer.parameters()) == size + 2 * mine
+        and mine < size / 20
+    )
     for adapter in ("student", "teacher", None):
         assert torch.equal(look(fresh, adapter), before)
 
 
 def test_a_model_whose_adapters_were_removed_is_as_it_was_loaded(crowd):
-    fresh = FlowPolicy(WORLD.base)
+    fresh = FlowPolicy(BENCHMARK.base)
     before, places = look(fresh, None), set(fresh.transformer.state_dict())
     weights = crowd.adapter("two")
     for _ in range(2):  # the same name again
@@ -53,7 +58,10 @@ def test_a_model_whose_adapters_were_removed_is_as_it_was_loaded(crowd):
             for name, p in fresh.adapter_parameters("two").items():
                 p.copy_(crowd.adapter_parameters("two")[name])
         fresh.train_adapter("two")
-        assert not torch.equal(look(fresh, "two"), before) and fresh.adapter("two").sha256 == weights.sha256
+        assert (
+            not torch.equal(look(fresh, "two"), before)
+            and fresh.adapter("two").sha256 == weights.sha256
+        )
         fresh.remove_adapters()
         assert fresh.adapters == [] and torch.equal(look(fresh, None), before)
         assert set(fresh.transformer.state_dict()) == places
@@ -80,9 +88,12 @@ def test_asking_a_teacher_does_not_cut_the_students_gradient(crowd):
         p.grad = None
     (look(crowd, "one") - target).square().sum().backward()
     assert (
-        all(torch.equal(p.grad, g) for p, g in zip(weights, apart)) and sum(g.abs().sum() for g in apart) > 0
+        all(torch.equal(p.grad, g) for p, g in zip(weights, apart))
+        and sum(g.abs().sum() for g in apart) > 0
     )
-    assert all(p.grad is None for name in ("two", "three") for p in crowd.adapter_parameters(name).values())
+    assert all(
+        p.grad is None for name in ("two", "three") for p in crowd.adapter_parameters(name).values()
+    )
     for p in weights:
         p.grad = None
     crowd.train_adapter(None)
@@ -107,7 +118,7 @@ def test_an_adapter_is_saved_and_loaded(crowd, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    other = FlowPolicy(WORLD.base)
+    other = FlowPolicy(BENCHMARK.base)
     other.load_adapter("expert", tmp_path / "two")
     other.copy_adapter("expert", "student")
     for name in ("expert", "student"):
@@ -138,7 +149,10 @@ def test_cat_and_svd_are_the_mean_of_the_changes_and_the_public_codes_average_is
         torch.testing.assert_close(changes(crowd, "cat")[k], mean, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(changes(crowd, "svd")[k], mean, atol=1e-5, rtol=1e-3)
     layer = next(iter(exact))
-    a, b = (sum(crowd.adapter_parameters(n)[f"{layer}.lora_{f}.weight"] for n in names) / 3 for f in "AB")
+    a, b = (
+        sum(crowd.adapter_parameters(n)[f"{layer}.lora_{f}.weight"] for n in names) / 3
+        for f in "AB"
+    )
     # scaling 8 / 4
     torch.testing.assert_close(changes(crowd, "factors")[layer], 2.0 * b @ a, atol=1e-6, rtol=1e-4)
     assert ((changes(crowd, "factors")[layer] - exact[layer]).norm() / exact[layer].norm()) > 0.5
@@ -165,7 +179,7 @@ def test_ties_and_dare_merge_and_bad_merges_are_named(crowd):
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
-        crowd.load_adapter("x", WORLD.base)
+        crowd.load_adapter("x", BENCHMARK.base)
 
 
 @pytest.mark.parametrize("kind", ["sde", "cps"])
@@ -182,11 +196,13 @@ def test_a_noisy_sample_depends_on_its_own_seed_and_prompt_only(crowd, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_before_an_update_every_action_has_the_probability_it_was_taken_with(crowd, dtype, tmp_path):
+def test_before_an_update_every_action_has_the_probability_it_was_taken_with(
+    crowd, dtype, tmp_path
+):
     from flowopd_lib.sde import log_prob, transition
 
     crowd.save_adapter("one", tmp_path)
-    policy = FlowPolicy(WORLD.base, dtype=dtype)
+    policy = FlowPolicy(BENCHMARK.base, dtype=dtype)
     policy.load_adapter("student", tmp_path)
     policy.train_adapter("student")
     text = policy.encode([p.text for p in PROMPTS])
@@ -198,8 +214,12 @@ def test_before_an_update_every_action_has_the_probability_it_was_taken_with(cro
 
 
 def test_a_texts_embedding_does_not_depend_on_the_texts_beside_it():
-    texts = [p.text for task in ("geneval", "ocr", "pickscore") for p in WORLD.prompts(task, "val")[:7]]
-    together, alone = FlowPolicy(WORLD.base), FlowPolicy(WORLD.base)
+    texts = [
+        p.text
+        for task in ("geneval", "ocr", "pickscore")
+        for p in BENCHMARK.prompts(task, "val")[:7]
+    ]
+    together, alone = FlowPolicy(BENCHMARK.base), FlowPolicy(BENCHMARK.base)
     every = together.encode(texts)
     for text in reversed(texts):
         row = alone.encode([text])

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from flowopd_lib import FlowPolicy, load_world, precision
+from flowopd_lib import FlowPolicy, load_benchmark, precision
 from flowopd_lib.precision import decide, resolve
 
-WORLD = load_world()
+BENCHMARK = load_benchmark()
 
 MEASURE = precision.fastest.__wrapped__  # not the one time that is kept
 
@@ -36,7 +36,9 @@ def test_it_is_what_is_said_else_what_is_faster(free):
             resolve(wrong)
     free.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     free.setattr(torch.cuda, "get_device_name", lambda: "An old GPU")
-    with pytest.raises(ValueError, match="An old GPU cannot compute in bfloat16; take auto or float32"):
+    with pytest.raises(
+        ValueError, match="An old GPU cannot compute in bfloat16; take auto or float32"
+    ):
         resolve("bfloat16", "cuda")
     assert MEASURE("cuda") == "float32"
 
@@ -65,7 +67,10 @@ def test_a_folder_keeps_the_precision_it_was_begun_in(free, tmp_path):
     free.setattr(precision, "fastest", lambda device: "bfloat16")
     assert decide(tmp_path, write=False) == torch.bfloat16 and not list(tmp_path.iterdir())
     assert decide(tmp_path) == torch.bfloat16
-    assert json.loads((tmp_path / "precision.json").read_text()) == {"precision": "bfloat16", "device": "cpu"}
+    assert json.loads((tmp_path / "precision.json").read_text()) == {
+        "precision": "bfloat16",
+        "device": "cpu",
+    }
     free.setattr(precision, "fastest", lambda device: "float32")  # another machine
     assert decide(tmp_path) == decide(tmp_path, "bfloat16") == torch.bfloat16
     with pytest.raises(ValueError, match="was begun in bfloat16, not in float32"):
@@ -74,10 +79,10 @@ def test_a_folder_keeps_the_precision_it_was_begun_in(free, tmp_path):
 
 def test_a_policy_takes_it(free):
     free.setattr(precision, "fastest", lambda device: "bfloat16")
-    policy = FlowPolicy(WORLD.base)
+    policy = FlowPolicy(BENCHMARK.base)
     assert (
         policy.dtype == torch.bfloat16
         and policy.precision == "bfloat16"
         and next(policy.transformer.parameters()).dtype == torch.bfloat16
     )
-    assert FlowPolicy(WORLD.base, dtype="float32").precision == "float32"
+    assert FlowPolicy(BENCHMARK.base, dtype="float32").precision == "float32"

@@ -7,10 +7,10 @@ import tomllib
 import pytest
 import yaml
 
+from flowopd_lib.benchmarks.tiny import ASSETS, BASE
+from flowopd_lib.benchmarks.tiny import EXPERTS as EXPERT_FOLDERS
+from flowopd_lib.benchmarks.tiny.train_experts import EXPERTS, recipes_of
 from flowopd_lib.files import ROOT
-from flowopd_lib.worlds.tiny import ASSETS, BASE
-from flowopd_lib.worlds.tiny import EXPERTS as EXPERT_FOLDERS
-from flowopd_lib.worlds.tiny.train_experts import EXPERTS, recipes_of
 
 
 def test_environment_and_pyproject_say_the_same():
@@ -38,8 +38,8 @@ def test_every_import_is_a_declared_dependency():
     import sys
 
     for path in (ROOT / "flowopd_lib").rglob("*.py"):
-        if path.name == "judge_server.py" and path.parent.name == "rewards":
-            continue  # what its judges import is in the files of their environments, see test_judge_server
+        if path.name == "reward_server.py" and path.parent.name == "rewards":
+            continue  # what its rewards import is in the files of their environments, see test_reward_server
         for node in ast.walk(ast.parse(path.read_text())):
             modules = (
                 [a.name for a in node.names]
@@ -57,7 +57,9 @@ def test_every_import_is_a_declared_dependency():
 def test_assets_are_what_the_manifest_says_and_at_most_45_mb():
     manifest = json.loads((ASSETS / "manifest.json").read_text())
     there = {str(p.relative_to(ASSETS)) for p in ASSETS.rglob("*") if p.is_file()}
-    assert {p for p in there if not p.startswith("experts/")} == set(manifest["files"]) | {"manifest.json"}
+    assert {p for p in there if not p.startswith("experts/")} == set(manifest["files"]) | {
+        "manifest.json"
+    }
     for name, record in manifest["files"].items():
         assert hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() == record["sha256"], name
     assert sum((ASSETS / name).stat().st_size for name in there) <= 45e6
@@ -94,6 +96,6 @@ def test_no_config_names_a_folder_of_the_machine_that_built_it():
 
 def test_library_files_stay_small():
     for path in (ROOT / "flowopd_lib").rglob("*.py"):
-        # the judge server is one file, for it is copied where nothing of ours is
-        most = 510 if path.parent.name == "rewards" and path.name == "judge_server.py" else 420
+        # the reward server is one file, for it is copied where nothing of ours is
+        most = 510 if path.parent.name == "rewards" and path.name == "reward_server.py" else 420
         assert len(path.read_text().splitlines()) <= most, path

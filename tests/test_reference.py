@@ -20,12 +20,15 @@ NAMES = sorted(p.stem for p in NOTEBOOKS.glob("[0-9]*.ipynb"))
 def write_run(folder, commits=("a" * 40,), dirty=False, state="done"):
     told = {}
     for number, name in enumerate(NAMES):
-        (folder / name / "arm" / "adapter").mkdir(parents=True)
+        (folder / name / "variant" / "adapter").mkdir(parents=True)
         (folder / f"{name}.ipynb").write_text("{}")
         write_json(folder / name / "results.json", {})
-        (folder / name / "arm" / "metrics.jsonl").write_text('{"kl": 1.0}\n')
-        (folder / name / "arm" / "state.safetensors").write_bytes(b"0" * 1000)
-        save_file({"w": torch.ones(3)}, folder / name / "arm" / "adapter" / "adapter_model.safetensors")
+        (folder / name / "variant" / "metrics.jsonl").write_text('{"kl": 1.0}\n')
+        (folder / name / "variant" / "state.safetensors").write_bytes(b"0" * 1000)
+        save_file(
+            {"w": torch.ones(3)},
+            folder / name / "variant" / "adapter" / "adapter_model.safetensors",
+        )
         table = pd.DataFrame({"model": ["base"], "OCR": [0.5], "embedding": [[1.0, 2.0]]})
         table.to_parquet(folder / name / "samples.parquet")
         table.to_parquet(folder / name / "equal.parquet")
@@ -35,7 +38,11 @@ def write_run(folder, commits=("a" * 40,), dirty=False, state="done"):
     save_file({"w": torch.full((3,), 0.1)}, student / "adapter_model.safetensors")
     for name in (reference.SHOWN, "06_mar"):
         (folder / name / "pictures").mkdir()
-        for model in ("00_base", "01_student_0", "02_student_1"):  # of the second training: not kept
+        for model in (
+            "00_base",
+            "01_student_0",
+            "02_student_1",
+        ):  # of the second training: not kept
             (folder / name / "pictures" / f"{model}.zip").write_bytes(b"pictures")
     (folder / "report.html").write_text("<html>")
     states = dict.fromkeys(NAMES, {"state": "done"}) | {NAMES[3]: {"state": state}}
@@ -51,14 +58,16 @@ def test_what_a_reader_needs_is_kept_and_replaces_what_was_there(tmp_path):
     size = reference.make_small(run, out)
     kept = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert size == sum((out / k).stat().st_size for k in kept)
-    each = ("results.json", "arm/metrics.jsonl", "samples.parquet")
+    each = ("results.json", "variant/metrics.jsonl", "samples.parquet")
     wanted = {f"{n}.ipynb" for n in NAMES} | {f"{n}/{f}" for n in NAMES for f in each}
     wanted |= {"manifest.json", "status.json"}
     wanted |= {f"05_opd/pictures/{model}.zip" for model in ("00_base", "01_student_0")}
     assert kept == wanted | {"05_opd/student/adapter/adapter_model.safetensors"}
     assert list(pd.read_parquet(out / NAMES[0] / "samples.parquet")) == ["model", "OCR"]
     weights = load_file(out / "05_opd/student/adapter/adapter_model.safetensors")["w"]
-    assert weights.dtype == torch.bfloat16 and torch.allclose(weights.float(), torch.tensor(0.1), atol=1e-3)
+    assert weights.dtype == torch.bfloat16 and torch.allclose(
+        weights.float(), torch.tensor(0.1), atol=1e-3
+    )
 
 
 def test_without_a_gallery_there_are_neither_pictures_nor_adapters(tmp_path):
@@ -66,15 +75,24 @@ def test_without_a_gallery_there_are_neither_pictures_nor_adapters(tmp_path):
     table = pd.DataFrame({"model": ["base"], "picture": ["pictures/00_base.zip/0.png"]})
     table.to_parquet(run / "05_opd" / "samples.parquet")
     reference.make_small(run, out, gallery=False)
-    assert {p.suffix for p in out.rglob("*") if p.is_file()} == {".ipynb", ".json", ".jsonl", ".parquet"}
+    assert {p.suffix for p in out.rglob("*") if p.is_file()} == {
+        ".ipynb",
+        ".json",
+        ".jsonl",
+        ".parquet",
+    }
     assert pd.read_parquet(out / "05_opd" / "samples.parquet")["picture"].isna().all()
-    assert "pictures but those of figures" in json.loads((out / "manifest.json").read_text())["kept"]
+    assert (
+        "pictures but those of figures" in json.loads((out / "manifest.json").read_text())["kept"]
+    )
 
 
 def test_a_whole_run_has_the_notebooks_of_its_profile(tmp_path):
     run = write_run(tmp_path / "run")
     others = set(NAMES) - {*load_profile("twice")}
-    status = {n: s for n, s in json.loads((run / "status.json").read_text()).items() if n not in others}
+    status = {
+        n: s for n, s in json.loads((run / "status.json").read_text()).items() if n not in others
+    }
     write_json(run / "status.json", status)
     with pytest.raises(ValueError, match=f"no whole run: {NAMES[0]} is not there"):
         reference.make_small(run, tmp_path / "reference")
@@ -114,7 +132,11 @@ def test_the_page_is_what_the_notebooks_concluded(run, profile, name, least):
         if notebook == "09_gallery":  # it concludes nothing
             continue
         cells = nbformat.read(RUNS / run / f"{notebook}.ipynb", 4).cells
-        told = [o["data"]["text/markdown"] for o in cells[-1].outputs if "text/markdown" in o.get("data", {})]
+        told = [
+            o["data"]["text/markdown"]
+            for o in cells[-1].outputs
+            if "text/markdown" in o.get("data", {})
+        ]
         assert told and told[-1].strip() in page, notebook
     links = re.findall(r"\]\((\.\.[^)]+)\)", page)
     assert len(links) > least and all((place.parent / link).exists() for link in links)
@@ -130,7 +152,12 @@ def test_the_figures_of_the_page_are_those_that_notebooks_save():
 
 def test_a_run_that_is_not_whole_has_no_page(tmp_path):
     write_json(tmp_path / "status.json", {"00_quickstart": {"state": "failed"}})
-    record = {"profile": "lab", "date": "2026-01-01", "machine": {"cpus": 2, "gpu": "none"}, "notebooks": {}}
+    record = {
+        "profile": "lab",
+        "date": "2026-01-01",
+        "machine": {"cpus": 2, "gpu": "none"},
+        "notebooks": {},
+    }
     write_json(tmp_path / "manifest.json", record)
     with pytest.raises(ValueError, match="is no whole run: 00_quickstart is failed"):
         results_page(tmp_path, tmp_path / "results.md")

@@ -29,9 +29,9 @@ Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
 FIRST = """import base64, json, sys
 from pathlib import Path
 from IPython.display import Image, display
-record = {"model": "student", "judge": "OCR", "mean": mean, "low": mean - .1, "high": mean + .1, "n": 9}
+record = {"model": "student", "reward": "OCR", "mean": mean, "low": mean - .1, "high": mean + .1, "n": 9}
 (Path(out_dir) / "results.json").write_text(json.dumps(
-    {"scores": [record, {**record, "judge": "DeQA", "mean": 1, "low": None}]}))
+    {"scores": [record, {**record, "reward": "DeQA", "mean": 1, "low": None}]}))
 (Path(out_dir) / "state.safetensors").write_text("weights")
 print("written to", out_dir, "by", Path.cwd())
 display(Image(base64.b64decode(%r)))""" % base64.b64encode(PNG.getvalue()).decode()
@@ -73,11 +73,14 @@ def lab(tmp_path, monkeypatch):
         "papermill_runs/profiles",
         "papermill_runs/recipes",
         "flowopd_lib/assets/experts/ocr",
-        "flowopd_lib/worlds/tiny",
+        "flowopd_lib/benchmarks/tiny",
     ):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "flowopd_lib" / "train.py").write_text("lr = 1")
-    for manifest in ("flowopd_lib/assets/manifest.json", "flowopd_lib/assets/experts/ocr/manifest.json"):
+    for manifest in (
+        "flowopd_lib/assets/manifest.json",
+        "flowopd_lib/assets/experts/ocr/manifest.json",
+    ):
         (tmp_path / manifest).write_text("{}")
     write("1_first", "mean = .5\nseed = 0", FIRST)
     write("2_second", 'run_dir = ""', SECOND, ["1_first"])
@@ -134,7 +137,7 @@ def test_resume_runs_again_what_changed_and_what_needs_it(lab, executed):
     assert executed.since() == ["2_second"]
     for file in (
         "flowopd_lib/train.py",
-        "flowopd_lib/worlds/tiny/world.yaml",
+        "flowopd_lib/benchmarks/tiny/benchmark.yaml",
         "flowopd_lib/assets/experts/ocr/manifest.json",
         "papermill_runs/recipes/student.yaml",
     ):
@@ -186,9 +189,9 @@ def test_what_was_cut_off_keeps_its_folder_unless_it_changed(lab, executed):
     with pytest.raises(RuntimeError):
         tiny()
     status = json.loads((runs.RUNS / "tiny" / "status.json").read_text())
-    assert [s["state"] for s in status.values()] == ["done", "failed", "waiting"] and status["2_second"][
-        "error"
-    ] == "2_second failed in ./x"
+    assert [s["state"] for s in status.values()] == ["done", "failed", "waiting"] and status[
+        "2_second"
+    ]["error"] == "2_second failed in ./x"
     with pytest.raises(RuntimeError):
         tiny(resume=True)
     executed.fail = []
@@ -383,7 +386,9 @@ def wait(condition, seconds=60):
 
 def test_what_is_written_says_all_and_no_path_and_two_runs_compare(lab, capsys, monkeypatch):
     folder = tiny(only="1")
-    monkeypatch.setattr(report, "checkout", lambda root, besides: {"commit": "feed" * 10, "dirty": True})
+    monkeypatch.setattr(
+        report, "checkout", lambda root, besides: {"commit": "feed" * 10, "dirty": True}
+    )
     tiny(only="2")
     manifest = json.loads((folder / "manifest.json").read_text())
     entry, later = manifest["notebooks"]["1_first"], manifest["notebooks"]["2_second"]
@@ -393,7 +398,10 @@ def test_what_is_written_says_all_and_no_path_and_two_runs_compare(lab, capsys, 
         "sha256"
     ] == report.sha256(folder / "1_first" / "results.json")
     assert entry["state"] == "done" and entry["seconds"] > 0 and len(entry["fingerprint"]) == 64
-    assert manifest["versions"].keys() > {"python", "torch"} and manifest["machine"]["cpus"] == os.cpu_count()
+    assert (
+        manifest["versions"].keys() > {"python", "torch"}
+        and manifest["machine"]["cpus"] == os.cpu_count()
+    )
     assert set(manifest["inputs"]) == {
         "flowopd_lib/assets/manifest.json",
         "flowopd_lib/assets/experts/ocr/manifest.json",
@@ -410,7 +418,10 @@ def test_what_is_written_says_all_and_no_path_and_two_runs_compare(lab, capsys, 
         and "http" not in page
     )
     first = nbformat.read(folder / "1_first.ipynb", 4)
-    assert 'out_dir = "./1_first"' in first.cells[2].source and "image/png" in first.cells[3].outputs[1].data
+    assert (
+        'out_dir = "./1_first"' in first.cells[2].source
+        and "image/png" in first.cells[3].outputs[1].data
+    )
     assert base64.b64decode(first.cells[3].outputs[1].data["image/png"]) == PNG.getvalue()
     assert 'run_dir = "."' in nbformat.read(folder / "2_second.ipynb", 4).cells[2].source
     for path in folder.rglob("*"):
@@ -430,7 +441,9 @@ def test_what_is_written_says_all_and_no_path_and_two_runs_compare(lab, capsys, 
         and "parameters: 2 differ\n  mean   0.5 | 0.9\n  seed   0   | 1\n" in said
     )
     assert "scores: 2 of 2 differ, 1 with intervals apart" in said
-    assert "scores judge=OCR model=student    0.5 [0.4, 0.6] n=9 | 0.9 [0.8, 1] n=9   apart\n" in said
+    assert (
+        "scores reward=OCR model=student    0.5 [0.4, 0.6] n=9 | 0.9 [0.8, 1] n=9   apart\n" in said
+    )
     assert 'print("written to"' in said and 'print("wrote to"' in said and "injected" not in said
     assert list(diff.compare(folder, folder))[1:] == [
         "\n1_first",
@@ -457,7 +470,9 @@ def test_a_reports_formulas_are_mathml_and_what_is_none_stays():
     assert "`$HOME` and `a $b$`" in text and "$5 or $6" in text
     # every formula that there is
     for path in (Path(__file__).parent.parent / "notebooks").glob("*.ipynb"):
-        source = "\n\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+        source = "\n\n".join(
+            c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"
+        )
         assert "\\" not in re.sub("`[^`]*`", "", report.with_formulas(source)), path
 
 
@@ -477,7 +492,9 @@ print("a warning", file=sys.stderr)""",
         "    train 30%, about 9 s left",
         "    train 60%, about 9 s left",
     ]
-    assert [o.text for o in nbformat.read(folder / "3_alone.ipynb", 4).cells[-1].outputs] == ["a warning\n"]
+    assert [o.text for o in nbformat.read(folder / "3_alone.ipynb", 4).cells[-1].outputs] == [
+        "a warning\n"
+    ]
 
 
 def test_progress_is_a_line_every_few_seconds_where_nobody_sees_bars(monkeypatch, capsys):

@@ -6,7 +6,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowopd_lib.sde import coefficients, gaussian_kl, log_prob, predict_x0, transition, velocity_weight
+from flowopd_lib.sde import (
+    coefficients,
+    gaussian_kl,
+    log_prob,
+    predict_x0,
+    transition,
+    velocity_weight,
+)
 
 
 def grid(steps, shift=3.0):
@@ -28,7 +35,10 @@ def test_without_noise_every_kind_is_diffusers_euler_step(kind):
         torch.testing.assert_close(x, theirs, rtol=0, atol=1e-6)
 
 
-MEAN, SPREAD = 1.5, 0.5  # of the data: x0 ~ N(MEAN, SPREAD^2), so the velocity is known in closed form
+MEAN, SPREAD = (
+    1.5,
+    0.5,
+)  # of the data: x0 ~ N(MEAN, SPREAD^2), so the velocity is known in closed form
 
 
 def exact_velocity(x, sigma):
@@ -98,7 +108,9 @@ def test_log_probability_and_kl_against_torch_and_monte_carlo(kind):
     torch.testing.assert_close(
         log_prob(action, mean, std), p.log_prob(action).flatten(1).sum(1), rtol=1e-5, atol=1e-4
     )
-    torch.testing.assert_close(log_prob(action, mean, std, "mean"), p.log_prob(action).flatten(1).mean(1))
+    torch.testing.assert_close(
+        log_prob(action, mean, std, "mean"), p.log_prob(action).flatten(1).mean(1)
+    )
     exact = torch.distributions.kl_divergence(p, q).flatten(1).sum(1)
     torch.testing.assert_close(gaussian_kl(mean, other, std), exact)
     torch.testing.assert_close(gaussian_kl(other, mean, std), exact)
@@ -119,9 +131,14 @@ def test_the_formula_of_the_kl_and_what_the_public_code_makes_of_it():
         assert velocity_weight(sigma, after) == pytest.approx(
             dt / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2
         )
-        weights[sigma] = velocity_weight(sigma, after), velocity_weight(sigma, after, "as_coded", size=1024)
+        weights[sigma] = (
+            velocity_weight(sigma, after),
+            velocity_weight(sigma, after, "as_coded", size=1024),
+        )
     first, last = weights[sigmas[0]], weights[sigmas[-3]]
-    assert (last[1] / last[0]) / (first[1] / first[0]) == pytest.approx(7, rel=0.25)  # METHOD.md: about 7x
+    assert (last[1] / last[0]) / (first[1] / first[0]) == pytest.approx(
+        7, rel=0.25
+    )  # METHOD.md: about 7x
     assert velocity_weight(0.5, 0.4, "x0", size=10) == pytest.approx(0.025)
     assert velocity_weight(0.5, 0.0, "uniform_v", size=10) == pytest.approx(0.1)
 

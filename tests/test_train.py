@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from flowopd_lib import FlowPolicy, Look, Sampler, files, load_world, some_prompts, trajectory
+from flowopd_lib import FlowPolicy, Look, Sampler, files, load_benchmark, some_prompts, trajectory
 from flowopd_lib.checkpoint import load_state
 from flowopd_lib.files import RUNS
 from flowopd_lib.fit import fit
@@ -27,20 +27,24 @@ from flowopd_lib.merge import drawn_by_teachers
 from flowopd_lib.objectives import SFT
 from flowopd_lib.train import TrainConfig, TrainingDiverged, train
 
-WORLD = load_world()
+BENCHMARK = load_benchmark()
 
 OPD = {
     "student": {"rank": 4, "alpha": 8},
     "schedule": {"tasks": ["geneval", "ocr"], "prompts_per_batch": 4},
     "sampler": {"steps": 4},
-    "opd": {"teachers": {"geneval": "expert", "ocr": None}, "micro": 2, "anchor": "expert"},
+    "opd": {
+        "teachers": {"geneval": "expert", "ocr": None},
+        "micro_batch_size": 2,
+        "anchor": "expert",
+    },
     "train": {"iterations": 6, "lr": 1e-3, "save_every": 2, "cooldown": 0.5},
 }
 GRPO = {
     "student": {"rank": 4, "alpha": 8},
     "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 4},
     "sampler": {"steps": 4},
-    "grpo": {"rewards": {"OCR": 0.6, "DeQA": 0.4}, "micro": 2, "updates": 2},
+    "grpo": {"reward_weights": {"OCR": 0.6, "DeQA": 0.4}, "micro_batch_size": 2, "updates": 2},
     "train": {"iterations": 2, "lr": 1e-3},
 }
 # the window moves, and the images of a prompt part there
@@ -51,7 +55,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 @pytest.fixture(scope="module")
 def expert(tmp_path_factory):
     """A made-up teacher."""
-    policy, folder = FlowPolicy(WORLD.base), tmp_path_factory.mktemp("expert")
+    policy, folder = FlowPolicy(BENCHMARK.base), tmp_path_factory.mktemp("expert")
     policy.add_adapter("expert", rank=4, alpha=8)
     with torch.no_grad():
         for p in policy.adapter_parameters("expert").values():
@@ -69,7 +73,9 @@ def two_processes(tmp_path_factory):
 
 
 def written(recipe, path, expert=None):
-    path.write_text(yaml.safe_dump({**recipe, **({"adapters": {"expert": str(expert)}} if expert else {})}))
+    path.write_text(
+        yaml.safe_dump({**recipe, **({"adapters": {"expert": str(expert)}} if expert else {})})
+    )
     return path
 
 
@@ -91,21 +97,27 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(expert, tmp_path, here):
     recipe = written(OPD, tmp_path / "recipe.yaml", expert)
     run_job(read_yaml(recipe), tmp_path / "whole", here, shown=False)
     folder = tmp_path / "killed"
-    process = subprocess.Popen(command(recipe, folder), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(recipe, folder), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line.startswith("3/6"):  # one iteration after the checkpoint of the second
             os.kill(process.pid, signal.SIGKILL)
             break
     process.wait()
     state = folder / "state.safetensors"
-    assert process.returncode == -signal.SIGKILL and 2 <= (done := load_state(state)["iteration"]) < 6
+    assert (
+        process.returncode == -signal.SIGKILL and 2 <= (done := load_state(state)["iteration"]) < 6
+    )
     before = (folder / "metrics.jsonl").read_text().splitlines()[:done]
     # refused, and nothing of it stays
     other = written({**OPD, "sampler": {"steps": 5}}, tmp_path / "other.yaml", expert)
     here.forget()
     with pytest.raises(ValueError, match="holds a training of something else"):
         run_job(read_yaml(other), folder, here)
-    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == yaml.safe_load(recipe.read_text())
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == yaml.safe_load(
+        recipe.read_text()
+    )
     here.forget()
     run_job(read_yaml(recipe), folder, here, shown=False)
     assert (folder / "metrics.jsonl").read_text().splitlines()[:done] == before  # not trained again
@@ -154,7 +166,9 @@ def test_a_generator_closed_after_an_iteration_leaves_a_checkpoint_to_go_on_from
                         load_state(tmp_path / folder / "state.safetensors")["iteration"] == stop
                         and not (tmp_path / folder / "adapter").exists()
                     )
-                    assert not any(p.requires_grad for p in policy.adapter_parameters("student").values())
+                    assert not any(
+                        p.requires_grad for p in policy.adapter_parameters("student").values()
+                    )
     assert_same_training(tmp_path / "whole", tmp_path / "cut", 4)
 
 
@@ -178,7 +192,7 @@ SFT_START = {
 }
 
 
-# GRPO's rewards are not the same to the last bit when a judge sees half of the pictures, and centred in their
+# GRPO's rewards are not the same to the last bit when a reward sees half of the pictures, and centred in their
 # group they lose digits. Of the three prompts of each of its updates both processes have some. Three in all
 # are no multiple of two processes.
 @pytest.mark.parametrize(
@@ -197,14 +211,18 @@ def test_two_processes_make_the_update_of_one(recipe, tolerance, expert, two_pro
     recipe = {**recipe, "train": {"iterations": 1, "lr": 1e-3}, "adapters": {"expert": str(expert)}}
     policy, objective, config = build(recipe)
     fit(policy, objective, tmp_path / "one", config, shown=False)
-    two_processes.do({**recipe, "world": "tiny", "name": f"of_{tmp_path.name}"}, tmp_path / "two")
+    two_processes.do(
+        {**recipe, "benchmark": "tiny", "name": f"of_{tmp_path.name}"}, tmp_path / "two"
+    )
     # AdamW's first moments are the (last updates') gradients; the weights themselves moved by its sign, which
     # rounding decides where it is almost 0.
     one, two = (
         torch.cat(
             [
                 m["exp_avg"].flatten()
-                for m in load_state(tmp_path / f / "state.safetensors")["optimizer"]["state"].values()
+                for m in load_state(tmp_path / f / "state.safetensors")["optimizer"][
+                    "state"
+                ].values()
             ]
         )
         for f in ("one", "two")
@@ -214,13 +232,15 @@ def test_two_processes_make_the_update_of_one(recipe, tolerance, expert, two_pro
 
 
 def sft(policy, scale=1.0):
-    prompts = WORLD.prompts("ocr", "train")[:8]
-    latents = scale * torch.randn(8, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    prompts = BENCHMARK.prompts("ocr", "train")[:8]
+    latents = scale * torch.randn(
+        8, *policy.latent_shape, generator=torch.Generator().manual_seed(0)
+    )
     return SFT(latents, prompts, batch=4)
 
 
 def test_a_training_that_diverges_stops_and_keeps_the_last_good_state(tmp_path):
-    policy = FlowPolicy(WORLD.base)
+    policy = FlowPolicy(BENCHMARK.base)
     policy.add_adapter("student", rank=4, alpha=8)
     config = TrainConfig(2, lr=1e-3, save_every=1)
     assert [i.iteration for i in train(policy, sft(policy), tmp_path, config)] == [0, 1]
@@ -242,10 +262,11 @@ def test_a_training_that_diverges_stops_and_keeps_the_last_good_state(tmp_path):
     ):
         next(train(policy, sft(policy), tmp_path, TrainConfig(9, lr=2e-3)))
     # what the first training left behind: the averaged weights on disk
-    other = FlowPolicy(WORLD.base)
+    other = FlowPolicy(BENCHMARK.base)
     other.load_adapter("student", tmp_path / "adapter")
     assert all(
-        torch.equal(p, a) for p, a in zip(other.adapter_parameters("student").values(), average, strict=True)
+        torch.equal(p, a)
+        for p, a in zip(other.adapter_parameters("student").values(), average, strict=True)
     )
 
 
@@ -258,17 +279,29 @@ OTHERWISE = {
     "another weighting": ({"opd": {"weighting": "x0"}}, "objective.weighting was"),
     "another anchor": ({"opd": {"mar": 0.5}}, "objective.mar was 0.04 and is 0.5"),
     "sampler steps": ({"sampler": {"steps": 5}}, "objective.sampler.steps was 4 and is 5"),
-    "noise": ({"sampler": {"noise_level": 0.3}}, "objective.sampler.noise_level was 0.7 and is 0.3"),
-    "prompts a batch": ({"schedule": {"prompts_per_batch": 8}}, "objective.schedule.size was 4 and is 8"),
-    "shares": ({"schedule": {"shares": {"geneval": 2, "ocr": 1}}}, "objective.schedule.turns was"),
-    "other prompts": ({"schedule": {"tags": {"counting": 2}}}, "objective.schedule.prompts.geneval"),
+    "noise": (
+        {"sampler": {"noise_level": 0.3}},
+        "objective.sampler.noise_level was 0.7 and is 0.3",
+    ),
+    "prompts a batch": (
+        {"schedule": {"prompts_per_batch": 8}},
+        "objective.schedule.size was 4 and is 8",
+    ),
+    "task_weights": (
+        {"schedule": {"task_weights": {"geneval": 2, "ocr": 1}}},
+        "objective.schedule.task_schedule was",
+    ),
+    "other prompts": (
+        {"schedule": {"tags": {"counting": 2}}},
+        "objective.schedule.prompts.geneval",
+    ),
     "another seed": ({"seed": 1}, "objective.schedule.seed was 0 and is 1"),
     "optimizer": ({"train": {"betas": [0.9, 0.95]}}, "train.betas was"),
     "the adapter's scale": ({"student": {"rank": 4, "alpha": 4}}, "scales."),
     "the adapter's shape": ({"student": {"rank": 2, "alpha": 4}}, "ranks."),
 }
 MAY = {
-    "micro": {"opd": {"micro": 1}},
+    "micro_batch_size": {"opd": {"micro_batch_size": 1}},
     "save times": {"train": {"save_every": 1, "save_seconds": 1.0}},
     "more iterations": {"train": {"iterations": 4}},
 }
@@ -277,7 +310,10 @@ MAY = {
 def merged(recipe, change):
     return {
         **recipe,
-        **{k: {**recipe[k], **v} if isinstance(v, dict) and k in recipe else v for k, v in change.items()},
+        **{
+            k: {**recipe[k], **v} if isinstance(v, dict) and k in recipe else v
+            for k, v in change.items()
+        },
     }
 
 
@@ -308,19 +344,23 @@ def test_a_resume_refuses_another_training_and_says_what_differs(name, begun):
         and message in str(error.value)
         and "\n" not in str(error.value)
     )
-    assert (folder / "state.safetensors").read_bytes() == before and not (folder / ".owner.json").exists()
+    assert (folder / "state.safetensors").read_bytes() == before and not (
+        folder / ".owner.json"
+    ).exists()
 
 
 def test_a_resume_refuses_other_weights_under_the_same_name_another_precision_and_another_start(
     begun, tmp_path
 ):
     recipe, folder = begun
-    policy = FlowPolicy(WORLD.base)
+    policy = FlowPolicy(BENCHMARK.base)
     policy.load_adapter("expert", recipe["adapters"]["expert"])
     with torch.no_grad():
         next(iter(policy.adapter_parameters("expert").values())).flatten()[0] += 1e-3
     policy.save_adapter("expert", tmp_path / "expert")
-    with pytest.raises(ValueError, match=r"adapters\.expert was weights [0-9a-f]{8}… and is weights"):
+    with pytest.raises(
+        ValueError, match=r"adapters\.expert was weights [0-9a-f]{8}… and is weights"
+    ):
         resumed({**recipe, "adapters": {"expert": str(tmp_path / "expert")}}, folder)
     with pytest.raises(ValueError, match='precision was "torch.float32" and is "torch.bfloat16"'):
         resumed(recipe, folder, dtype=torch.bfloat16)
@@ -341,28 +381,41 @@ def test_a_resume_accepts_what_may_change(name, begun, tmp_path):
 
 
 def test_a_resume_of_grpo_knows_its_rewards(tmp_path):
-    recipe = {**GRPO, "grpo": {"rewards": {"DeQA": 1.0}, "micro": 4}, "train": {"iterations": 1, "lr": 1e-3}}
+    recipe = {
+        **GRPO,
+        "grpo": {"reward_weights": {"DeQA": 1.0}, "micro_batch_size": 4},
+        "train": {"iterations": 1, "lr": 1e-3},
+    }
     assert resumed(recipe, tmp_path) == [0] * 2
-    with pytest.raises(ValueError, match=r"objective\.rewards\.DeQA was 1\.0 and is null"):
-        resumed({**recipe, "grpo": {"rewards": {"OCR": 1.0}, "micro": 4}}, tmp_path)
+    with pytest.raises(ValueError, match=r"objective\.reward_weights\.DeQA was 1\.0 and is null"):
+        resumed(
+            {**recipe, "grpo": {"reward_weights": {"OCR": 1.0}, "micro_batch_size": 4}}, tmp_path
+        )
     assert resumed({**recipe, "train": {"iterations": 2, "lr": 1e-3}}, tmp_path) == [1] * 2
 
 
 def test_a_second_training_into_a_folder_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "WAIT", 0.2)
-    policy = FlowPolicy(WORLD.base)
+    policy = FlowPolicy(BENCHMARK.base)
     policy.add_adapter("student", rank=2, alpha=4)
     first = train(policy, sft(policy), tmp_path, TrainConfig(3, lr=1e-3))
     next(first)
-    with pytest.raises(files.FolderInUse, match=f"is in use by process {os.getpid()} .a training of student"):
+    with pytest.raises(
+        files.FolderInUse, match=f"is in use by process {os.getpid()} .a training of student"
+    ):
         next(train(policy, sft(policy), tmp_path, TrainConfig(3, lr=1e-3)))
     first.close()
-    assert [i.iteration for i in train(policy, sft(policy), tmp_path, TrainConfig(3, lr=1e-3))] == [1, 2]
+    assert [i.iteration for i in train(policy, sft(policy), tmp_path, TrainConfig(3, lr=1e-3))] == [
+        1,
+        2,
+    ]
 
 
 def test_ctrl_c_on_a_recipe_leaves_a_checkpoint_to_go_on_from(expert, tmp_path):
     recipe = written(
-        {**OPD, "train": {"iterations": 500, "lr": 1e-3, "save_every": 400}}, tmp_path / "recipe.yaml", expert
+        {**OPD, "train": {"iterations": 500, "lr": 1e-3, "save_every": 400}},
+        tmp_path / "recipe.yaml",
+        expert,
     )
     process = subprocess.Popen(
         command(recipe, tmp_path / "x"),
@@ -378,13 +431,15 @@ def test_ctrl_c_on_a_recipe_leaves_a_checkpoint_to_go_on_from(expert, tmp_path):
     out, err = process.communicate()
     assert process.returncode == 0 and "stopped after iteration" in out and "Traceback" not in err
     done = load_state(tmp_path / "x" / "state.safetensors")["iteration"]
-    assert 2 <= done < 500 and len((tmp_path / "x" / "metrics.jsonl").read_text().splitlines()) == done
+    assert (
+        2 <= done < 500 and len((tmp_path / "x" / "metrics.jsonl").read_text().splitlines()) == done
+    )
 
 
 def test_the_students_recipe_can_be_looked_at(tmp_path):
     recipe = yaml.safe_load((RUNS / "recipes" / "student_opd.yaml").read_text())
     policy, objective, _ = build(recipe)
-    look = Look(some_prompts(objective.schedule, 4), WORLD.judges("cpu"), 1, Sampler(2))
+    look = Look(some_prompts(objective.schedule, 4), BENCHMARK.rewards("cpu"), 1, Sampler(2))
     look(policy, "student", tmp_path, 0)
     rows = files.read_lines(tmp_path / "looks.jsonl")
     assert (
@@ -399,12 +454,14 @@ def test_the_students_recipe_can_be_looked_at(tmp_path):
 
 def test_a_probed_training_that_was_cut_off_tells_what_an_uninterrupted_one_tells(tmp_path):
     def run(folder, iterations, **options):
-        policy = FlowPolicy(WORLD.base)
+        policy = FlowPolicy(BENCHMARK.base)
         policy.add_adapter("student", rank=4, alpha=8)
 
         def probe(adapter):
-            size = sum(p.detach().abs().sum().item() for p in policy.adapter_parameters(adapter).values())
-            return pd.DataFrame([{"judge": "size", "mean": size}])
+            size = sum(
+                p.detach().abs().sum().item() for p in policy.adapter_parameters(adapter).values()
+            )
+            return pd.DataFrame([{"reward": "size", "mean": size}])
 
         return fit(
             policy,
@@ -435,17 +492,21 @@ def test_a_probed_training_that_was_cut_off_tells_what_an_uninterrupted_one_tell
 
 def test_a_start_by_fine_tuning_learns_each_tasks_own_teacher(tmp_path):
     policy, objective, config = build(SFT_START, name="start")
-    prompts = WORLD.first_prompts("train", 2)
+    prompts = BENCHMARK.first_prompts("train", 2)
     assert [p.task for p in prompts] == ["geneval"] * 2 + ["ocr"] * 2 + ["pickscore"] * 2
     assert objective.prompts == prompts and objective.batch == 3
     for i, prompt in enumerate(prompts):
-        for step in trajectory(policy, [prompt], [(1 << 39) + i], WORLD.sampler(2), prompt.task):
+        for step in trajectory(
+            policy, [prompt], [(1 << 39) + i], BENCHMARK.sampler(2), prompt.task
+        ):
             pass
         torch.testing.assert_close(objective.latents[i : i + 1], step.x_next, atol=1e-4, rtol=1e-4)
     curve, _ = fit(policy, objective, tmp_path, config, "start", shown=False)
     assert len(curve) == 2 and "start" in policy.adapters and "student" not in policy.adapters
-    few = build({**SFT_START, "sft": {"samples": 3, "tasks": ["ocr"], "steps": 2}}, policy=policy)[1]
-    assert few.prompts == WORLD.prompts("ocr", "train")[:3]
+    few = build({**SFT_START, "sft": {"samples": 3, "tasks": ["ocr"], "steps": 2}}, policy=policy)[
+        1
+    ]
+    assert few.prompts == BENCHMARK.prompts("ocr", "train")[:3]
     with pytest.raises(ValueError, match="no teacher for the task"):
         drawn_by_teachers(policy, prompts, {"ocr": None}, Sampler(2))
 
@@ -459,11 +520,14 @@ def test_tags_say_how_often_prompts_are_drawn():
             "images_per_prompt": 4,
             "tags": {"counting": 3, "colors": 0},
         },
-        "grpo": {"rewards": {"GenEval": 1.0}, "micro": 2, "updates": 2},
+        "grpo": {"reward_weights": {"GenEval": 1.0}, "micro_batch_size": 2, "updates": 2},
     }
     drawn = Counter(p.tag for p in build(recipe)[1].schedule.prompts["geneval"])
     assert drawn["counting"] == 3 * drawn["two_object"] > 0 == drawn["colors"]
-    for tags, message in (({"colour": 2}, "did you mean 'colors'"), ({"colors": -1}, "in whole numbers")):
+    for tags, message in (
+        ({"colour": 2}, "did you mean 'colors'"),
+        ({"colors": -1}, "in whole numbers"),
+    ):
         with pytest.raises(ValueError, match=message):
             build({**recipe, "schedule": {**recipe["schedule"], "tags": tags}})
 
@@ -472,7 +536,11 @@ def test_tags_say_how_often_prompts_are_drawn():
 def test_every_recipe_can_be_built(path):
     recipe = yaml.safe_load(path.read_text())
     policy, objective, config = build(recipe)
-    assert "student" in policy.adapters and len(objective.schedule.draw(0)) > 0 and config.iterations > 0
+    assert (
+        "student" in policy.adapters
+        and len(objective.schedule.draw(0)) > 0
+        and config.iterations > 0
+    )
 
 
 def test_the_rate_warms_up_and_cools_down_to_the_end_it_was_begun_with(tmp_path, monkeypatch):
@@ -482,7 +550,7 @@ def test_the_rate_warms_up_and_cools_down_to_the_end_it_was_begun_with(tmp_path,
         "step",
         lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1],
     )
-    policy = FlowPolicy(WORLD.base)
+    policy = FlowPolicy(BENCHMARK.base)
     policy.add_adapter("student", rank=2, alpha=4)
     config = {"lr": 1.0, "warmup": 2, "cooldown": 0.5, "save_every": 4}
     list(train(policy, sft(policy), tmp_path, TrainConfig(8, **config)))
@@ -491,7 +559,9 @@ def test_the_rate_warms_up_and_cools_down_to_the_end_it_was_begun_with(tmp_path,
         next(train(policy, sft(policy), tmp_path, TrainConfig(9, **config)))
 
 
-def test_a_tracker_is_told_of_every_iteration_and_one_that_is_not_there_is_named(tmp_path, monkeypatch):
+def test_a_tracker_is_told_of_every_iteration_and_one_that_is_not_there_is_named(
+    tmp_path, monkeypatch
+):
     from accelerate import Accelerator, tracking
     from accelerate.tracking import GeneralTracker
 
@@ -511,7 +581,7 @@ def test_a_tracker_is_told_of_every_iteration_and_one_that_is_not_there_is_named
         def finish(self):
             self.finished += 1
 
-    policy, told = FlowPolicy(WORLD.base), Told()
+    policy, told = FlowPolicy(BENCHMARK.base), Told()
     policy.add_adapter("student", rank=4, alpha=8)
     list(
         train(

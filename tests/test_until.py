@@ -16,11 +16,11 @@ UNTIL = {**PROBE, "until": {"patience": 2, "rise": 1.0}}
 
 def spec(iterations: int, probe: dict, **more) -> dict:
     return {
-        "world": "tiny",
+        "benchmark": "tiny",
         "student": {"rank": 2},
         "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 2},
         "sampler": {"steps": 2, "kind": "sde"},
-        "grpo": {"rewards": {"OCR": 1.0}},
+        "grpo": {"reward_weights": {"OCR": 1.0}},
         "train": {"iterations": iterations, "lr": 1.0e-3},
         "probe": probe,
         **more,
@@ -54,7 +54,8 @@ def test_the_rule_ends_it_as_if_it_had_been_that_long(tmp_path, site):
     assert len(read_lines(tmp_path / "ended" / "metrics.jsonl")) == 2
     assert same(tmp_path / "short", tmp_path / "ended")
     looks = [
-        read_lines(tmp_path / name / "probes.jsonl").drop(columns="seconds") for name in ("short", "ended")
+        read_lines(tmp_path / name / "probes.jsonl").drop(columns="seconds")
+        for name in ("short", "ended")
     ]
     alike(*(part.drop(columns="model") for part in looks))
 
@@ -63,10 +64,14 @@ def test_it_goes_on_from_anothers_state(tmp_path, site):
     run_job(spec(3, PROBE, name="whole"), tmp_path / "whole", site, shown=False)
     run_job(spec(1, PROBE, name="begun"), tmp_path / "begun", site, shown=False)
     before = weights(tmp_path / "begun")
-    run_job(spec(3, PROBE, name="on", after=str(tmp_path / "begun")), tmp_path / "on", site, shown=False)
+    run_job(
+        spec(3, PROBE, name="on", after=str(tmp_path / "begun")), tmp_path / "on", site, shown=False
+    )
     assert same(tmp_path / "whole", tmp_path / "on")
     assert len(read_lines(tmp_path / "begun" / "metrics.jsonl")) == 1
-    assert all(torch.equal(value, weights(tmp_path / "begun")[key]) for key, value in before.items())
+    assert all(
+        torch.equal(value, weights(tmp_path / "begun")[key]) for key, value in before.items()
+    )
 
 
 def test_a_look_is_at_the_averaged_weights(tmp_path, site):

@@ -19,13 +19,13 @@ from flowopd_lib import (
     TrainConfig,
     TrainingMonitor,
     TrajectoryExplorer,
-    load_world,
+    load_benchmark,
 )
 from flowopd_lib.bench.gallery import MODELS, made_up_samples, measure
-from flowopd_lib.looking.gallery import Query, Samples
-from flowopd_lib.looking.widgets.common import Guard
+from flowopd_lib.plots.gallery import Query, Samples
+from flowopd_lib.plots.widgets.common import Guard
 
-WORLD = load_world()
+BENCHMARK = load_benchmark()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,10 @@ def gallery(samples, tmp_path, monkeypatch):
 
 
 def test_a_page_shows_pictures_with_alt_texts_and_badges(gallery, samples):
-    assert gallery.models == ["base", "ocr expert", "merged", "student"] and gallery.grid.shape == (20, 4)
+    assert gallery.models == ["base", "ocr expert", "merged", "student"] and gallery.grid.shape == (
+        20,
+        4,
+    )
     tile = gallery.cells[0, 3][0].value
     assert (
         'alt="student, seed 0: a sign that says &quot;0000&quot;; OCR' in tile
@@ -52,7 +55,9 @@ def test_a_page_shows_pictures_with_alt_texts_and_badges(gallery, samples):
     )
     widgets = list(gallery.cells.values())
     gallery.forth.click()
-    assert gallery.number == 1 and gallery.at.value == 2 and "seed 3" in gallery.cells[0, 3][0].value
+    assert (
+        gallery.number == 1 and gallery.at.value == 2 and "seed 3" in gallery.cells[0, 3][0].value
+    )
     assert list(gallery.cells.values()) == widgets, "tiles are used again"
     gallery.at.value = 7
     assert gallery.forth.disabled and len(gallery.page) == 2 and len(gallery.body.children) == 3 * 5
@@ -71,8 +76,11 @@ def test_search_filter_sort(gallery, samples):
     gallery.search.value = ""
     gallery.prompt.value = ("ocr", "", "")
     gallery.sort.value, gallery.descending.value = "OCR", False
-    assert samples.table["OCR"].iloc[gallery.grid[:, 3]].is_monotonic_increasing and len(gallery.grid) == 7
-    gallery.judge.value = "OCR"
+    assert (
+        samples.table["OCR"].iloc[gallery.grid[:, 3]].is_monotonic_increasing
+        and len(gallery.grid) == 7
+    )
+    gallery.reward.value = "OCR"
     gallery.range.value = (0.5, gallery.range.max)
     assert (samples.table["OCR"].iloc[gallery.grid[:, 3]] >= 0.5).all() and len(gallery.grid) < 7
     gallery.columns.value = ("student", "base")
@@ -95,7 +103,8 @@ def test_look_swipe_pin_and_export(gallery, tmp_path):
     gallery.as_csv.click()
     gallery.as_sheet.click()
     assert (
-        len(pd.read_csv(tmp_path / "gallery.csv")) == 4 and (tmp_path / "gallery.png").stat().st_size > 1000
+        len(pd.read_csv(tmp_path / "gallery.csv")) == 4
+        and (tmp_path / "gallery.png").stat().st_size > 1000
     )
     gallery.pin.click()
     assert not len(gallery.grid)
@@ -103,7 +112,10 @@ def test_look_swipe_pin_and_export(gallery, tmp_path):
 
 def test_an_error_of_a_callback_is_shown_and_goes_away(gallery):
     gallery.columns.value = ()
-    assert "no models are chosen" in gallery.guard.box.value and 'role="alert"' in gallery.guard.box.value
+    assert (
+        "no models are chosen" in gallery.guard.box.value
+        and 'role="alert"' in gallery.guard.box.value
+    )
     gallery.columns.value = ("base",)
     assert gallery.guard.box.value == ""
     gallery.cells[0, 0][1].click()
@@ -114,7 +126,9 @@ def test_an_error_of_a_callback_is_shown_and_goes_away(gallery):
 def test_headless_a_sheet_and_a_table(samples, monkeypatch, capsys):
     monkeypatch.setenv("FLOWOPD_HEADLESS", "1")
     shown = []
-    monkeypatch.setattr("flowopd_lib.looking.widgets.gallery.display", lambda *things: shown.extend(things))
+    monkeypatch.setattr(
+        "flowopd_lib.plots.widgets.gallery.display", lambda *things: shown.extend(things)
+    )
     gallery = SampleGallery(samples, MODELS, Query(task="ocr", sort="OCR"), rows=2)
     gallery._ipython_display_()
     assert shown[0].width > 600 and len(shown[1]) == 10 and not hasattr(gallery, "box")
@@ -137,13 +151,17 @@ def shown(monkeypatch):
     monkeypatch.setenv("FLOWOPD_HEADLESS", "1")
     things = []
     for name in ("explorer", "monitor", "playground"):
-        monkeypatch.setattr(f"flowopd_lib.looking.widgets.{name}.display", lambda *them: things.extend(them))
+        monkeypatch.setattr(
+            f"flowopd_lib.plots.widgets.{name}.display", lambda *them: things.extend(them)
+        )
     return things
 
 
 def test_the_explorer_scrubs_and_walks_again(live, policy, test_prompts):
     prompts = [test_prompts["ocr"][0], test_prompts["geneval"][0]]
-    explorer = TrajectoryExplorer(policy, {"base": None, "same": None}, prompts, 4, Sampler(4, "sde"), "base")
+    explorer = TrajectoryExplorer(
+        policy, {"base": None, "same": None}, prompts, 4, Sampler(4, "sde"), "base"
+    )
     assert (
         "step 1 of 4" in explorer.said.value
         and "σ 1.00" in explorer.said.value
@@ -167,7 +185,12 @@ def test_the_explorer_scrubs_and_walks_again(live, policy, test_prompts):
         and explorer.walk is not before
         and explorer.step.value == 2
     )
-    explorer.noise.value, explorer.seed.value, explorer.prompt.value, explorer.steps.value = 0.3, 5, 1, 3
+    explorer.noise.value, explorer.seed.value, explorer.prompt.value, explorer.steps.value = (
+        0.3,
+        5,
+        1,
+        3,
+    )
     assert (
         explorer.walk.seed,
         explorer.walk.sampler.noise_level,
@@ -182,11 +205,11 @@ def test_the_explorer_scrubs_and_walks_again(live, policy, test_prompts):
         TrajectoryExplorer(policy, {"base": None}, [])
 
 
-def test_the_playground_tries_what_is_typed(live, policy, judges, test_prompts):
+def test_the_playground_tries_what_is_typed(live, policy, rewards, test_prompts):
     playground = Playground(
         policy,
         {"base": None, "same": None},
-        judges,
+        rewards,
         'a sign that says "GWEN"',
         test_prompts["geneval"],
         1,
@@ -212,14 +235,17 @@ def test_the_playground_tries_what_is_typed(live, policy, judges, test_prompts):
 
 
 def test_the_monitor_follows_stops_and_goes_on(live, tmp_path):
-    policy = FlowPolicy(WORLD.base)
+    policy = FlowPolicy(BENCHMARK.base)
     policy.add_adapter("student", rank=4, alpha=8)
     look = Look([Prompt("a photo of one red star", "pickscore")], every=1, sampler=Sampler(2))
     monitor = TrainingMonitor(
         InProcess(policy, sft(policy), tmp_path / "student", TrainConfig(10**6, lr=1e-3), look=look)
     )
     until(
-        lambda: 'alt="Curves of student' in monitor.curves.value and monitor.samples.value.count("<img") >= 2
+        lambda: (
+            'alt="Curves of student' in monitor.curves.value
+            and monitor.samples.value.count("<img") >= 2
+        )
     )
     assert (
         "running: student" in monitor.said.value
@@ -239,28 +265,36 @@ def test_the_monitor_follows_stops_and_goes_on(live, tmp_path):
     monitor.stop.click()
     until(lambda: not monitor.go_on.disabled)
     # another lr than the checkpoint's
-    monitor.training._arguments = (*monitor.training._arguments[:3], TrainConfig(9, lr=2.0), "student")
+    monitor.training._arguments = (
+        *monitor.training._arguments[:3],
+        TrainConfig(9, lr=2.0),
+        "student",
+    )
     monitor.go_on.click()
     until(lambda: "train.lr was 0.001 and is 2.0" in monitor.following.box.value)
     assert 'role="alert"' in monitor.following.box.value
 
 
-def test_headless_figures_and_tables(shown, policy, judges, test_prompts, tmp_path):
+def test_headless_figures_and_tables(shown, policy, rewards, test_prompts, tmp_path):
     TrajectoryExplorer(
         policy, {"base": None, "same": None}, test_prompts["ocr"][:1], 0, Sampler(3), "base"
     )._ipython_display_()
     assert len(shown[0].axes) == 3 * 3 + 1 and list(shown[1]) == ["sigma", "same"]
     Playground(
-        policy, {"base": None}, judges, "a photo of one red star", (), 0, Sampler(3)
+        policy, {"base": None}, rewards, "a photo of one red star", (), 0, Sampler(3)
     )._ipython_display_()
     assert len(shown[2].axes) == 1 and {"PickScore", "read", "seen"} <= set(shown[3])
-    policy = FlowPolicy(WORLD.base)
+    policy = FlowPolicy(BENCHMARK.base)
     policy.add_adapter("student", rank=4, alpha=8)
     look = Look(test_prompts["ocr"][:2], every=1, sampler=Sampler(2))
-    monitor = TrainingMonitor(InProcess(policy, sft(policy), tmp_path, TrainConfig(2, lr=1e-3), look=look))
+    monitor = TrainingMonitor(
+        InProcess(policy, sft(policy), tmp_path, TrainConfig(2, lr=1e-3), look=look)
+    )
     monitor._ipython_display_()
     assert (
-        "2 of 2 iterations" in shown[4]._suptitle.get_text() and shown[5].width > 300 and len(shown[6]) == 2
+        "2 of 2 iterations" in shown[4]._suptitle.get_text()
+        and shown[5].width > 300
+        and len(shown[6]) == 2
     )
     with pytest.raises(ValueError, match="at least one metric"):
         TrainingMonitor(monitor.training, [])
@@ -268,7 +302,8 @@ def test_headless_figures_and_tables(shown, policy, judges, test_prompts, tmp_pa
 
 def test_prompts_are_grouped_by_split_and_one_seed_can_be_kept(samples, live):
     table = samples.table.assign(
-        split=["ood" if i % 2 else "test" for i in range(20)] * 5, repeat=[i % 4 // 2 for i in range(20)] * 5
+        split=["ood" if i % 2 else "test" for i in range(20)] * 5,
+        repeat=[i % 4 // 2 for i in range(20)] * 5,
     )
     gallery = SampleGallery(Samples(table, samples.folder))
     heads = [label for label, value in gallery.prompt.options if label.startswith("—")]

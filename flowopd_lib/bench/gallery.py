@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..looking.gallery import TEACHER, Samples
-from ..looking.widgets import SampleGallery
+from ..plots.gallery import TEACHER, Samples
+from ..plots.widgets import SampleGallery
 from ..thumbnails import webp, write_thumbnails
 
 MODELS = ("base", "geneval expert", "ocr expert", "merged", "student")
@@ -27,7 +27,8 @@ def made_up_samples(folder: str | Path, n: int, seed: int = 0) -> Samples:
     rng, tables = np.random.default_rng(seed), []
     count = n // len(MODELS)
     prompts = [
-        f'a sign that says "{i:04d}"' if i % 3 == 0 else f"a photo of {i} red stars" for i in range(count)
+        f'a sign that says "{i:04d}"' if i % 3 == 0 else f"a photo of {i} red stars"
+        for i in range(count)
     ]
     for number, model in enumerate(MODELS):
         pictures = torch.from_numpy(rng.random((count, 3, 64, 64), np.float32))
@@ -42,7 +43,9 @@ def made_up_samples(folder: str | Path, n: int, seed: int = 0) -> Samples:
                     "picture": write_thumbnails(
                         Path(folder) / "pictures", number, model, [webp(p) for p in pictures]
                     ),
-                    "GenEval": np.where(np.arange(count) % 3 == 0, np.nan, rng.integers(0, 2, count)),
+                    "GenEval": np.where(
+                        np.arange(count) % 3 == 0, np.nan, rng.integers(0, 2, count)
+                    ),
                     "OCR": np.where(np.arange(count) % 3 == 0, rng.random(count), np.nan),
                     "PickScore": rng.normal(11, 3, count),
                     "DeQA": rng.uniform(1, 5, count),
@@ -61,10 +64,14 @@ def measure(samples: Samples, repeats: int = 10) -> pd.DataFrame:
         "page": lambda i: gallery.forth.click(),
         "search": lambda i: setattr(gallery.search, "value", words[i % len(words)]),
         "tag": lambda i: setattr(gallery.tag, "value", ["", *tags][i % (len(tags) + 1)]),
-        "sort by a score": lambda i: setattr(gallery.sort, "value", samples.judges[i % len(samples.judges)]),
-        "sort by disagreement": lambda i: setattr(gallery.against, "value", ["", TEACHER, "base"][i % 3]),
+        "sort by a score": lambda i: setattr(
+            gallery.sort, "value", samples.rewards[i % len(samples.rewards)]
+        ),
+        "sort by disagreement": lambda i: setattr(
+            gallery.against, "value", ["", TEACHER, "base"][i % 3]
+        ),
         "range": lambda i: (
-            setattr(gallery.judge, "value", "DeQA"),
+            setattr(gallery.reward, "value", "DeQA"),
             setattr(gallery.range, "value", (2.0, 3.0 + i / 10)),
         ),
         "same noise off and on": lambda i: setattr(gallery.locked, "value", bool(i % 2)),
@@ -88,4 +95,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("--samples", type=int, default=5000, help="how many samples to make up")
     with tempfile.TemporaryDirectory() as place:
-        print(measure(made_up_samples(place, parser.parse_args().samples)).round(1).to_string(index=False))
+        print(
+            measure(made_up_samples(place, parser.parse_args().samples))
+            .round(1)
+            .to_string(index=False)
+        )

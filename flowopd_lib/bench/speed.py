@@ -7,7 +7,7 @@ from the one that student_opd.yaml draws for an update (a median over draws: a l
 longer). Each case runs in a process of its own, so that peaks of memory do not mix; ratios are of medians.
 
 `opd_operations_ours_over_public` counts floating-point operations. We leave out the rollout's own forwards,
-decoding and judges; the student's forward and backward, the teachers' forward and the anchor's are in both.
+decoding and rewards; the student's forward and backward, the teachers' forward and the anchor's are in both.
 At the same speed per operation time cannot fall below that ratio.
 """
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..benchmarks import load_benchmark
 from ..files import RUNS, write_json
 from ..inputs import read_yaml
 from ..objectives import GRPO, OPD
@@ -38,12 +39,11 @@ from ..rollout import Sampler, sample, trajectory
 from ..schedule import Schedule
 from ..sde import velocity_weight
 from ..studies.compare import our_update
-from ..worlds import load_world
-from .stand_in import write_sd35
+from .dummy_model import write_sd35
 
 # Three teachers; the anchor is a fourth adapter, which no prompt is routed to.
-WORLD = load_world()
-TASKS, TEACHERS = WORLD.own, {task: task for task in WORLD.own}
+BENCHMARK = load_benchmark()
+TASKS, TEACHERS = BENCHMARK.own, {task: task for task in BENCHMARK.own}
 SAMPLER = Sampler(10, "sde")
 MAR = 0.04
 CASES = ("student", "ours", "recipe", "public", "grpo", "rollout")
@@ -54,7 +54,9 @@ RATIOS = (
     ("opd_memory_ours_over_public", "memory_mib", "ours", "public"),
     ("opd_memory_teachers_over_student_alone", "memory_mib", "ours", "student"),
 )
-RANDOM = "sd35-random"  # Stable Diffusion 3.5 Medium's architecture with random weights (`stand_in`)
+RANDOM = (
+    "sd35-random"  # Stable Diffusion 3.5 Medium's architecture with random weights (`dummy_model`)
+)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -65,7 +67,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def brightness(images: torch.Tensor, prompts: Sequence) -> np.ndarray:
-    """In a judge's place where there is none: the pictures of random weights show nothing, and it costs
+    """In a reward's place where there is none: the pictures of random weights show nothing, and it costs
     nothing."""
     return images.flatten(1).mean(1).numpy()
 
@@ -76,7 +78,9 @@ def add_random_adapter(policy: FlowPolicy, name: str) -> None:
     with torch.no_grad():
         for p in policy.adapter_parameters(name).values():
             p.add_(
-                torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).to(p)
+                torch.randn(
+                    p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                ).to(p)
                 * 0.01
             )
 
@@ -85,15 +89,15 @@ def setting(
     model: str, device: str, dtype: torch.dtype, images: int, adapters: Sequence[str]
 ) -> tuple[FlowPolicy, Schedule]:
     """A policy with a student and `adapters` beside it, and a schedule of mixed prompts."""
-    policy = FlowPolicy(model or WORLD.base, device, dtype)
+    policy = FlowPolicy(model or BENCHMARK.base, device, dtype)
     for name in ("student", *adapters):
         add_random_adapter(policy, name)
-    return policy, Schedule({t: WORLD.prompts(t, "train") for t in TASKS}, images)
+    return policy, Schedule({t: BENCHMARK.prompts(t, "train") for t in TASKS}, images)
 
 
 def whole_copy(model: str, device: str, dtype: torch.dtype, name: str) -> torch.nn.Module:
     """A backbone of its own with one adapter merged into the weights."""
-    policy = FlowPolicy(model or WORLD.base, device, dtype)
+    policy = FlowPolicy(model or BENCHMARK.base, device, dtype)
     add_random_adapter(policy, name)
     return policy.peft.merge_and_unload(adapter_names=[name]).requires_grad_(False)
 
@@ -102,7 +106,7 @@ def public_update(
     policy: FlowPolicy,
     copies: dict[str, torch.nn.Module],
     schedule: Schedule,
-    judges: dict,
+    rewards: dict,
     optimizer: torch.optim.Optimizer,
 ) -> Callable[[int], None]:
     """One update of the public pattern."""
@@ -125,22 +129,30 @@ def public_update(
         batch = schedule.draw(iteration)
         steps = list(trajectory(policy, batch.prompts, batch.seeds, SAMPLER, "student"))
         images = policy.decode(steps[-1].x_next).cpu()
-        for name, judge in judges.items():  # computed, and not used by the distillation
+        for name, reward in rewards.items():  # computed, and not used by the distillation
             rows = [
                 i
                 for i, p in enumerate(batch.prompts)
                 if name not in ("GenEval", "OCR") or p.task == name.lower()
             ]
-            judge(images[rows], [batch.prompts[i] for i in rows])
+            reward(images[rows], [batch.prompts[i] for i in rows])
         text = policy.encode([p.text for p in batch.prompts])
         for step in steps[:-1]:
-            v, target = policy.velocity(step.x, step.sigma, text, adapter="student"), torch.empty_like(step.x)
+            v, target = (
+                policy.velocity(step.x, step.sigma, text, adapter="student"),
+                torch.empty_like(step.x),
+            )
             for task in TASKS:
                 rows = [i for i, p in enumerate(batch.prompts) if p.task == task]
                 target[rows] = of_copy(task, step.x[rows], step.sigma, text[rows])
             anchor = of_copy("deqa", step.x, step.sigma, text)
-            weight = velocity_weight(step.sigma, step.sigma_next, "kl", SAMPLER.kind, SAMPLER.noise_level)
-            loss = weight * ((v - target).square() + MAR * (v - anchor).square()).flatten(1).sum(1).mean()
+            weight = velocity_weight(
+                step.sigma, step.sigma_next, "kl", SAMPLER.kind, SAMPLER.noise_level
+            )
+            loss = (
+                weight
+                * ((v - target).square() + MAR * (v - anchor).square()).flatten(1).sum(1).mean()
+            )
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -162,26 +174,40 @@ def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int
         asked = read_yaml(RUNS / "recipes" / "student_opd.yaml")["opd"] if case == "recipe" else {}
         steps = {key: asked[key] for key in ("steps", "draw", "weighting") if asked}
         step = our_update(
-            policy, OPD(schedule, TEACHERS, SAMPLER, mar=MAR, anchor="deqa", micro=images, **steps), optimizer
+            policy,
+            OPD(
+                schedule,
+                TEACHERS,
+                SAMPLER,
+                mar=MAR,
+                anchor="deqa",
+                micro_batch_size=images,
+                **steps,
+            ),
+            optimizer,
         )
     elif case == "student":  # alone: pulled to the base, which it carries anyway, and no anchor
         step = our_update(
-            policy, OPD(schedule, dict.fromkeys(TASKS), SAMPLER, mar=0.0, micro=images), optimizer
+            policy,
+            OPD(schedule, dict.fromkeys(TASKS), SAMPLER, mar=0.0, micro_batch_size=images),
+            optimizer,
         )
     elif case == "public":
         copies = {name: whole_copy(model, device, dtype, name) for name in (*TASKS, "deqa")}
-        step = public_update(policy, copies, schedule, {} if model else WORLD.judges(), optimizer)
+        step = public_update(
+            policy, copies, schedule, {} if model else BENCHMARK.rewards(), optimizer
+        )
     elif case == "grpo":
         grouped = Schedule({"ocr": schedule.prompts["ocr"]}, images // 8, 8)
         step = our_update(
             policy,
             GRPO(
                 grouped,
-                {"OCR": brightness} if model else WORLD.judges(),
+                {"OCR": brightness} if model else BENCHMARK.rewards(),
                 {"OCR": 1.0},
                 SAMPLER,
                 updates=1,
-                micro=images,
+                micro_batch_size=images,
             ),
             optimizer,
         )
@@ -203,7 +229,9 @@ def run_case(case: str, model: str, device: str, dtype: torch.dtype, images: int
         if where.type == "cuda":
             torch.cuda.synchronize()
         pipe.send(time.perf_counter() - began)
-    pipe.send({"memory_mib": (peak_memory(where) - before) / 2**20, "flop": counter.get_total_flops()})
+    pipe.send(
+        {"memory_mib": (peak_memory(where) - before) / 2**20, "flop": counter.get_total_flops()}
+    )
 
 
 def matmul_peak(device: str, dtype: torch.dtype, repeats: int = 12) -> float:
@@ -238,7 +266,12 @@ def heard(case: str, pipe) -> Any:
 
 
 def bench(
-    model: str, device: str, dtype: torch.dtype, images: int, repeats: int, cases: Sequence[str] = CASES
+    model: str,
+    device: str,
+    dtype: torch.dtype,
+    images: int,
+    repeats: int,
+    cases: Sequence[str] = CASES,
 ) -> dict:
     """Seconds (median over `repeats`), MiB above the idle process, and operations of every case; the ratios;
     the matrix products' peak. On a CPU, whose speed varies, the cases take turns; on a GPU, whose memory they
@@ -272,7 +305,7 @@ def bench(
             }
             process.join()
     told = {
-        "model": model or WORLD.base_name,
+        "model": model or BENCHMARK.base_name,
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "dtype": str(dtype).removeprefix("torch."),
         "images": images,
@@ -297,13 +330,15 @@ def main() -> None:
     parser.add_argument(
         "--model",
         default="",
-        help="a Stable Diffusion 3 folder or hub id (default: the shipped world's), or sd35-random: Stable "
+        help="a Stable Diffusion 3 folder or hub id (default: the shipped benchmark's), or sd35-random: Stable "
         "Diffusion "
         "3.5 Medium's architecture with random weights at 512 px",
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("auto", *NAMES), default="auto", help="auto: what is faster here")
+    parser.add_argument(
+        "--dtype", choices=("auto", *NAMES), default="auto", help="auto: what is faster here"
+    )
     parser.add_argument("--images", type=int, default=64, help="a batch; a multiple of 8")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
@@ -321,7 +356,7 @@ def main() -> None:
             found = bench(model, args.device, dtype, args.images, args.repeats, args.cases)
         except RuntimeError as error:
             sys.exit(f"error: {error}")
-        result = {**found, "model": args.model or WORLD.base_name}
+        result = {**found, "model": args.model or BENCHMARK.base_name}
     print(f"{'case':10} {'seconds':>8} {'MiB':>8} {'GFLOP':>8} {'of matmul peak':>15}")
     for case, row in result["cases"].items():
         print(

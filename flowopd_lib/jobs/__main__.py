@@ -19,12 +19,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
+from ..benchmarks.benchmark import DEFAULT
 from ..files import alive, write_whole
 from ..inputs import read_yaml
 from ..precision import NAMES, decide
 from ..schedule import Schedule
 from ..train import StepInfo
-from ..worlds.world import DEFAULT
 from . import recipes, work
 from .launch import Look, some_prompts
 from .processes import EVERY, STOPPED
@@ -37,9 +37,13 @@ def accelerator_of(spec: dict, folder: Path) -> Accelerator:
     train = spec.get("train")
     tracker = train.get("log_with") if isinstance(train, dict) else None
     tracker = tracker if tracker in map(str, get_available_trackers()) else None
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=folder)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=folder
+    )
     if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"mixed precision {accelerator.mixed_precision} is not supported; use no or bf16")
+        raise ValueError(
+            f"mixed precision {accelerator.mixed_precision} is not supported; use no or bf16"
+        )
     alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
     if alone and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count())
@@ -71,7 +75,10 @@ class Stopping:
         if stop:
             self.asked.set()
             if self.accelerator.is_main_process:
-                print(f"{STOPPED} {info.iteration + 1}; the same command goes on from there", flush=True)
+                print(
+                    f"{STOPPED} {info.iteration + 1}; the same command goes on from there",
+                    flush=True,
+                )
         return stop
 
     def run(self, spec: dict, folder: Path, site: Site, look: int = 0) -> None:
@@ -81,7 +88,11 @@ class Stopping:
             return
         self.iterations, self.training = (spec.get("train") or {}).get("iterations", 0), True
         name = spec.get("name", "student")
-        looks = {"during": lambda updates, *at: looked_at(updates, look, folder, name, *at)} if look else {}
+        looks = (
+            {"during": lambda updates, *at: looked_at(updates, look, folder, name, *at)}
+            if look
+            else {}
+        )
         try:
             run_job(spec, folder, site, told=self, shown=False, **looks)
         finally:
@@ -96,10 +107,12 @@ def looked_at(
         return updates
     schedule = getattr(objective, "schedule", None)
     if schedule is None:  # fine-tuning has examples
-        by_task = {p.task: [q for q in objective.prompts if q.task == p.task] for p in objective.prompts}
+        by_task = {
+            p.task: [q for q in objective.prompts if q.task == p.task] for p in objective.prompts
+        }
         schedule = Schedule(by_task, 1)
     prompts = some_prompts(schedule)
-    look = Look(prompts, site.world.judges(site.device), every, site.world.sampler(20))
+    look = Look(prompts, site.benchmark.rewards(site.device), every, site.benchmark.sampler(20))
     return look.during(updates, site.policy, name, folder)
 
 
@@ -119,13 +132,13 @@ def serve(queue: Path, parent: int, accelerator: Accelerator, dtype: torch.dtype
         job = read_yaml(asked)
         spec, folder = job["spec"], Path(job["folder"])
         check_spec(spec)
-        world = spec.get("world", DEFAULT)
+        benchmark = spec.get("benchmark", DEFAULT)
         if job["first"]:  # of another notebook, whose adapters may have the same names
             for site in sites.values():
                 site.forget()
-        if world not in sites:
-            sites[world] = Site(world, dtype, accelerator)
-        stopping.run(spec, folder, sites[world])
+        if benchmark not in sites:
+            sites[benchmark] = Site(benchmark, dtype, accelerator)
+        stopping.run(spec, folder, sites[benchmark])
         if stopping.asked.is_set():
             return
         accelerator.wait_for_everyone()
@@ -143,13 +156,15 @@ def main() -> None:
         "spec", type=Path, nargs="?", help="a YAML file: a recipe, or another job's specification"
     )
     parser.add_argument(
-        "--folder", type=Path, help="for checkpoints, tables and adapters; the job goes on from what it holds"
+        "--folder",
+        type=Path,
+        help="for checkpoints, tables and adapters; the job goes on from what it holds",
     )
     parser.add_argument(
         "--look",
         type=int,
         default=0,
-        help="after every so many iterations, draw and judge about six of its prompts into the folder; "
+        help="after every so many iterations, draw and reward about six of its prompts into the folder; "
         "0: never",
     )
     parser.add_argument(
@@ -158,8 +173,12 @@ def main() -> None:
         default="auto",
         help="auto: that of the folder, or of accelerate, or what is faster here",
     )
-    parser.add_argument("--serve", type=Path, metavar="QUEUE", help="for notebooks: their jobs as they come")
-    parser.add_argument("--parent", type=int, default=0, help="with --serve: until this process is gone")
+    parser.add_argument(
+        "--serve", type=Path, metavar="QUEUE", help="for notebooks: their jobs as they come"
+    )
+    parser.add_argument(
+        "--parent", type=int, default=0, help="with --serve: until this process is gone"
+    )
     args = parser.parse_args()
     if args.look < 0:
         parser.error(f"--look is a number of iterations, or 0, not {args.look}")
@@ -173,13 +192,15 @@ def main() -> None:
         accelerator = accelerator_of(spec, place)
         # accelerate's "no" is also what it says where nobody said anything
         said = args.precision == "auto" and accelerator.mixed_precision == "bf16"
-        dtype = decide(place, "bfloat16" if said else args.precision, accelerator.device, write=False)
+        dtype = decide(
+            place, "bfloat16" if said else args.precision, accelerator.device, write=False
+        )
         # all have looked before the first writes, and a fault in the specification leaves no folder
         accelerator.wait_for_everyone()
         if args.serve:
             serve(place, args.parent, accelerator, dtype)
         else:
-            site = Site(spec.get("world", DEFAULT), dtype, accelerator)
+            site = Site(spec.get("benchmark", DEFAULT), dtype, accelerator)
             Stopping(accelerator).run(spec, place, site, args.look)
     except KeyboardInterrupt:
         sys.exit("error: interrupted; the same command goes on from the last checkpoint")

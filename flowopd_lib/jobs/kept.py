@@ -22,30 +22,51 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
+from ..benchmarks import Benchmark
+from ..benchmarks.read import placed
 from ..files import ROOT, RUNS, locked, read_lines, write_json, write_whole
 from ..train import MAY_CHANGE
-from ..worlds import World
-from ..worlds.read import placed
 
 PLACE, RECORD, STATE = RUNS / "trainings", "training.json", "state.safetensors"
 FILES = ("metrics.jsonl", "probes.jsonl", "recipe.yaml", "precision.json")
 # what a training computes by: a change here, but for comments and docstrings, and nothing kept is found
-CODE = ("sde", "adapters", "policy", "rollout", "prompts", "schedule", "merge", "train", "fit", "evaluate")
+CODE = (
+    "sde",
+    "adapters",
+    "policy",
+    "rollout",
+    "prompts",
+    "schedule",
+    "merge",
+    "train",
+    "fit",
+    "evaluate",
+)
 CODE += ("objectives", "rewards", "jobs/recipes", "studies/seesaw")
 
 
-def record_of(spec: Mapping, world: World, dtype: torch.dtype) -> dict[str, Any] | None:
+def record_of(spec: Mapping, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any] | None:
     """What a training follows from, as plain values and hashes, and their hash, its `key`. None for one that
     ends by time, and follows from how fast it was, too."""
     if "max_seconds" in spec.get("train", {}):
         return None
-    train = {k: v for k, v in spec.get("train", {}).items() if k == "iterations" or k not in MAY_CHANGE}
-    asked = {k: v for k, v in spec.items() if k not in ("job", "world", "name", "after", "train", "adapters")}
-    sources = {name: _source(s, world, spec) for name, s in spec.get("adapters", {}).items()}
+    train = {
+        k: v for k, v in spec.get("train", {}).items() if k == "iterations" or k not in MAY_CHANGE
+    }
+    asked = {
+        k: v
+        for k, v in spec.items()
+        if k not in ("job", "benchmark", "name", "after", "train", "adapters")
+    }
+    sources = {name: _source(s, benchmark, spec) for name, s in spec.get("adapters", {}).items()}
     told = {
-        "recipe": {**asked, "student": _source(spec.get("student"), world, spec), "train": train},
+        "recipe": {
+            **asked,
+            "student": _source(spec.get("student"), benchmark, spec),
+            "train": train,
+        },
         "adapters": sources,
-        "world": _world(world, spec),
+        "benchmark": _benchmark(benchmark, spec),
         "precision": str(dtype).removeprefix("torch."),
         "code": _code(),
     }
@@ -106,9 +127,14 @@ def keep(run: Path, place: Path | None = None) -> list[dict[str, Any]]:
     rows, place = [], place or PLACE
     for told in sorted(run.rglob(RECORD)):
         folder = told.parent
-        if not (folder / "adapter").is_dir() or any(p.startswith(".") for p in told.relative_to(run).parts):
+        if not (folder / "adapter").is_dir() or any(
+            p.startswith(".") for p in told.relative_to(run).parts
+        ):
             continue
-        target, curve = place / json.loads(told.read_text())["key"], read_lines(folder / "metrics.jsonl")
+        target, curve = (
+            place / json.loads(told.read_text())["key"],
+            read_lines(folder / "metrics.jsonl"),
+        )
         rows.append(
             {
                 "training": folder.relative_to(run).as_posix(),
@@ -121,7 +147,9 @@ def keep(run: Path, place: Path | None = None) -> list[dict[str, Any]]:
         if not target.is_dir():
             _copy(folder, target)
     if not rows:
-        raise ValueError(f"{run} holds no training that has ended, or none whose result can be found again")
+        raise ValueError(
+            f"{run} holds no training that has ended, or none whose result can be found again"
+        )
     return rows
 
 
@@ -138,13 +166,13 @@ def _copy(folder: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def _source(source: Any, world: World, spec: Mapping) -> Any:
+def _source(source: Any, benchmark: Benchmark, spec: Mapping) -> Any:
     """What an adapter comes from, with the files' hashes for the names of experts and folders."""
     if isinstance(source, str):
         named = spec.get("adapters", {}).get(source)
         if named is not None:
-            return _source(named, world, spec)
-        place = Path(world.adapter(source) if source in world.experts else source)
+            return _source(named, benchmark, spec)
+        place = Path(benchmark.adapter(source) if source in benchmark.experts else source)
         told = place.parent / RECORD
         if told.is_file():  # another training, whose adapter may be there as it was kept
             return json.loads(told.read_text())["key"]
@@ -152,50 +180,64 @@ def _source(source: Any, world: World, spec: Mapping) -> Any:
     if isinstance(source, Mapping):
         plain = {k: v for k, v in source.items() if k not in ("load", "adapters")}
         if "load" in source:
-            plain["load"] = _source(source["load"], world, spec)
+            plain["load"] = _source(source["load"], benchmark, spec)
         if "adapters" in source:
-            plain["adapters"] = [_source(name, world, spec) for name in source["adapters"]]
+            plain["adapters"] = [_source(name, benchmark, spec) for name in source["adapters"]]
         return plain
     return source
 
 
-def _world(world: World, spec: Mapping) -> dict[str, Any]:
-    """What of a world a training may depend on: its settings, and hashes of its files and judges' code. Not
-    unseen judges, by which nothing is trained, nor for GRPO the experts, but for its reference."""
+def _benchmark(benchmark: Benchmark, spec: Mapping) -> dict[str, Any]:
+    """What of a benchmark a training may depend on: its settings, and hashes of its files and rewards' code. Not
+    held-out reward, by which nothing is trained, nor for GRPO the experts, but for its reference."""
     prompts = {
-        f"{name} {split}": _hashes(placed(path, world.folder))
-        for name, task in world.tasks.items()
+        f"{name} {split}": _hashes(placed(path, benchmark.folder))
+        for name, task in benchmark.tasks.items()
         for split, path in task.files.items()
         if split in ("train", "val")
     }
     tasks = {
-        name: [t.judge, t.kind, t.expert, dict(t.rewards), t.like, t.held_out]
-        for name, t in world.tasks.items()
+        name: [t.reward, t.kind, t.expert, dict(t.reward_weights), t.like, t.held_out]
+        for name, t in benchmark.tasks.items()
     }
-    used = {spec["grpo"].get("reference")} if "grpo" in spec else set(world.experts)
+    used = {spec["grpo"].get("reference")} if "grpo" in spec else set(benchmark.experts)
     experts = {
-        name: [_source(name, world, {}), e.guidance] for name, e in world.experts.items() if name in used
+        name: [_source(name, benchmark, {}), e.guidance]
+        for name, e in benchmark.experts.items()
+        if name in used
     }
-    judges = {name: judge for name, judge in world.specs.items() if not world.judge_is(name, "unseen")}
+    rewards = {
+        name: reward
+        for name, reward in benchmark.specs.items()
+        if not benchmark.reward_is(name, "held_out")
+    }
     return {
-        "base": _hashes(Path(world.base)),
+        "base": _hashes(Path(benchmark.base)),
         "tasks": tasks,
         "prompts": prompts,
         "experts": experts,
-        "judges": _placed(judges, world.folder),
-        "adapters": [world.rank, world.alpha, list(world.targets)],
-        "sizes": [world.resolution, world.text_length],
-        "mix": [dict(world.turns), dict(world.beside)],
-        "samplers": [str(s) for s in (world.evaluation, world.exploration, world.distillation)],
+        "rewards": _placed(rewards, benchmark.folder),
+        "adapters": [benchmark.rank, benchmark.alpha, list(benchmark.targets)],
+        "sizes": [benchmark.resolution, benchmark.text_length],
+        "mix": [dict(benchmark.task_schedule), dict(benchmark.auxiliary_rewards)],
+        "samplers": [
+            str(s) for s in (benchmark.evaluation, benchmark.exploration, benchmark.distillation)
+        ],
     }
 
 
 def _placed(node: Any, folder: Path) -> Any:
-    """A judge's settings with hashes for the files that they name and for the code of a class that is not the
+    """A reward's settings with hashes for the files that they name and for the code of a class that is not the
     library's own, which is among `CODE`."""
     if isinstance(node, Mapping):
-        return {k: _class(v, folder) if k == "class" else _placed(v, folder) for k, v in node.items()}
-    return _hashes(folder / node) if isinstance(node, str) and node and (folder / node).exists() else node
+        return {
+            k: _class(v, folder) if k == "class" else _placed(v, folder) for k, v in node.items()
+        }
+    return (
+        _hashes(folder / node)
+        if isinstance(node, str) and node and (folder / node).exists()
+        else node
+    )
 
 
 def _class(name: str, folder: Path) -> Any:
@@ -211,7 +253,9 @@ def _hashes(path: Path) -> str:
     """sha256 of a file, or of a folder's weights and settings by their places; a hub id is its name."""
     if path.is_dir():
         files = sorted(
-            p for p in path.rglob("*") if p.suffix in (".safetensors", ".json") and p.name != "manifest.json"
+            p
+            for p in path.rglob("*")
+            if p.suffix in (".safetensors", ".json") and p.name != "manifest.json"
         )
         told = {p.relative_to(path).as_posix(): _sha256(p, p.stat().st_mtime_ns) for p in files}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
@@ -228,7 +272,9 @@ def _sha256(path: Path, _) -> str:
 def _code() -> str:
     found = [ROOT / "flowopd_lib" / f"{name}.py" for name in CODE]
     found += [p for name in CODE for p in (ROOT / "flowopd_lib" / name).glob("*.py")]
-    return hashlib.sha256("".join(_ast(p) for p in sorted(found) if p.is_file()).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(_ast(p) for p in sorted(found) if p.is_file()).encode()
+    ).hexdigest()
 
 
 def _ast(path: Path) -> str:
@@ -246,7 +292,11 @@ def _plain(node: Any) -> Any:
     """A syntax tree as lists. What a node leaves empty is left out, for later versions have more to leave
     empty."""
     if isinstance(node, ast.AST):
-        told = [(name, _plain(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        told = [
+            (name, _plain(value))
+            for name, value in ast.iter_fields(node)
+            if value not in (None, [])
+        ]
         return [type(node).__name__, *told]
     return [_plain(item) for item in node] if isinstance(node, list) else repr(node)
 

@@ -1,4 +1,4 @@
-"""What a notebook computes with: a world, and one way to ask for a job, in its own process or by a
+"""What a notebook computes with: a benchmark, and one way to ask for a job, in its own process or by a
 launcher."""
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
+from ..benchmarks import load_benchmark
 from ..files import read_lines
 from ..inputs import check_value, one_of
 from ..policy import FlowPolicy
 from ..stats import GOLD
-from ..worlds import load_world
 from .launchers import load_launcher
 from .processes import Served
 from .site import Site
@@ -25,17 +25,17 @@ OTHER = 1 << 22
 
 
 class Lab:
-    """`world` and `launcher` by their names, `out` the folder for results. With a launcher this process loads
+    """`benchmark` and `launcher` by their names, `out` the folder for results. With a launcher this process loads
     no model: every job runs in the launcher's processes and leaves its tables in `out`.
 
-    `sources`: what the adapters that jobs name come from, beside the world's experts (see `site.SOURCES`);
+    `sources`: what the adapters that jobs name come from, beside the benchmark's experts (see `site.SOURCES`);
     a training adds its own.
     """
 
-    def __init__(self, world: str, launcher: str, out: Path):
-        self.world, self.launcher, self.out = load_world(world), launcher, Path(out)
+    def __init__(self, benchmark: str, launcher: str, out: Path):
+        self.benchmark, self.launcher, self.out = load_benchmark(benchmark), launcher, Path(out)
         self.sources: dict[str, Any] = {}
-        self.site = Site(self.world)
+        self.site = Site(self.benchmark)
         if launcher:
             load_launcher(launcher)  # tells of one that is not there
         self._served = Served(launcher, self.out / ".jobs")
@@ -61,7 +61,11 @@ class Lab:
     def spec_of(self, job: str, **spec: Any) -> dict[str, Any]:
         """A job's specification, with what the adapters that it names come from. Raises ValueError for one
         that is none."""
-        spec = {k: v for k, v in {"job": job, "world": self.world.place, **spec}.items() if v is not None}
+        spec = {
+            k: v
+            for k, v in {"job": job, "benchmark": self.benchmark.place, **spec}.items()
+            if v is not None
+        }
         named = [*spec.get("models", {}).values(), spec.get("adapter")]
         sources = self._sources(named)
         if sources:
@@ -73,7 +77,10 @@ class Lab:
         """What these adapters come from, and what those come from that they are merged of."""
         found = {name: self.sources[name] for name in names if name in self.sources}
         parts = [
-            p for source in found.values() if isinstance(source, Mapping) for p in source.get("adapters", ())
+            p
+            for source in found.values()
+            if isinstance(source, Mapping)
+            for p in source.get("adapters", ())
         ]
         return found | (self._sources(parts) if parts else {})
 
@@ -83,7 +90,7 @@ class Lab:
         """The adapter `name` trained by a recipe in `out/name`: its metrics, a row an iteration, and what
         `probe` ({every, n, split, steps, until}) told on the way. `after`: the adapter that the same recipe
         trained for fewer iterations, from which it goes on."""
-        spec = {k: v for k, v in recipe.items() if k != "world"}
+        spec = {k: v for k, v in recipe.items() if k != "benchmark"}
         begun = str((self.out / after).resolve()) if after else None
         folder = self.run("train", name, **spec, name=name, probe=probe, after=begun)
         self.sources[name] = str((folder / "adapter").resolve())
@@ -100,16 +107,21 @@ class Lab:
         called NAME#K is training K of NAME: in the table `train_seed` K of the model NAME.
 
         `noises`: by task, how many more samples of each of its prompts, for more certain means; only the
-        task's own judges are asked, and nothing is drawn for a gallery. They have seeds of their own, and lie
+        task's own rewards are asked, and nothing is drawn for a gallery. They have seeds of their own, and lie
         in TASK_file.
         """
         for task in noises:
-            check_value("noises", task, one_of(*self.world.own))
+            check_value("noises", task, one_of(*self.benchmark.own))
         tables = [self.table("evaluate", file, models=dict(models), **how)]
         for task, more in noises.items():
-            asked = [judge for judge, home, _ in self.world.home if home == task]
-            asked += [judge + GOLD for judge in asked if judge + GOLD in self.world.specs]
-            again = {"tasks": [task], "judges": asked, "repeats": more, "seed": how.get("seed", 0) + OTHER}
+            asked = [reward for reward, home, _ in self.benchmark.home if home == task]
+            asked += [reward + GOLD for reward in asked if reward + GOLD in self.benchmark.specs]
+            again = {
+                "tasks": [task],
+                "rewards": asked,
+                "repeats": more,
+                "seed": how.get("seed", 0) + OTHER,
+            }
             beside = {k: v for k, v in how.items() if k not in ("pictures", "embed")} | again
             rows = self.table("evaluate", f"{task}_{file}", models=dict(models), **beside)
             tables.append(rows.assign(repeat=rows["repeat"] + how.get("repeats", 1)))
@@ -140,7 +152,7 @@ class Lab:
         return "\n".join(
             [
                 "from flowopd_lib.jobs.site import Site",
-                f"site = Site({self.world.place!r}, {dtype!r})",
+                f"site = Site({self.benchmark.place!r}, {dtype!r})",
                 f"site.adapters({list(names)!r}, {sources!r})",
                 "policy = site.policy",
             ]

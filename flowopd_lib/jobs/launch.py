@@ -28,11 +28,11 @@ from ..train import StepInfo, TrainConfig, train
 
 @dataclass(frozen=True)
 class Look:
-    """The same prompts and noise drawn and judged before a training, after every `every` iterations and, by
+    """The same prompts and noise drawn and scored before a training, after every `every` iterations and, by
     its averaged weights, at its end."""
 
     prompts: Sequence[Prompt]
-    judges: Mapping[str, Reward] = field(default_factory=dict)
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
     every: int = 10
     sampler: Sampler = Sampler(20)
     seed: int = 0
@@ -45,11 +45,11 @@ class Look:
             )
 
     def __call__(self, policy: FlowPolicy, adapter: str, folder: Path, iteration: int) -> None:
-        judges = {n: j for n, j in self.judges.items() if not attribute(j, "training")}
+        rewards = {n: j for n, j in self.rewards.items() if not attribute(j, "training")}
         rows = evaluate(
             policy,
             self.prompts,
-            judges,
+            rewards,
             self.seed,
             self.sampler,
             {f"iteration {iteration}": adapter},
@@ -60,7 +60,9 @@ class Look:
         # last look: the last word counts.
         before = read_lines(folder / "looks.jsonl")
         kept = (
-            pd.concat([before[before["model"] != f"iteration {iteration}"], rows], ignore_index=True)
+            pd.concat(
+                [before[before["model"] != f"iteration {iteration}"], rows], ignore_index=True
+            )
             if len(before)
             else rows
         )

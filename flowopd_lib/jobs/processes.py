@@ -118,12 +118,19 @@ class Launched(Processes):
     """One job (see `work`), a training with a look every `look` iterations (0: none), in `precision`."""
 
     def __init__(
-        self, spec: Mapping, folder: str | Path, launcher: str, look: int = 0, precision: str = "auto"
+        self,
+        spec: Mapping,
+        folder: str | Path,
+        launcher: str,
+        look: int = 0,
+        precision: str = "auto",
     ):
         self.spec, self.folder = dict(spec), Path(folder)
         self.iterations = (spec.get("train") or {}).get("iterations", 0)
         asked = [str(self.folder / "asked.yaml"), "--folder", str(self.folder)]
-        super().__init__(launcher, [*asked, "--look", str(look), "--precision", precision], self.folder)
+        super().__init__(
+            launcher, [*asked, "--look", str(look), "--precision", precision], self.folder
+        )
 
     def start(self) -> None:
         """Begin, or go on from what is in the folder."""
@@ -145,7 +152,9 @@ class Served:
     and the next one starts them anew. Those of a headless run (`RUN`) outlast the notebook, and another of
     its notebooks takes them over. `tell` gets the lines they print."""
 
-    def __init__(self, launcher: str, notes: Path, tell: Callable[[str], Any] = partial(print, flush=True)):
+    def __init__(
+        self, launcher: str, notes: Path, tell: Callable[[str], Any] = partial(print, flush=True)
+    ):
         pid, folder = os.environ.get(RUN, f"{os.getpid()} {notes}").split(" ", 1)
         self.launcher, self.parent, self.notes, self.tell = launcher, int(pid), Path(folder), tell
         self._processes: Processes | None = None
@@ -177,7 +186,9 @@ class Served:
 
     def stop(self) -> None:
         if self._processes is not None:
-            (self._processes.notes / "serve.json").unlink(missing_ok=True)  # nobody takes over what ends
+            (self._processes.notes / "serve.json").unlink(
+                missing_ok=True
+            )  # nobody takes over what ends
             self._processes.stop()
             self._processes = None
 
@@ -195,7 +206,11 @@ class Served:
                     break
                 self._lock.release()
         arguments = ["--serve", str(notes.resolve()), "--parent", str(self.parent)]
-        self._processes, self._told, self._first = Processes(self.launcher, arguments, notes), 0, True
+        self._processes, self._told, self._first = (
+            Processes(self.launcher, arguments, notes),
+            0,
+            True,
+        )
         self._number = len(list(notes.glob("*.yaml")))
         if process:
             self._processes.take_over(process)
@@ -203,7 +218,9 @@ class Served:
             self._processes.start(leave=self.parent != os.getpid())
             pid = self._processes.pid
             made = {"pid": pid, "since": psutil.Process(pid).create_time()}
-            write_json(notes / "serve.json", {**made, "launcher": self.launcher, "parent": self.parent})
+            write_json(
+                notes / "serve.json", {**made, "launcher": self.launcher, "parent": self.parent}
+            )
 
     def _tell(self, processes: Processes) -> None:
         lines = processes.lines()[self._told :]
@@ -226,7 +243,11 @@ def serving(notes: Path, **how) -> psutil.Process | None:
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(record["pid"])
         # the number may have gone to another one
-        if process.create_time() == record["since"] and runs(process) and how.items() <= record.items():
+        if (
+            process.create_time() == record["since"]
+            and runs(process)
+            and how.items() <= record.items()
+        ):
             return process
     return None
 

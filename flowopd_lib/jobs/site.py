@@ -1,4 +1,4 @@
-"""Where a job runs: a world's model with the adapters it names, in this process or in one of several."""
+"""Where a job runs: a benchmark's model with the adapters it names, in this process or in one of several."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..benchmarks import Benchmark, load_benchmark
 from ..inputs import check_mapping, list_of, one_of
 from ..merge import METHODS, merge
 from ..objectives import Share
 from ..policy import FlowPolicy
 from ..precision import resolve
 from ..train import share_of
-from ..worlds import World, load_world
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# What an adapter may come from: an expert of the world, a folder or a hub id by its name, or one of these.
+# What an adapter may come from: an expert of the benchmark, a folder or a hub id by its name, or one of these.
 SOURCES = {
     "merge": {
         "merge": one_of(*METHODS),
@@ -60,24 +60,26 @@ def one_thread() -> Iterator[None]:
 
 
 class Site:
-    """`world` on a device (the accelerator's, or what there is), in `dtype` (see `precision`). The model is
+    """`benchmark` on a device (the accelerator's, or what there is), in `dtype` (see `precision`). The model is
     loaded when it is first asked for."""
 
     def __init__(
         self,
-        world: World | str,
+        benchmark: Benchmark | str,
         dtype: str | torch.dtype = "auto",
         accelerator: Accelerator | None = None,
         policy: FlowPolicy | None = None,
     ):
-        self.world = load_world(world) if isinstance(world, str) else world
+        self.benchmark = load_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
         self.accelerator, self._dtype = accelerator, dtype
         if policy is not None:
             self.policy = policy
 
     @cached_property
     def policy(self) -> FlowPolicy:
-        return self.world.policy(self._dtype, self.accelerator.device if self.accelerator else "")
+        return self.benchmark.policy(
+            self._dtype, self.accelerator.device if self.accelerator else ""
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,7 +89,7 @@ class Site:
     def device(self) -> str:
         if self.accelerator is not None:
             return str(self.accelerator.device)
-        return str(self.policy.device) if "policy" in self.__dict__ else self.world.device
+        return str(self.policy.device) if "policy" in self.__dict__ else self.benchmark.device
 
     @cached_property
     def share(self) -> Share:
@@ -98,7 +100,7 @@ class Site:
         return self.share.rank == 0
 
     def adapter(self, name: str, source: Any = None, sources: Mapping[str, Any] = {}) -> None:
-        """See that the policy has this adapter: it is made of `source` (None: the world's expert of that
+        """See that the policy has this adapter: it is made of `source` (None: the benchmark's expert of that
         name) unless it is there. `sources`: of those that it is merged of."""
         if name in self.policy.adapters:
             return
@@ -106,8 +108,10 @@ class Site:
         check_source(f"the adapter {name}", source)
         if isinstance(source, str) or "load" in source:
             place = source if isinstance(source, str) else source["load"]
-            world = self.world
-            self.policy.load_adapter(name, world.adapter(place) if place in world.experts else place)
+            benchmark = self.benchmark
+            self.policy.load_adapter(
+                name, benchmark.adapter(place) if place in benchmark.experts else place
+            )
         elif "merge" in source:
             how = {k: v for k, v in source.items() if k not in ("merge", "adapters")}
             self.adapters(source["adapters"], sources)
@@ -115,7 +119,7 @@ class Site:
                 merge(self.policy, source["adapters"], name, source["merge"], **how)
         else:
             alpha = source.get("alpha") or 2 * source["rank"]
-            targets = tuple(source.get("targets", self.world.targets))
+            targets = tuple(source.get("targets", self.benchmark.targets))
             self.policy.add_adapter(name, source["rank"], alpha, targets, source.get("seed", 0))
 
     def forget(self) -> None:

@@ -9,7 +9,7 @@ there and go on where they were cut off. They run in a notebook's own process or
     steps         what each step of a walk is worth -> steps.parquet
     vectors       inner products of what trainings changed -> vectors.parquet
 
-`adapters` says what those that are named and are not the world's experts come from: see `site.SOURCES`.
+`adapters` says what those that are named and are not the benchmark's experts come from: see `site.SOURCES`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pandas as pd
 import yaml
 from pydantic import Field
 
+from ..benchmarks import Benchmark
 from ..evaluate import evaluate, probe_of
 from ..files import read_lines, write_whole
 from ..fit import fit
@@ -32,14 +33,13 @@ from ..inputs import SEED, Count, NotNegative, check_mapping, nearest
 from ..objectives import Share
 from ..precision import decide
 from ..studies.jobs import JOBS as STUDIES
-from ..studies.seesaw import Plateau, judges_of
+from ..studies.seesaw import Plateau, rewards_of
 from ..train import StepInfo
-from ..worlds import World
 from .kept import fetch, fetched, forget, go_on_from, record_of, tell
 from .recipes import KEYS, build
 from .site import Site
 
-SOME = {"world": str, "adapters": dict[str, Any], "seed": SEED}
+SOME = {"benchmark": str, "adapters": dict[str, Any], "seed": SEED}
 SPLIT = Literal["train", "val", "test", "ood"]
 PROBE = {"every": Count, "n": Count, "split": SPLIT, "steps": Count, "seed": SEED, "until": dict}
 UNTIL = {"patience": Count, "rise": NotNegative}
@@ -61,7 +61,7 @@ def train_job(
     asked, probe = spec.get("probe"), None
     if asked is not None:  # before the model is loaded
         check_mapping("probe", asked, PROBE, "probe.")
-    record = record_of(spec, site.world, site.dtype)
+    record = record_of(spec, site.benchmark, site.dtype)
     if site.main:
         fetch(record, folder)
         if "after" in spec and not fetched(record, folder):
@@ -69,14 +69,16 @@ def train_job(
     site.share.wait()
     if fetched(record, folder):
         return
-    rule = rule_of(spec, site.world) if asked else None
+    rule = rule_of(spec, site.benchmark) if asked else None
     policy, objective, config = build(recipe, site=site, name=spec.get("name", "student"))
     if asked is not None:
-        world = site.world
-        prompts = world.first_prompts(asked.get("split", "val"), asked.get("n", 24))
-        sampler = world.sampler(asked.get("steps", world.evaluation.steps))
-        judges, seed = world.judges(site.device), asked.get("seed", PROBE_SEED)
-        probe = probe_of(policy, prompts, judges, sampler, seed, world.home, folder, site.share)
+        benchmark = site.benchmark
+        prompts = benchmark.first_prompts(asked.get("split", "val"), asked.get("n", 24))
+        sampler = benchmark.sampler(asked.get("steps", benchmark.evaluation.steps))
+        rewards, seed = benchmark.rewards(site.device), asked.get("seed", PROBE_SEED)
+        probe = probe_of(
+            policy, prompts, rewards, sampler, seed, benchmark.home, folder, site.share
+        )
 
     def stands(upto: int) -> bool:
         """Whether the looks up to an iteration end it."""
@@ -102,33 +104,50 @@ def train_job(
     every = asked.get("every", 0) if asked else 0
     start = {"during": lambda updates: during(updates, site, objective)} if during else {}
     before = sorted(set(read_lines(folder / "probes.jsonl").get("iteration", []))) if rule else []
-    heard.config = next((replace(config, iterations=int(k)) for k in before if k and stands(k)), config)
+    heard.config = next(
+        (replace(config, iterations=int(k)) for k in before if k and stands(k)), config
+    )
     if site.main:
         forget(folder)
     for _ in range(2):  # the second time, where the rule has ended it, writes what it came to
         ends = heard.config
-        fit(policy, objective, folder, ends, spec.get("name", "student"), probe, every, **how, **start)
+        fit(
+            policy,
+            objective,
+            folder,
+            ends,
+            spec.get("name", "student"),
+            probe,
+            every,
+            **how,
+            **start,
+        )
         if ends == heard.config:
             break
     if site.main and not heard.stopped:
         tell(record, folder)
 
 
-def rule_of(spec: Mapping, world: World) -> Callable[[pd.DataFrame], bool] | None:
+def rule_of(spec: Mapping, benchmark: Benchmark) -> Callable[[pd.DataFrame], bool] | None:
     """`probe.until` as what is asked of the looks so far. Raises ValueError for a rule that never ends it."""
     until, train = spec["probe"].get("until"), spec.get("train", {})
     if until is None:
         return None
     check_mapping("probe.until", until, UNTIL, "probe.until.")
     asked = spec["probe"]
-    if not asked.get("every") or asked.get("n", 2) < 2 or "grpo" not in spec or train.get("cooldown"):
+    if (
+        not asked.get("every")
+        or asked.get("n", 2) < 2
+        or "grpo" not in spec
+        or train.get("cooldown")
+    ):
         raise ValueError(
             "probe.until ends a GRPO training between two looks: it needs probe.every, probe.n of at least "
             "2, and no cooldown"
         )
     rule = Plateau(asked["every"], train.get("iterations", 0), **until)
-    judges = judges_of(spec, world)
-    return lambda looks: rule.reached(looks, judges, world.home)
+    rewards = rewards_of(spec, benchmark)
+    return lambda looks: rule.reached(looks, rewards, benchmark.home)
 
 
 EVALUATE = {
@@ -137,7 +156,7 @@ EVALUATE = {
     "split": SPLIT,
     "n": Count,
     "tasks": list[str],
-    "judges": list[str],
+    "rewards": list[str],
     "steps": Count,
     "repeats": Count,
     "embed": bool,
@@ -150,31 +169,33 @@ EVALUATE = {
 
 def evaluate_job(spec: Mapping, folder: Path, site: Site) -> None:
     """`file` (samples.parquet): the first `n` prompts of each task of a split, or of some `tasks`, sampled
-    under every model and judged. `share`: [r, n], the part of process r of n that know of one another by
+    under every model and scored. `share`: [r, n], the part of process r of n that know of one another by
     files alone (see `share_by_files`)."""
-    world, policy = site.world, site.policy
+    benchmark, policy = site.benchmark, site.policy
     site.adapters([a for a in spec["models"].values() if a], spec.get("adapters", {}))
-    prompts = world.first_prompts(spec.get("split", "test"), spec.get("n", 60))
-    prompts = [p for p in prompts if p.task in spec.get("tasks", world.own)]
+    prompts = benchmark.first_prompts(spec.get("split", "test"), spec.get("n", 60))
+    prompts = [p for p in prompts if p.task in spec.get("tasks", benchmark.own)]
     device = site.device
-    if "judges" in spec:
-        judges = world.some_judges(spec["judges"], device)
+    if "rewards" in spec:
+        rewards = benchmark.rewards_named(spec["rewards"], device)
     else:
-        judges = world.judges(device) | world.unseen_judges(device)
+        rewards = benchmark.rewards(device) | benchmark.held_out_rewards(device)
     evaluate(
         policy,
         prompts,
-        judges,
+        rewards,
         spec.get("seed", 0),
-        world.sampler(spec["steps"]) if "steps" in spec else world.evaluation,
+        benchmark.sampler(spec["steps"]) if "steps" in spec else benchmark.evaluation,
         spec["models"],
         spec.get("repeats", 1),
-        world.embedder(site.device) if spec.get("embed") else None,
+        benchmark.embedder(site.device) if spec.get("embed") else None,
         spec.get("batch", 64),
         pictures=folder / "pictures" if spec.get("pictures") else None,
         into=folder / spec.get("file", "samples.parquet"),
-        guidance=world.guidance,
-        share=share_by_files(*spec["share"], folder / shared_place(spec)) if "share" in spec else site.share,
+        guidance=benchmark.guidance,
+        share=share_by_files(*spec["share"], folder / shared_place(spec))
+        if "share" in spec
+        else site.share,
     )
 
 
@@ -183,18 +204,18 @@ def shared_place(spec: Mapping) -> str:
     return f".{spec.get('file', 'samples.parquet')}.share"
 
 
-def share_by_files(rank: int, world: int, place: Path) -> Share:
-    """The part of process `rank` of `world` that meet in a folder, `place`: each leaves a file there at every
+def share_by_files(rank: int, processes: int, place: Path) -> Share:
+    """The part of process `rank` of `processes` that meet in a folder, `place`: each leaves a file there at every
     wait, and goes on when all have."""
     passed = itertools.count()
 
     def wait() -> None:
         number = next(passed)
         write_whole(place / f"{number}_{rank}", "")
-        while len(list(place.glob(f"{number}_*"))) < world:
+        while len(list(place.glob(f"{number}_*"))) < processes:
             time.sleep(MEET)
 
-    return Share(rank, world, wait=wait)
+    return Share(rank, processes, wait=wait)
 
 
 def check_spec(spec: Any) -> str:
@@ -203,7 +224,9 @@ def check_spec(spec: Any) -> str:
         raise ValueError(f"a job is a mapping of names to values, not {spec!r}")
     job = spec.get("job", "train")
     if job not in JOBS:
-        raise ValueError(f"there is no job {job!r}{nearest(str(job), JOBS)}; there are {', '.join(JOBS)}")
+        raise ValueError(
+            f"there is no job {job!r}{nearest(str(job), JOBS)}; there are {', '.join(JOBS)}"
+        )
     check_mapping(f"the {job} job", spec, {"job": str, **JOBS[job][1]})
     return job
 

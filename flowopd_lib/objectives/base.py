@@ -18,11 +18,11 @@ from ..sde import log_prob, transition
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of every iteration: items `rank::world` of it, a way to see everybody's numbers, and
+    """One process's part of every iteration: items `rank::processes` of it, a way to see everybody's numbers, and
     one to wait for the others."""
 
     rank: int = 0
-    world: int = 1
+    processes: int = 1
     gather: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda values: values)
     wait: Callable[[], None] = field(default=lambda: None)
 
@@ -30,23 +30,28 @@ class Share:
         """Whole groups of `group` neighbours (the samples of one prompt) go to one process. Where they are no
         multiple of the processes, some have one less, or none: the batch is what the iteration says."""
         groups = len(batch) // group
-        rows = [g * group + i for g in range(self.rank, groups, self.world) for i in range(group)]
+        rows = [
+            g * group + i for g in range(self.rank, groups, self.processes) for i in range(group)
+        ]
         return Batch([batch.prompts[r] for r in rows], [batch.seeds[r] for r in rows])
 
-    def updates_of(self, groups: int, group: int, updates: int, micro: int) -> list[tuple[int, slice, int]]:
+    def updates_of(
+        self, groups: int, group: int, updates: int, micro_batch_size: int
+    ) -> list[tuple[int, slice, int]]:
         """How this process's part of `groups` groups of `group` neighbours is cut into forwards: (update,
         rows, images of that update over all processes).
 
         The groups of an iteration, in its order, are dealt to its updates in blocks, so which images an
-        update sees follows from the iteration alone, not from the processes or from `micro`, the images in a
+        update sees follows from the iteration alone, not from the processes or from `micro_batch_size`, the images in a
         forward.
         """
-        mine, pieces, row = range(self.rank, groups, self.world), [], 0
+        mine, pieces, row = range(self.rank, groups, self.processes), [], 0
         for update in range(updates):
             block = range(update * groups // updates, (update + 1) * groups // updates)
             here = sum(g in block for g in mine) * group
             pieces += [
-                (update, slice(row + c.start, row + c.stop), len(block) * group) for c in chunks(here, micro)
+                (update, slice(row + c.start, row + c.stop), len(block) * group)
+                for c in chunks(here, micro_batch_size)
             ]
             row += here
         return pieces
@@ -72,7 +77,9 @@ class Objective(Protocol):
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Any: ...
 
-    def losses(self, policy: FlowPolicy, adapter: str, data: Any, update: int) -> Iterator[torch.Tensor]: ...
+    def losses(
+        self, policy: FlowPolicy, adapter: str, data: Any, update: int
+    ) -> Iterator[torch.Tensor]: ...
 
     def metrics(self, data: Any) -> dict[str, float]:
         """Means over this process's part, after the iteration's last update."""
@@ -133,7 +140,9 @@ def check_teachers(tasks: Iterable[str], teachers: Mapping[str, str | None]) -> 
 def log_ratio(step: Step, v: torch.Tensor, sampler: Sampler, reduction: str) -> torch.Tensor:
     """(B,): log-probability of the action taken under the policy of velocity `v`, less that under the one
     that took it."""
-    mean, std = transition(step.x, v, step.sigma, step.sigma_next, sampler.kind, sampler.noise_level)
+    mean, std = transition(
+        step.x, v, step.sigma, step.sigma_next, sampler.kind, sampler.noise_level
+    )
     return log_prob(step.x_next, mean, std, reduction) - step.log_prob(reduction)
 
 

@@ -45,11 +45,14 @@ def advantages(
     A reward that does not vary gives no advantage. Clipped to +-`limit`.
     """
     if normalise not in NORMALISATIONS:
-        raise ValueError(f"unknown normalisation {normalise!r}: choose one of {', '.join(NORMALISATIONS)}")
+        raise ValueError(
+            f"unknown normalisation {normalise!r}: choose one of {', '.join(NORMALISATIONS)}"
+        )
     if normalise == "gdpo":
         grouped = rewards.unflatten(0, (len(rewards) // group, group))
         rewards = (
-            (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True, correction=0) + 1e-4)
+            (grouped - grouped.mean(1, keepdim=True))
+            / (grouped.std(1, keepdim=True, correction=0) + 1e-4)
         ).flatten(0, 1)
     total = (rewards * weights).sum(1).unflatten(0, (len(rewards) // group, group))
     centred = total - total.mean(1, keepdim=True)
@@ -84,18 +87,18 @@ class Collected:
 
 @dataclass
 class GRPO:
-    """`rewards` maps a judge's name to its weight, for every task or (nested) by task: `{"geneval":
+    """`reward_weights` maps a reward's name to its weight, for every task or (nested) by task: `{"geneval":
     {"GenEval": .8, "DeQA": .2}}`.
 
     `updates` optimizer updates an iteration, each on its own part of the prompts. `reduction` and `clip`
     belong together: the mean over a latent (Flow-GRPO) brings ratios within 1e-4 of 1, the sum does not.
-    `beta` weighs the KL to `reference` (an adapter; None is the base). `micro`: images in one forward, in
+    `beta` weighs the KL to `reference` (an adapter; None is the base). `micro_batch_size`: images in one forward, in
     rollout and training alike, so that ratios are exact.
     """
 
     schedule: Schedule
-    judges: Mapping[str, Reward]
-    rewards: Mapping[str, float | Mapping[str, float]]
+    rewards: Mapping[str, Reward]
+    reward_weights: Mapping[str, float | Mapping[str, float]]
     sampler: Sampler = Sampler(10, "sde")
     updates: Count = 2
     normalise: one_of(*NORMALISATIONS) = "batch"
@@ -104,36 +107,40 @@ class GRPO:
     beta: NotNegative = 0.04
     reference: str | None = None
     steps: int | tuple[int, ...] | None = None
-    micro: Count = 64
+    micro_batch_size: Count = 64
 
     def __post_init__(self):
         check_settings(self)
         if not self.sampler.explores:
-            raise ValueError("GRPO explores by noise: sample with sde or cps at a positive noise level")
+            raise ValueError(
+                "GRPO explores by noise: sample with sde or cps at a positive noise level"
+            )
         if self.schedule.repeats < 2:
-            raise ValueError("GRPO compares the images of a prompt: images_per_prompt must be at least 2")
+            raise ValueError(
+                "GRPO compares the images of a prompt: images_per_prompt must be at least 2"
+            )
         trained_steps(self.sampler.at(0, 0), self.steps, 0, 0)
         if self.sampler.last is not None and isinstance(self.steps, tuple):
             raise ValueError(
                 "the window moves, so its steps cannot be trained by their numbers; leave steps out, or last"
             )
         for task in self.schedule.prompts:
-            unknown = set(self.weights_of(task)) - set(self.judges)
+            unknown = set(self.weights_of(task)) - set(self.rewards)
             if unknown or not self.weights_of(task):
                 raise ValueError(
-                    f"the rewards of {task} name {', '.join(sorted(unknown)) or 'nothing'}; the judges are "
-                    f"{', '.join(self.judges)}"
+                    f"the rewards of {task} name {', '.join(sorted(unknown)) or 'nothing'}; the rewards are "
+                    f"{', '.join(self.rewards)}"
                 )
             for name in self.weights_of(task):
-                if attribute(self.judges[name], "unseen"):
+                if attribute(self.rewards[name], "held_out"):
                     raise ValueError(
-                        f"{name} is an unseen judge, by which nothing may be trained; the rewards of {task} "
+                        f"{name} is an held-out reward, by which nothing may be trained; the rewards of {task} "
                         "name it"
                     )
 
     def weights_of(self, task: str) -> dict[str, float]:
-        nested = any(isinstance(w, Mapping) for w in self.rewards.values())
-        return dict(self.rewards.get(task, {}) if nested else self.rewards)
+        nested = any(isinstance(w, Mapping) for w in self.reward_weights.values())
+        return dict(self.reward_weights.get(task, {}) if nested else self.reward_weights)
 
     @property
     def adapters(self) -> set[str]:
@@ -146,8 +153,8 @@ class GRPO:
     def identity(self) -> dict:
         used = {name for task in self.schedule.prompts for name in self.weights_of(task)}
         return {
-            **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "micro"},
-            "judges": {n: self.judges[n] for n in sorted(used)},
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "micro_batch_size"},
+            "rewards": {n: self.rewards[n] for n in sorted(used)},
         }
 
     def collect(self, policy: FlowPolicy, adapter: str, iteration: int, share: Share) -> Collected:
@@ -157,10 +164,18 @@ class GRPO:
         keep = trained_steps(sampler, self.steps, iteration, self.schedule.seed)
         walks, images = [], []
         # Images that share a walk stay together.
-        micro = max(self.micro // repeats, 1) * repeats if sampler.branch else self.micro
-        pieces = share.updates_of(self.schedule.size, repeats, self.updates, micro)
+        micro_batch_size = (
+            max(self.micro_batch_size // repeats, 1) * repeats
+            if sampler.branch
+            else self.micro_batch_size
+        )
+        pieces = share.updates_of(self.schedule.size, repeats, self.updates, micro_batch_size)
         for _, rows, _ in pieces:
-            steps = [*trajectory(policy, batch.prompts[rows], batch.seeds[rows], sampler, adapter, repeats)]
+            steps = [
+                *trajectory(
+                    policy, batch.prompts[rows], batch.seeds[rows], sampler, adapter, repeats
+                )
+            ]
             images.append(policy.decode(steps[-1].x_next).cpu())
             walks.append([steps[k] for k in keep])
         rewards, weights, seen = self.score(torch.cat(images) if images else torch.empty(0), batch)
@@ -176,20 +191,25 @@ class GRPO:
     def score(
         self, images: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        """Rewards (B, R) divided by the judges' scales, weights (B, R), and each judge's mean in its own
-        units. A judge that fails raises."""
+        """Rewards (B, R) divided by the rewards' scales, weights (B, R), and each reward's mean in its own
+        units. A reward that fails raises."""
         names = sorted({name for p in batch.prompts for name in self.weights_of(p.task)})
-        rewards, weights, seen = torch.zeros(len(batch), len(names)), torch.zeros(len(batch), len(names)), {}
+        rewards, weights, seen = (
+            torch.zeros(len(batch), len(names)),
+            torch.zeros(len(batch), len(names)),
+            {},
+        )
         for column, name in enumerate(names):
             rows = [i for i, p in enumerate(batch.prompts) if name in self.weights_of(p.task)]
             values = torch.as_tensor(
-                self.judges[name](images[rows], [batch.prompts[i] for i in rows]), dtype=torch.float32
+                self.rewards[name](images[rows], [batch.prompts[i] for i in rows]),
+                dtype=torch.float32,
             )
             if not values.isfinite().all():
                 raise ValueError(
                     f"{name} gave a reward that is not a number; a failure is never turned into a reward"
                 )
-            rewards[rows, column] = values / attribute(self.judges[name], "scale")
+            rewards[rows, column] = values / attribute(self.rewards[name], "scale")
             weights[rows, column] = torch.tensor(
                 [float(self.weights_of(batch.prompts[i].task)[name]) for i in rows]
             )
@@ -222,7 +242,9 @@ class GRPO:
             )
         if self.beta:
             with torch.no_grad():
-                reference = policy.velocity(*asked, self.reference).repeat_interleave(step.shared, 0)
+                reference = policy.velocity(*asked, self.reference).repeat_interleave(
+                    step.shared, 0
+                )
             weight = velocity_weight(step.sigma, step.sigma_next, "kl", s.kind, s.noise_level)
             kl = weight * squared(v, reference)
             records[-1]["kl"] = kl.detach().mean()

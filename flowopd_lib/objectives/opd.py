@@ -113,7 +113,7 @@ class OPD:
     updates: Count = 1
     reduction: one_of(*REDUCTIONS) = "sum"
     clip: Positive = 1e-4
-    micro: Count = 64
+    micro_batch_size: Count = 64
 
     def __post_init__(self):
         check_settings(self)
@@ -144,7 +144,10 @@ class OPD:
         # Of N steps k are drawn: one is seen in k/N of the draws, and with it a later one in (k - 1) / (N -
         # 1) of these.
         drawn = self.steps if isinstance(self.steps, int) else noisy
-        self._seen, self._seen_later = drawn / noisy, (drawn - 1) / (noisy - 1) if drawn > 1 else 1.0
+        self._seen, self._seen_later = (
+            drawn / noisy,
+            (drawn - 1) / (noisy - 1) if drawn > 1 else 1.0,
+        )
         guided = {*self.teachers.values(), self.anchor}
         unguided = [name for name in self.guidance if name not in guided]
         if unguided:
@@ -190,8 +193,15 @@ class OPD:
             return data
         visit = self._states if apart else self._visit
         data.visits = [
-            (update, rows, images, visit(policy, adapter, batch.prompts[rows], batch.seeds[rows], trained))
-            for update, rows, images in share.updates_of(images, 1, self.updates, self.micro)
+            (
+                update,
+                rows,
+                images,
+                visit(policy, adapter, batch.prompts[rows], batch.seeds[rows], trained),
+            )
+            for update, rows, images in share.updates_of(
+                images, 1, self.updates, self.micro_batch_size
+            )
         ]
         return data
 
@@ -263,7 +273,9 @@ class OPD:
         """(B,): `w ||v - other||^2` at one step."""
         return self._weight(step.sigma, step.sigma_next, v[0].numel()) * squared(v, other)
 
-    def losses(self, policy: FlowPolicy, adapter: str, data: Walks, update: int) -> Iterator[torch.Tensor]:
+    def losses(
+        self, policy: FlowPolicy, adapter: str, data: Walks, update: int
+    ) -> Iterator[torch.Tensor]:
         if data.visits is None:
             yield from self._walk_and_learn(policy, adapter, data)
             return
@@ -273,16 +285,18 @@ class OPD:
                 continue
             text = policy.encode([p.text for p in data.batch.prompts[rows]])
             for visit in visits:
-                v = policy.velocity(visit.step.x, visit.step.sigma, text, self.sampler.guidance, adapter)
+                v = policy.velocity(
+                    visit.step.x, visit.step.sigma, text, self.sampler.guidance, adapter
+                )
                 loss = self._loss(visit, v, data.records, data.batch.prompts[rows])
                 yield loss.sum() / (images * self._seen)
 
     def _learn(
         self, policy: FlowPolicy, adapter: str, found: States, images: int, records: list
     ) -> Iterator[torch.Tensor]:
-        """Pathwise at states of any walks and steps, in one forward: as many as `micro` together."""
+        """Pathwise at states of any walks and steps, in one forward: as many as `micro_batch_size` together."""
         grid = policy.sigmas(self.sampler.steps)
-        for rows in chunks(len(found.steps), self.micro):
+        for rows in chunks(len(found.steps), self.micro_batch_size):
             prompts, x = found.prompts[rows], found.x[rows]
             at = [(k, grid[k], grid[k + 1]) for k in found.steps[rows]]
             sigma = torch.tensor([sigma for _, sigma, _ in at], device=x.device)
@@ -310,10 +324,14 @@ class OPD:
         """
         size, steps = v[0].numel(), [k for k, _, _ in at]
         nats = torch.tensor([self._nats(sigma, after) for _, sigma, after in at], device=v.device)
-        weight = torch.tensor([self._weight(sigma, after, size) for _, sigma, after in at], device=v.device)
+        weight = torch.tensor(
+            [self._weight(sigma, after, size) for _, sigma, after in at], device=v.device
+        )
         apart = squared(v, teacher)
         gap, kl = apart.detach() / size, nats * apart.detach()
-        by_step = {f"kl_step_{k}": kl[[step == k for step in steps]].mean() for k in sorted(set(steps))}
+        by_step = {
+            f"kl_step_{k}": kl[[step == k for step in steps]].mean() for k in sorted(set(steps))
+        }
         of = {task: [p.task == task for p in prompts] for task in self.schedule.prompts}
         records.append(
             {
@@ -332,8 +350,10 @@ class OPD:
         records[-1]["mar"] = to_anchor.detach().mean()
         return weight * apart, self.mar * to_anchor
 
-    def _walk_and_learn(self, policy: FlowPolicy, adapter: str, data: Walks) -> Iterator[torch.Tensor]:
-        for rows in chunks(len(data.batch), self.micro):
+    def _walk_and_learn(
+        self, policy: FlowPolicy, adapter: str, data: Walks
+    ) -> Iterator[torch.Tensor]:
+        for rows in chunks(len(data.batch), self.micro_batch_size):
             prompts = data.batch.prompts[rows]
             text, kept = policy.encode([p.text for p in prompts]), []
 
@@ -350,7 +370,9 @@ class OPD:
                 if step.index == data.trained[-1]:
                     break
 
-    def _loss(self, visit: Visit, v: torch.Tensor, records: list, prompts: Sequence[Prompt]) -> torch.Tensor:
+    def _loss(
+        self, visit: Visit, v: torch.Tensor, records: list, prompts: Sequence[Prompt]
+    ) -> torch.Tensor:
         """(B,): the chosen readings and the anchor at one step; `v` is the student's and carries the
         graph."""
         step = visit.step

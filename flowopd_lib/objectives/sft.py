@@ -33,13 +33,13 @@ def teacher_samples(
     for task, adapter in teachers.items():
         rows = [i for i, p in enumerate(prompts) if p.task == task]
         parts += [(adapter, rows[i : i + batch]) for i in range(0, len(rows), batch)]
-    for adapter, part in parts[share.rank :: share.world]:
+    for adapter, part in parts[share.rank :: share.processes]:
         for step in trajectory(
             policy, [prompts[r] for r in part], [seeds[r] for r in part], sampler, adapter
         ):
             pass
         latents[part] = step.x_next
-    return share.gather(latents).unflatten(0, (share.world, -1)).sum(0)
+    return share.gather(latents).unflatten(0, (share.processes, -1)).sum(0)
 
 
 @dataclass
@@ -60,7 +60,7 @@ class SFT:
     latents: torch.Tensor
     prompts: Sequence[Prompt]
     batch: Count = 64
-    micro: Count = 64
+    micro_batch_size: Count = 64
     seed: int = 0
     updates = 1
 
@@ -90,13 +90,15 @@ class SFT:
         g = generator((self.seed + 1 << 40) + iteration)
         epoch, place = divmod(iteration * self.batch, len(self.prompts))
         order = [
-            row for e in range(-(-self.batch // len(self.prompts)) + 1) for row in self._order(epoch + e)
+            row
+            for e in range(-(-self.batch // len(self.prompts)) + 1)
+            for row in self._order(epoch + e)
         ]
         sigma = torch.sigmoid(torch.randn(self.batch, generator=g))
         shift = policy.pipeline.scheduler.config.shift
         sigma = (shift * sigma / (1 + (shift - 1) * sigma))[:, None, None, None]
         eps = torch.randn(self.batch, *policy.latent_shape, generator=g)
-        mine, rows = slice(share.rank, None, share.world), order[place : place + self.batch]
+        mine, rows = slice(share.rank, None, share.processes), order[place : place + self.batch]
         return Examples(
             [self.prompts[r] for r in rows][mine],
             self.latents[rows][mine].to(policy.device).float(),
@@ -110,12 +112,16 @@ class SFT:
         random.Random(f"sft/{self.seed}/{epoch}").shuffle(order)
         return order
 
-    def losses(self, policy: FlowPolicy, adapter: str, data: Examples, update: int) -> Iterator[torch.Tensor]:
-        for i in range(0, len(data.prompts), self.micro):
-            rows = slice(i, i + self.micro)
+    def losses(
+        self, policy: FlowPolicy, adapter: str, data: Examples, update: int
+    ) -> Iterator[torch.Tensor]:
+        for i in range(0, len(data.prompts), self.micro_batch_size):
+            rows = slice(i, i + self.micro_batch_size)
             x0, sigma, eps = data.x0[rows], data.sigma[rows], data.eps[rows]
             text = policy.encode([p.text for p in data.prompts[rows]])
-            v = policy.velocity((1 - sigma) * x0 + sigma * eps, sigma.flatten(), text, adapter=adapter)
+            v = policy.velocity(
+                (1 - sigma) * x0 + sigma * eps, sigma.flatten(), text, adapter=adapter
+            )
             loss = (v - (eps - x0)).square().flatten(1).mean(1)
             data.records.append({"loss": loss.detach().mean()})
             yield loss.sum() / data.images

@@ -1,31 +1,31 @@
-"""The judges: one class each, the same for small and for full models."""
+"""The rewards: one class each, the same for small and for full models."""
 
 from .aesthetic import Aesthetic
-from .base import Reward, attribute, can_judge
+from .base import Reward, attribute, can_reward
 from .compbench import BLIPVQA, load_compbench
 from .deqa import DeQA
 from .geneval import Detection, Detector, GenEval
 from .mask2former import Mask2FormerDetector
 from .ocr import OCR
 from .pickscore import PickScore
-from .remote import ChatJudge, JudgeUnavailable, RemoteDetector, RemoteJudge
+from .remote import ChatReward, RemoteDetector, RemoteReward, RewardUnavailable
 
 __all__ = [
     "Aesthetic",
     "BLIPVQA",
-    "ChatJudge",
+    "ChatReward",
     "DeQA",
     "Detection",
     "Detector",
     "GenEval",
-    "JudgeUnavailable",
+    "RewardUnavailable",
     "Mask2FormerDetector",
     "OCR",
     "PickScore",
     "RemoteDetector",
-    "RemoteJudge",
+    "RemoteReward",
     "Reward",
     "attribute",
-    "can_judge",
+    "can_reward",
     "load_compbench",
 ]

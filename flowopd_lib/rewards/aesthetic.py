@@ -18,7 +18,13 @@ from safetensors.torch import load_file, save_file
 from ..prompts import Prompt
 from .base import as_uint8, embed_pictures, finite, load_clip
 
-LAYERS = (0, 2, 4, 6, 7)  # the linear ones among layers.N; dropout lies between, and no nonlinearity
+LAYERS = (
+    0,
+    2,
+    4,
+    6,
+    7,
+)  # the linear ones among layers.N; dropout lies between, and no nonlinearity
 KEYS = [f"layers.{n}.{part}" for n in LAYERS for part in ("weight", "bias")]
 
 
@@ -33,15 +39,21 @@ def check_head(state: Mapping[str, torch.Tensor], where: str | Path) -> None:
         )
     weights = [state[f"layers.{n}.weight"] for n in LAYERS]
     widths = [tuple(w.shape) for w in weights]
-    if any(w.ndim != 2 for w in weights) or [w[1] for w in widths[1:]] + [1] != [w[0] for w in widths]:
-        raise ValueError(f"{where} is not LAION's aesthetic head: its layers, {widths}, do not fit together")
+    if any(w.ndim != 2 for w in weights) or [w[1] for w in widths[1:]] + [1] != [
+        w[0] for w in widths
+    ]:
+        raise ValueError(
+            f"{where} is not LAION's aesthetic head: its layers, {widths}, do not fit together"
+        )
 
 
 def convert_head(pickled: str | Path, out: str | Path) -> Path:
     """The published head, a pickle of tensors (nothing else in it is read), as a safetensors file."""
     state = torch.load(pickled, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping):
-        raise ValueError(f"{pickled} holds no weights by name; give LAION's sac+logos+ava1-l14-linearMSE.pth")
+        raise ValueError(
+            f"{pickled} holds no weights by name; give LAION's sac+logos+ava1-l14-linearMSE.pth"
+        )
     check_head(state, pickled)
     save_file({key: state[key].float().contiguous() for key in KEYS}, out)
     return Path(out)
@@ -55,7 +67,7 @@ class Aesthetic:
     head's layers, 768-1024-128-64-16-1, have no nonlinearity between them.
     """
 
-    name, range, unseen = "Aesthetic", (1.0, 10.0), True
+    name, range, held_out = "Aesthetic", (1.0, 10.0), True
 
     def __init__(self, clip_id: str | Path, head: str | Path, device: str = "cpu", batch: int = 64):
         self.batch = batch
@@ -65,7 +77,9 @@ class Aesthetic:
                 f"no aesthetic head at {head}; make one with convert_head from LAION's file"
             )
         try:
-            state = {name: w.to(device) for name, w in load_file(head).items()}  # which knows no cpu:0
+            state = {
+                name: w.to(device) for name, w in load_file(head).items()
+            }  # which knows no cpu:0
         except SafetensorError as error:
             raise ValueError(
                 f"{head} is no safetensors file ({error}); make one with convert_head"
@@ -81,7 +95,9 @@ class Aesthetic:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        z = embed_pictures(self.model, self.processor, list(as_uint8(images, prompts, self.name)), self.batch)
+        z = embed_pictures(
+            self.model, self.processor, list(as_uint8(images, prompts, self.name)), self.batch
+        )
         for weight, bias in self.layers:
             z = torch.nn.functional.linear(z, weight, bias)
         return finite(z[:, 0], self.name)

@@ -63,5 +63,7 @@ class ColorNamer:
         z = embed_pictures(self.model, self.processor, list(objects), self.batch)
         cosines = torch.stack([self.texts(label) @ one for label, one in zip(labels, z)])
         if not torch.isfinite(cosines).all():
-            raise ValueError("GenEval's CLIP gave NaN embeddings; its weights are damaged: load them anew")
+            raise ValueError(
+                "GenEval's CLIP gave NaN embeddings; its weights are damaged: load them anew"
+            )
         return [COLORS[i] for i in cosines.argmax(1).tolist()]

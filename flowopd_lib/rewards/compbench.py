@@ -101,10 +101,10 @@ class BLIPVQA:
 
     `model_id`: a folder or hub id of a transformers `BlipForQuestionAnswering`; T2I-CompBench's weights are
     `Salesforce/blip-vqa-capfilt-large`. It shows BLIP pictures of 480 pixels; transformers' copy, whose
-    position embeddings are resampled, takes 384: compare scores of this judge with one another.
+    position embeddings are resampled, takes 384: compare scores of this reward with one another.
     """
 
-    name, range, unseen = "BLIPVQA", (0.0, 1.0), True
+    name, range, held_out = "BLIPVQA", (0.0, 1.0), True
 
     def __init__(self, model_id: str | Path, device: str = "cpu", batch: int = 16):
         from transformers import AutoTokenizer, BlipForQuestionAnswering, BlipImageProcessorPil
@@ -116,20 +116,30 @@ class BLIPVQA:
             self.tokenizer = AutoTokenizer.from_pretrained(model_id)
         self.yes_no = self.tokenizer.convert_tokens_to_ids(["yes", "no"])
         if None in self.yes_no or self.tokenizer.unk_token_id in self.yes_no:
-            raise ValueError(f"the tokenizer at {model_id} has no tokens for yes and no; give BLIP's own")
+            raise ValueError(
+                f"the tokenizer at {model_id} has no tokens for yes and no; give BLIP's own"
+            )
 
     @torch.no_grad()
     def yes(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[list[float]]:
         """The sureness of each chunk of each picture's prompt."""
         pixels = as_uint8(images, prompts, self.name)
-        chunks = [_chunks(p.text, p.metadata, f"{self.name} cannot judge a prompt") for p in prompts]
+        chunks = [
+            _chunks(p.text, p.metadata, f"{self.name} cannot reward a prompt") for p in prompts
+        ]
         found: list[list[float]] = []
         for i in range(0, len(pixels), self.batch):
             some = chunks[i : i + self.batch]
-            owners = torch.tensor([k for k, one in enumerate(some) for _ in one], device=self.device)
-            inputs = self.processor(list(pixels[i : i + self.batch]), return_tensors="pt").to(self.device)
+            owners = torch.tensor(
+                [k for k, one in enumerate(some) for _ in one], device=self.device
+            )
+            inputs = self.processor(list(pixels[i : i + self.batch]), return_tensors="pt").to(
+                self.device
+            )
             seen = self.model.vision_model(**inputs).last_hidden_state
-            sure = iter(finite(self._sure(seen[owners], [c for one in some for c in one]), self.name))
+            sure = iter(
+                finite(self._sure(seen[owners], [c for one in some for c in one]), self.name)
+            )
             found += [[float(next(sure)) for _ in one] for one in some]
         return found
 
@@ -149,7 +159,8 @@ class BLIPVQA:
                 input_ids=ids, encoder_hidden_states=seen[rows]
             ).last_hidden_state
             logits = self.model.text_decoder(
-                input_ids=torch.full((len(rows), 1), start, device=seen.device), encoder_hidden_states=states
+                input_ids=torch.full((len(rows), 1), start, device=seen.device),
+                encoder_hidden_states=states,
             ).logits[:, 0]
             sure[rows] = logits[:, self.yes_no].softmax(-1)[:, 0]
         return sure

@@ -21,7 +21,7 @@ class DeQA:
 
     `model_id`: a folder or hub id of a transformers image classifier whose labels are the five levels.
     DeQA-Score itself (`zhiyuanyou/DeQA-Score-Mix3`) brings code of its own, which does not run with
-    transformers 5: it lives behind the judge server, in an environment of its own.
+    transformers 5: it lives behind the reward server, in an environment of its own.
     """
 
     name, range, scale = "DeQA", (1.0, 5.0), 5.0
@@ -43,7 +43,7 @@ class DeQA:
         if not known:
             raise ValueError(
                 f"{str(model_id)!r} is no transformers image classifier; DeQA-Score itself does not run with "
-                "transformers 5: start it behind the judge server and name the server as the judge"
+                "transformers 5: start it behind the reward server and name the server as the reward"
             )
         self.model = load_frozen(AutoModelForImageClassification, model_id, self.name, device)
         with quiet():

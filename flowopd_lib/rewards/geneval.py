@@ -16,7 +16,9 @@ import torch
 from ..prompts import Prompt
 from .base import as_uint8
 
-POSITION_MARGIN = 0.1  # GenEval's POSITION_THRESHOLD: how far apart, in object sizes, "left of" begins
+POSITION_MARGIN = (
+    0.1  # GenEval's POSITION_THRESHOLD: how far apart, in object sizes, "left of" begins
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def relations(a: Detection, b: Detection) -> set[str]:
     }
 
 
-def _by_class(record, detections, threshold, counting_threshold, max_objects) -> dict[str, list[Detection]]:
+def _by_class(
+    record, detections, threshold, counting_threshold, max_objects
+) -> dict[str, list[Detection]]:
     """The detections that count, the surest first."""
     least = counting_threshold if record["tag"] == "counting" else threshold
     found: dict[str, list[Detection]] = {}
@@ -76,7 +80,7 @@ def _by_class(record, detections, threshold, counting_threshold, max_objects) ->
     return found
 
 
-def judge(
+def reward(
     record: dict,
     detections: Sequence[Detection],
     threshold: float,
@@ -111,7 +115,9 @@ def judge(
     for unwanted in record.get("exclude", []):
         number = len(found.get(unwanted["class"], []))
         if number >= unwanted["count"]:
-            reasons.append(f"expected fewer than {unwanted['count']} {unwanted['class']}, found {number}")
+            reasons.append(
+                f"expected fewer than {unwanted['count']} {unwanted['class']}, found {number}"
+            )
     if exact:
         asked, there = sum(w["count"] for w in record["include"]), sum(map(len, found.values()))
         if there > asked:
@@ -183,14 +189,16 @@ class GenEval:
         if self.rule == "score":
             thresholds = self.detector.threshold, self.detector.counting_threshold
             found = self._detect(images, prompts)
-            return np.array([score(p.metadata, f, *thresholds) for p, f in zip(prompts, found)], np.float32)
+            return np.array(
+                [score(p.metadata, f, *thresholds) for p, f in zip(prompts, found)], np.float32
+            )
         return np.array([right for right, _ in self.explain(images, prompts)], np.float32)
 
     def explain(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[tuple[bool, str]]:
         """The verdict on each picture and what was wrong. Raises ValueError for a prompt without GenEval
         metadata."""
         return [
-            judge(
+            reward(
                 prompt.metadata,
                 found,
                 self.detector.threshold,

@@ -46,7 +46,9 @@ def instances(
     """
     queries, classes = class_logits.shape[0], class_logits.shape[1] - 1
     if not (torch.isfinite(class_logits).all() and torch.isfinite(mask_logits).all()):
-        raise ValueError("GenEval's detector gave NaN; its weights are damaged: load them anew, in float32")
+        raise ValueError(
+            "GenEval's detector gave NaN; its weights are damaged: load them anew, in float32"
+        )
     probable, index = class_logits.softmax(-1)[:, :-1].flatten().topk(queries)
     index = index[probable > threshold]  # a mask can only lower it, and most are low already
     if not len(index):
@@ -103,7 +105,9 @@ class Mask2FormerDetector:
         self.name = f"{Path(model_id).name} (transformers)"
         self.device, self.batch = device, batch
         self.threshold, self.counting_threshold = threshold, counting_threshold
-        self.model = load_frozen(Mask2FormerForUniversalSegmentation, model_id, "GenEval's detector", device)
+        self.model = load_frozen(
+            Mask2FormerForUniversalSegmentation, model_id, "GenEval's detector", device
+        )
         with quiet():
             self.processor = Mask2FormerImageProcessorPil.from_pretrained(model_id)
         self.options = (
@@ -115,19 +119,30 @@ class Mask2FormerDetector:
 
     def __call__(self, images: np.ndarray) -> list[list[Detection]]:
         """(B, H, W, 3) uint8 to one list of detections an image, the surest first."""
-        return [d for i in range(0, len(images), self.batch) for d in self._some(images[i : i + self.batch])]
+        return [
+            d
+            for i in range(0, len(images), self.batch)
+            for d in self._some(images[i : i + self.batch])
+        ]
 
     @torch.no_grad()
     def _some(self, images: np.ndarray) -> list[list[Detection]]:
         """What is in the pictures of one batch."""
         inputs = self.processor(list(images), return_tensors="pt", **self.options).to(self.device)
         told, found, objects = self.model(**inputs), [], []
-        for image, classes, masks in zip(images, told.class_queries_logits, told.masks_queries_logits):
+        for image, classes, masks in zip(
+            images, told.class_queries_logits, told.masks_queries_logits
+        ):
             found.append([])
-            for index, score, mask in zip(*instances(classes, masks, image.shape[:2], self.threshold)):
+            for index, score, mask in zip(
+                *instances(classes, masks, image.shape[:2], self.threshold)
+            ):
                 label = self.labels[index]
                 if sum(label == other for other, *_ in found[-1]) < MAX_OBJECTS:
                     found[-1].append((label, float(score), box_of(mask)))
                     objects.append(cut_out(image, mask, found[-1][-1][2]))
         colors = iter(self.name_colors(objects, [label for one in found for label, *_ in one]))
-        return [[Detection(label, next(colors), score, box) for label, score, box in one] for one in found]
+        return [
+            [Detection(label, next(colors), score, box) for label, score, box in one]
+            for one in found
+        ]

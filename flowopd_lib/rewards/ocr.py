@@ -21,7 +21,11 @@ def ocr_reward(read: str, target: str) -> float:
     read, target = ("".join(text.split()).lower() for text in (read, target))
     if not target:
         raise ValueError("the OCR reward needs a text to look for; the prompt asks for none")
-    return 1.0 if target in read else 1 - min(Levenshtein.distance(read, target), len(target)) / len(target)
+    return (
+        1.0
+        if target in read
+        else 1 - min(Levenshtein.distance(read, target), len(target)) / len(target)
+    )
 
 
 def _found(recogniser: str) -> Path:
@@ -62,7 +66,9 @@ class OCR:
                 "a region in pixels means nothing without the size (height, width) of the images it is a "
                 "part of; give size too"
             )
-        if region and not (0 <= region[0] < region[2] <= size[1] and 0 <= region[1] < region[3] <= size[0]):
+        if region and not (
+            0 <= region[0] < region[2] <= size[1] and 0 <= region[1] < region[3] <= size[0]
+        ):
             raise ValueError(
                 f"OCR cannot look at {region} (left, top, right, bottom) of an image {size[0]} high and "
                 f"{size[1]} wide"
@@ -75,7 +81,10 @@ class OCR:
             options["Rec.rec_img_shape"] = [3, 48, int(np.ceil(width / 32)) * 32]
         if recogniser:
             # which says how pictures are prepared: alike for all
-            options |= {"Rec.model_path": str(_found(recogniser)), "Rec.ocr_version": OCRVersion.PPOCRV5}
+            options |= {
+                "Rec.model_path": str(_found(recogniser)),
+                "Rec.ocr_version": OCRVersion.PPOCRV5,
+            }
         self.engine = RapidOCR(params=options)
 
     def read(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[str]:
@@ -126,4 +135,6 @@ class OCR:
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         targets = [target_text(p.text) for p in prompts]
-        return np.array([ocr_reward(r, t) for r, t in zip(self.read(images, prompts), targets)], np.float32)
+        return np.array(
+            [ocr_reward(r, t) for r, t in zip(self.read(images, prompts), targets)], np.float32
+        )

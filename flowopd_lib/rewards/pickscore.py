@@ -41,7 +41,9 @@ class PickScore:
         pixels = as_uint8(images, prompts, self.name)
         scores = []
         for i in range(0, len(pixels), self.batch):
-            part = self.processor.image_processor(list(pixels[i : i + self.batch]), return_tensors="pt")
+            part = self.processor.image_processor(
+                list(pixels[i : i + self.batch]), return_tensors="pt"
+            )
             scores.append(self._score(part["pixel_values"], prompts[i : i + self.batch]))
         return finite(torch.cat(scores), self.name)
 

@@ -60,8 +60,8 @@ class Noting(Lab):
 
     noted: list[tuple[Path, dict]]  # of all there are: a notebook makes its own
 
-    def __init__(self, world: str, launcher: str, out: Path):
-        super().__init__(world, launcher, out)
+    def __init__(self, benchmark: str, launcher: str, out: Path):
+        super().__init__(benchmark, launcher, out)
         self.site = Nowhere()
 
     def run(self, job: str, folder: str = "", **spec: Any) -> Path:
@@ -76,10 +76,14 @@ class Noting(Lab):
         self.run(job, file=file, **spec)
         if job != "evaluate":
             return pd.DataFrame()
-        judges = dict.fromkeys(self.world.specs, np.nan)
+        rewards = dict.fromkeys(self.benchmark.specs, np.nan)
         about = {"tag": "", "prompt": "", "repeat": 0, "seed": 0}
         return pd.DataFrame(
-            [{"model": m, "task": t, **about, **judges} for m in spec["models"] for t in self.world.own]
+            [
+                {"model": m, "task": t, **about, **rewards}
+                for m in spec["models"]
+                for t in self.benchmark.own
+            ]
         )
 
     def live(self, make):
@@ -116,7 +120,9 @@ def plan(notebook: str, parameters: Mapping[str, Any], out: Path) -> list[Job]:
         place, jobs = str(Path(folder).resolve()), {}
         for where, spec in Noting.noted:
             where = out / Path(where).resolve().relative_to(place)
-            spec = json.loads(json.dumps(spec).replace(json.dumps(place)[1:-1], json.dumps(str(out))[1:-1]))
+            spec = json.loads(
+                json.dumps(spec).replace(json.dumps(place)[1:-1], json.dumps(str(out))[1:-1])
+            )
             jobs[str(where), json.dumps(spec, sort_keys=True)] = Job(notebook, where, spec)
     return list(jobs.values())
 
@@ -127,7 +133,9 @@ def in_order(jobs: list[Job]) -> list[Job]:
     for number, job in enumerate(jobs):
         text = json.dumps(job.spec)
         named = {
-            n for f, n in numbers.items() if any(json.dumps(f + end) in text for end in ("", "/adapter"))
+            n
+            for f, n in numbers.items()
+            if any(json.dumps(f + end) in text for end in ("", "/adapter"))
         }
         job.needs = {n for n in named if n < number}
     for job in reversed(jobs):
@@ -137,7 +145,9 @@ def in_order(jobs: list[Job]) -> list[Job]:
     return jobs
 
 
-def do_all(jobs: list[Job], processes: int, launcher: str, notes: Path, log: Callable = print) -> list[int]:
+def do_all(
+    jobs: list[Job], processes: int, launcher: str, notes: Path, log: Callable = print
+) -> list[int]:
     """All of them, so many beside one another, each in the processes of a launcher, those with the most
     training after them first, an evaluation in all that are free, once these are half of them or nothing else
     is left to begin; the numbers of those that failed, or that wait for one that did."""
@@ -165,7 +175,9 @@ def do_all(jobs: list[Job], processes: int, launcher: str, notes: Path, log: Cal
 
     try:
         while left or running:
-            ready = sorted((n for n in left if jobs[n].needs <= done), key=lambda n: (-jobs[n].long, n))
+            ready = sorted(
+                (n for n in left if jobs[n].needs <= done), key=lambda n: (-jobs[n].long, n)
+            )
             alone, there = [n for n in ready if jobs[n].spec["job"] != "evaluate"], len(free)
             for number in alone[:there]:
                 start(number, 1)
@@ -188,10 +200,14 @@ def do_all(jobs: list[Job], processes: int, launcher: str, notes: Path, log: Cal
                     other.stop()
             if not running[number]:
                 del running[number]
-                shutil.rmtree(jobs[number].folder / shared_place(jobs[number].spec), ignore_errors=True)
+                shutil.rmtree(
+                    jobs[number].folder / shared_place(jobs[number].spec), ignore_errors=True
+                )
                 if number not in failed:
                     done.add(number)
-                    log(f"{report.duration(time.time() - began)}: {jobs[number]}, {len(done)} of {len(jobs)}")
+                    log(
+                        f"{report.duration(time.time() - began)}: {jobs[number]}, {len(done)} of {len(jobs)}"
+                    )
         return sorted(failed)
     finally:
         for served in every:
@@ -235,7 +251,9 @@ def run_ahead(
     """Do the jobs of a profile's notebooks ahead; those that were not done. Raises ValueError for a profile
     that has none, and FolderInUse while a run writes to the folder."""
     if processes < 1:
-        raise ValueError(f"processes, the jobs beside one another, must be at least 1, not {processes}")
+        raise ValueError(
+            f"processes, the jobs beside one another, must be at least 1, not {processes}"
+        )
     load_launcher(launcher)
     chosen = choose(profile, only, overrides or {})
     folder = (folder or RUNS / profile).resolve()
@@ -258,10 +276,14 @@ def main() -> None:
     parser = profile_parser("python -m flowopd_lib.runs.ahead", __doc__)
     parser.add_argument("--processes", type=int, required=True, help="jobs beside one another")
     args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, args.processes))))
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, args.processes)))
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        left = run_ahead(args.profile, args.processes, args.only, overrides_of(args.set), args.folder)
+        left = run_ahead(
+            args.profile, args.processes, args.only, overrides_of(args.set), args.folder
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

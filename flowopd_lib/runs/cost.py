@@ -1,5 +1,5 @@
 """What a run will cost, told before it starts: pictures, forwards of the transformer, and hours of a GPU at
-the rate that was measured for its world."""
+the rate that was measured for its benchmark."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..benchmarks import Benchmark
 from ..rollout import Sampler
 from ..studies.stages import stages_of
-from ..worlds import World
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Work:
     updates: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.images + other.images, self.forwards + other.forwards, self.updates + other.updates)
+        return Work(
+            self.images + other.images, self.forwards + other.forwards, self.updates + other.updates
+        )
 
     def __mul__(self, times: float) -> Work:
         return Work(self.images * times, self.forwards * times, self.updates * times)
@@ -36,92 +38,105 @@ def _passes(guidance: float) -> int:
 
 
 class Costs:
-    """The parts that notebooks are made of, in one world."""
+    """The parts that notebooks are made of, in one benchmark."""
 
-    def __init__(self, world: World, parameters: Mapping[str, Any]):
-        self.world, self.p = world, parameters
+    def __init__(self, benchmark: Benchmark, parameters: Mapping[str, Any]):
+        self.benchmark, self.p = benchmark, parameters
 
     def evaluation(
         self, models: int, split: str = "test", n: str = "n_test", tasks: int | None = None
     ) -> Work:
         """`n` prompts a task, or as many as there are, under every model, and the further `noises`."""
         more = self.p.get("noises", {}) if n == "n_test" else {}
-        each = {task: self.p.get("repeats", 1) + more.get(task, 0) for task in list(self.world.own)[:tasks]}
-        images = models * sum(min(self.p[n], self._there(task, split)) * k for task, k in each.items())
-        passes = _passes(self.world.evaluation.guidance)
-        return Work(images, images * self.p.get("steps", self.world.evaluation.steps) * passes)
+        each = {
+            task: self.p.get("repeats", 1) + more.get(task, 0)
+            for task in list(self.benchmark.own)[:tasks]
+        }
+        images = models * sum(
+            min(self.p[n], self._there(task, split)) * k for task, k in each.items()
+        )
+        passes = _passes(self.benchmark.evaluation.guidance)
+        return Work(images, images * self.p.get("steps", self.benchmark.evaluation.steps) * passes)
 
     def _there(self, task: str, split: str) -> int:
         try:
-            return len(self.world.prompts(task, split))
+            return len(self.benchmark.prompts(task, split))
         except (OSError, ValueError):  # the files come later: as many as are asked for
             return 1 << 30
 
     def grpo(self, iterations: int, images: int, sampler: Sampler | None = None) -> Work:
-        s = sampler or self.world.exploration
+        s = sampler or self.benchmark.exploration
         each = iterations * images * _passes(s.guidance)
         return Work(iterations * images, each * s.steps, each * len(s.window))
 
     def opd(self, updates: int, prompts: int, steps: int = 0, anchor: bool = True) -> Work:
         """`steps` of a walk are learned from (0: all), each asked of its teacher and the anchor; a walk ends
         at the last of them."""
-        s = self.world.distillation
+        s = self.benchmark.distillation
         states = steps or len(s.window)
         walked = s.steps * (states / (states + 1) if steps else 1.0)
         each = updates * prompts * _passes(s.guidance)
         return Work(updates * prompts, each * (walked + states * (1 + anchor)), each * states)
 
     def sft(self, samples: int, updates: int) -> Work:
-        passes = _passes(self.world.evaluation.guidance)
+        passes = _passes(self.benchmark.evaluation.guidance)
         return Work(samples, samples * self.p["steps"] * passes, updates * 48)
 
 
 def _interference(c: Costs) -> Work:
-    p, tasks = c.p, len(c.world.tasks)
+    p, tasks = c.p, len(c.benchmark.tasks)
     size = p["prompts_per_batch"] * p["images_per_prompt"]
     of_rewards = c.grpo(p["batches"], size) * tasks
-    through = sum(c.world.passes_gradient(task.judge) for task in c.world.tasks.values())
+    through = sum(c.benchmark.passes_gradient(task.reward) for task in c.benchmark.tasks.values())
     moved = c.grpo(1, p["images"]) * (tasks * (tasks + 1 + through + bool(through)))
-    steps, walked = c.world.exploration.steps, c.grpo(p["batches"], size)
+    steps, walked = c.benchmark.exploration.steps, c.grpo(p["batches"], size)
     # on the way back every step is made once more
     walks = Work(walked.images, walked.forwards, walked.images * steps) * through
-    pulls = c.opd(p["batches"], p["prompts_per_batch"], anchor=False) * (2 * len(c.world.experts))
-    along = c.evaluation(2 + 2 * len(c.world.experts) * len(p["sizes"]))
-    begun = len(c.world.experts) * p["first_seeds"] * (p["first_iterations"] > 0)
+    pulls = c.opd(p["batches"], p["prompts_per_batch"], anchor=False) * (
+        2 * len(c.benchmark.experts)
+    )
+    along = c.evaluation(2 + 2 * len(c.benchmark.experts) * len(p["sizes"]))
+    begun = len(c.benchmark.experts) * p["first_seeds"] * (p["first_iterations"] > 0)
     first = c.grpo(p["first_iterations"], size) * begun + c.evaluation(begun + (begun > 0))
     branches = c.grpo(p["branches"], size) * tasks
-    return along + first + of_rewards + branches + walks + Work(moved.images, moved.forwards) + pulls
+    return (
+        along + first + of_rewards + branches + walks + Work(moved.images, moved.forwards) + pulls
+    )
 
 
 def _seesaw(c: Costs) -> Work:
     p = c.p
-    arms = len(p["arms"]) or len(c.world.own) + bool(c.world.beside) + 2
+    variants = len(p["variants"]) or len(c.benchmark.own) + bool(c.benchmark.auxiliary_rewards) + 2
     size, seeds = p["prompts_per_batch"] * p["images_per_prompt"], p["train_seeds"]
 
     def one(iterations: int, every: int = p["every"]) -> Work:
         looks = c.evaluation(1, "val", "n_probe") * (-(-iterations // every) + 1)
         return c.grpo(iterations, size) + looks
 
-    # an arm that still rises at the end takes all it may
-    found = one(max(p["iterations"], p["most"])) * arms
+    # an variant that still rises at the end takes all it may
+    found = one(max(p["iterations"], p["most"])) * variants
     for _, upto, _, begun in stages_of(p["budgets"]):
         found += one(upto - begun, max(p["every"], upto // 20))
-    experts = len(c.world.experts) if p["singles"] else 0
+    experts = len(c.benchmark.experts) if p["singles"] else 0
     found += c.grpo(max(1, p["iterations"] // max(experts, 1)), size) * experts
-    models = arms * (1 + (p["most"] > 0)) + bool(experts) + len(p["budgets"])
-    return (found + c.evaluation(models)) * seeds + c.evaluation(1 + len(c.world.experts))
+    models = variants * (1 + (p["most"] > 0)) + bool(experts) + len(p["budgets"])
+    return (found + c.evaluation(models)) * seeds + c.evaluation(1 + len(c.benchmark.experts))
 
 
 def _distillation(c: Costs) -> Work:
     p = c.p
     starts = len([o for o in p["others"] if o != "GRPO-Mix"])
     found = c.opd(p["iterations"], p["prompts_per_batch"], p["opd_steps"], p["mar"] > 0)
-    found = found * (p["train_seeds"] * (1 + starts)) + c.evaluation(1, "val", "n_probe") * (5 * (1 + starts))
+    found = found * (p["train_seeds"] * (1 + starts)) + c.evaluation(1, "val", "n_probe") * (
+        5 * (1 + starts)
+    )
     if "sft" in p["others"]:
         found += c.sft(p["sft_samples"], p["sft_iterations"])
     mixes = p["train_seeds"] if "GRPO-Mix" in p["others"] else 0
     found += c.grpo(p["mix_iterations"], 144) * mixes
-    return found + c.evaluation(2 + len(c.world.experts) + p["train_seeds"] * (1 + starts) + mixes)
+    return found + c.evaluation(
+        2 + len(c.benchmark.experts) + p["train_seeds"] * (1 + starts) + mixes
+    )
 
 
 def _readings(c: Costs) -> Work:
@@ -131,8 +146,12 @@ def _readings(c: Costs) -> Work:
     compared = Work(compared.images, compared.forwards, compared.updates * (readings + 3)) * 2
     trainings = readings * (len(p["rates"]) + p["train_seeds"] - 1)
     trained = c.opd(p["iterations"], p["prompts_per_batch"], anchor=False) * trainings
-    alone = c.opd(p["step_iterations"], p["prompts_per_batch"], 1, False) * len(c.world.distillation.window)
-    looks = c.evaluation(readings * len(p["rates"]) + len(c.world.distillation.window) + 2, "val", "n_val")
+    alone = c.opd(p["step_iterations"], p["prompts_per_batch"], 1, False) * len(
+        c.benchmark.distillation.window
+    )
+    looks = c.evaluation(
+        readings * len(p["rates"]) + len(c.benchmark.distillation.window) + 2, "val", "n_val"
+    )
     return compared + trained + alone + looks + c.evaluation(1 + readings * p["train_seeds"])
 
 
@@ -140,7 +159,9 @@ NOTEBOOKS: dict[str, Callable[[Costs], Work]] = {
     "00_quickstart": lambda c: c.evaluation(1) + c.evaluation(1, n="n_show"),
     "01_gradient_interference": _interference,
     "02_mixed_reward_seesaw": _seesaw,
-    "03_expert_training": lambda c: c.grpo(c.p["iterations"], 144) + c.evaluation(1 + len(c.world.experts)),
+    "03_expert_training": lambda c: (
+        c.grpo(c.p["iterations"], 144) + c.evaluation(1 + len(c.benchmark.experts))
+    ),
     "04_cold_start": lambda c: (
         c.sft(c.p["sft_samples"], c.p["sft_iterations"])
         + c.evaluation(7)
@@ -148,8 +169,10 @@ NOTEBOOKS: dict[str, Callable[[Costs], Work]] = {
     ),
     "05_opd": _distillation,
     "06_mar": lambda c: (
-        c.opd(c.p["iterations"], c.p["prompts_per_batch"], 1) * len(c.p["arms"]) * c.p["train_seeds"]
-        + c.evaluation(2 + len(c.p["arms"]) * c.p["train_seeds"])
+        c.opd(c.p["iterations"], c.p["prompts_per_batch"], 1)
+        * len(c.p["variants"])
+        * c.p["train_seeds"]
+        + c.evaluation(2 + len(c.p["variants"]) * c.p["train_seeds"])
     ),
     "07_opd_estimators": _readings,
     # where 05 has one training of each
@@ -157,15 +180,21 @@ NOTEBOOKS: dict[str, Callable[[Costs], Work]] = {
 }
 
 
-def cost_table(chosen: Mapping[str, Mapping[str, Any]], world_of: Callable[[str], World]) -> pd.DataFrame:
+def cost_table(
+    chosen: Mapping[str, Mapping[str, Any]], benchmark_of: Callable[[str], Benchmark]
+) -> pd.DataFrame:
     """A row a notebook, and their sum: pictures, thousands of forwards, without gradient and with, and hours
-    of a GPU where the world says at which rates. `chosen`: all parameters by notebook."""
+    of a GPU where the benchmark says at which rates. `chosen`: all parameters by notebook."""
     rows = []
     for notebook, parameters in chosen.items():
-        world = world_of(parameters["world"])
-        work = NOTEBOOKS[notebook](Costs(world, parameters)) if notebook in NOTEBOOKS else Work()
-        rates = world.rates
-        seconds = work.forwards / rates["forwards"] + work.updates / rates["updates"] if rates else np.nan
+        benchmark = benchmark_of(parameters["benchmark"])
+        work = (
+            NOTEBOOKS[notebook](Costs(benchmark, parameters)) if notebook in NOTEBOOKS else Work()
+        )
+        rates = benchmark.rates
+        seconds = (
+            work.forwards / rates["forwards"] + work.updates / rates["updates"] if rates else np.nan
+        )
         rows.append(
             {
                 "notebook": notebook,

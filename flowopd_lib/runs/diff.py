@@ -113,7 +113,8 @@ def compare(a: Path, b: Path, notebooks: bool = False) -> Iterator[str]:
         if any(e["state"] != "done" for e in entries):
             yield f"  state: {entries[0]['state']} | {entries[1]['state']}"
         ours, theirs = (
-            parameters(folder, notebook, e.get("parameters", {})) for folder, e in zip((a, b), entries)
+            parameters(folder, notebook, e.get("parameters", {}))
+            for folder, e in zip((a, b), entries)
         )
         changed = [
             (k, *(repr(p[k]) if k in p else "none" for p in (ours, theirs)), "")
@@ -127,7 +128,9 @@ def compare(a: Path, b: Path, notebooks: bool = False) -> Iterator[str]:
         changed = [
             (k, told(x), told(y), verdict(x, y))
             for k, (x, y) in pairs.items()
-            if x is None or y is None or any(x.get(f) != y.get(f) for f in ("mean", "low", "high", "n"))
+            if x is None
+            or y is None
+            or any(x.get(f) != y.get(f) for f in ("mean", "low", "high", "n"))
         ]
         if pairs:
             yield (
@@ -144,7 +147,9 @@ def compare(a: Path, b: Path, notebooks: bool = False) -> Iterator[str]:
             continue
         difference = nbdime.diff_notebooks(*texts)
         yield "  text: " + (
-            "the same" if not difference else "differs" + ("" if notebooks else " (--notebooks shows it)")
+            "the same"
+            if not difference
+            else "differs" + ("" if notebooks else " (--notebooks shows it)")
         )
         if difference and notebooks:
             out = io.StringIO()
@@ -152,7 +157,9 @@ def compare(a: Path, b: Path, notebooks: bool = False) -> Iterator[str]:
                 texts[0],
                 difference,
                 "",
-                PrettyPrintConfig(out, use_git=False, use_diff=False, use_color=sys.stdout.isatty()),
+                PrettyPrintConfig(
+                    out, use_git=False, use_diff=False, use_color=sys.stdout.isatty()
+                ),
             )
             yield out.getvalue().rstrip()
 
@@ -166,7 +173,9 @@ def main() -> None:
         help="a folder that flowopd_lib.runs.run wrote, such as papermill_runs/demo",
     )
     parser.add_argument("b", type=Path, metavar="RUN_B")
-    parser.add_argument("--notebooks", action="store_true", help="also show how the notebooks' text differs")
+    parser.add_argument(
+        "--notebooks", action="store_true", help="also show how the notebooks' text differs"
+    )
     args = parser.parse_args()
     try:
         for line in compare(args.a, args.b, args.notebooks):

@@ -30,7 +30,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(rows.assign(seconds=rows["seconds"].round()).to_string(index=False))
     size = sum(p.stat().st_size for p in PLACE.rglob("*") if p.is_file())
-    print(f"{rows['seconds'].sum() / 60:.0f} minutes of training; {PLACE.name} has {size / 1e6:.1f} MB")
+    print(
+        f"{rows['seconds'].sum() / 60:.0f} minutes of training; {PLACE.name} has {size / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ def load_profile(name: str) -> dict[str, dict]:
         names = [p.stem for p in sorted(path.parent.glob("*.yaml"))]
         raise ValueError(f"no profile {name!r}{nearest(name, names)}; there are {', '.join(names)}")
     profile = read_yaml(path)
-    if not isinstance(profile, dict) or not all(isinstance(p, dict | None) for p in profile.values()):
+    if not isinstance(profile, dict) or not all(
+        isinstance(p, dict | None) for p in profile.values()
+    ):
         raise ValueError(
             f"{path} must map notebooks to their parameters, such as `00_quickstart: {{n_test: 12}}`"
         )
@@ -60,7 +62,9 @@ def check_parameters(notebook: Path, parameters: dict) -> None:
                 f"out_dir of {notebook.name} is set by the run, to a folder in the run's own (--folder)"
             )
         default = known[name]
-        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+        if type(value) is not type(default) and not (
+            isinstance(default, float) and type(value) is int
+        ):
             raise ValueError(
                 f"{notebook.name} takes {name} as {type(default).__name__}, such as {default!r}, not "
                 f"{value!r}"
@@ -94,7 +98,9 @@ def choose(profile: str, only: str, overrides: Mapping) -> dict[str, dict]:
                 f"there is no parameter {name!r}{nearest(name, names)} in {', '.join(chosen)}; there are "
                 f"{', '.join(names)}"
             )
-    chosen = {n: {**p, **{k: v for k, v in overrides.items() if k in known[n]}} for n, p in chosen.items()}
+    chosen = {
+        n: {**p, **{k: v for k, v in overrides.items() if k in known[n]}} for n, p in chosen.items()
+    }
     for notebook, parameters in chosen.items():
         check_parameters(NOTEBOOKS / f"{notebook}.ipynb", parameters)
     return chosen
@@ -115,7 +121,9 @@ def profile_parser(prog: str, description: str) -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="override parameters, in the notebooks that have them",
     )
-    parser.add_argument("--folder", type=Path, help="where the run goes (default: papermill_runs/PROFILE)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the run goes (default: papermill_runs/PROFILE)"
+    )
     return parser
 
 

@@ -51,7 +51,9 @@ def make_small(run: str | Path, out: str | Path, gallery: bool = True) -> int:
     for notebook in load_profile(record["profile"]):
         state = status.get(notebook, {}).get("state", "not there")
         if state != "done":
-            raise ValueError(f"{run} is no whole run: {notebook} is {state}; go on with it (--resume)")
+            raise ValueError(
+                f"{run} is no whole run: {notebook} is {state}; go on with it (--resume)"
+            )
     commits = {name: told["git"] for name, told in record["notebooks"].items()}
     different = {git["commit"] for git in commits.values()}
     if len(different) > 1:
@@ -61,7 +63,9 @@ def make_small(run: str | Path, out: str | Path, gallery: bool = True) -> int:
         )
     changed = [name for name, git in commits.items() if git["dirty"]]
     if changed:
-        raise ValueError(f"{changed[0]} ran from files that no commit has; commit them and run it anew")
+        raise ValueError(
+            f"{changed[0]} ran from files that no commit has; commit them and run it anew"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         small = Path(folder) / "reference"
@@ -72,7 +76,8 @@ def make_small(run: str | Path, out: str | Path, gallery: bool = True) -> int:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
         write_json(
-            small / "manifest.json", record | {"kept": LEFT_OUT + (GALLERY if gallery else NO_GALLERY)}
+            small / "manifest.json",
+            record | {"kept": LEFT_OUT + (GALLERY if gallery else NO_GALLERY)},
         )
         sizes = {p.relative_to(small): p.stat().st_size for p in small.rglob("*") if p.is_file()}
         if sum(sizes.values()) > LARGEST:
@@ -108,7 +113,10 @@ def _kept(source: Path, place: Path, gallery: bool) -> bytes | None:
         if not gallery or place.parts[:2] not in [(SHOWN, name) for name in ADAPTERS]:
             return None
         if place.suffix == ".safetensors":
-            return save({key: w.to(torch.bfloat16) for key, w in load_file(source).items()}, {"format": "pt"})
+            return save(
+                {key: w.to(torch.bfloat16) for key, w in load_file(source).items()},
+                {"format": "pt"},
+            )
         return source.read_bytes()
     if place.suffix == ".zip" or place.name == "about.json":
         kept = "looks" in place.parts or _pictured("/".join(place.parts[1:]), source.parents[1])

@@ -38,7 +38,8 @@ PACKAGES = (
     "papermill",
 )
 FORMULA = re.compile(
-    r"(?P<code>(`+)[^`]*\2)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\s](?:[^$]*[^$\s])?)\$(?!\d)", re.S
+    r"(?P<code>(`+)[^`]*\2)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\s](?:[^$]*[^$\s])?)\$(?!\d)",
+    re.S,
 )
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif;
@@ -81,7 +82,9 @@ def checkout(root: Path, besides: Path) -> dict | None:
     root = root.resolve()
     aside = [f":(exclude){besides.relative_to(root)}"] if besides.is_relative_to(root) else []
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:  # somebody else's, around ours
+        if (
+            Path(git("rev-parse", "--show-toplevel")).resolve() != root
+        ):  # somebody else's, around ours
             return None
         return {
             "commit": git("rev-parse", "HEAD"),
@@ -100,7 +103,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def manifest(profile: str, folder: Path, status: Mapping[str, dict], inputs: Mapping[str, str]) -> dict:
+def manifest(
+    profile: str, folder: Path, status: Mapping[str, dict], inputs: Mapping[str, str]
+) -> dict:
     """What was run, from which commit, on what, and the hashes of what came out, but for the states of
     trainings (safetensors). No host name."""
 
@@ -114,7 +119,10 @@ def manifest(profile: str, folder: Path, status: Mapping[str, dict], inputs: Map
             and not any(part.startswith(".") for part in p.relative_to(folder).parts)
         )
         return {
-            p.relative_to(folder / notebook).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size}
+            p.relative_to(folder / notebook).as_posix(): {
+                "sha256": sha256(p),
+                "bytes": p.stat().st_size,
+            }
             for p in paths
         }
 
@@ -174,7 +182,9 @@ def page(manifest: Mapping, folder: Path) -> str:
 
 def _body(path: Path) -> str:
     """An executed notebook's text and outputs as HTML without head."""
-    from nbconvert import HTMLExporter  # here, because every notebook imports this package and none needs it
+    from nbconvert import (
+        HTMLExporter,  # here, because every notebook imports this package and none needs it
+    )
 
     notebook = nbformat.read(path, 4)
     for cell in notebook.cells:
@@ -210,7 +220,9 @@ def with_formulas(markdown: str) -> str:
         if found["code"]:
             return found["code"]
         try:
-            told = convert(found["block"] or found["inline"], display="block" if found["block"] else "inline")
+            told = convert(
+                found["block"] or found["inline"], display="block" if found["block"] else "inline"
+            )
             return told.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")  # HTML knows
         except (NoAvailableTokensError, IndexError, ValueError):
             return found[0]

@@ -29,7 +29,7 @@ FIGURES = {
     "05_opd": ("scores.png", "curves.png", "gold.png", "gallery.png"),
     "06_mar": ("change.png", "gold.png", "hacking.png"),
     "07_opd_estimators": ("scores.png", "steps.png"),
-    "08_results": ("ledger.png", "surpassing.png"),
+    "08_results": ("claims.png", "surpassing.png"),
 }
 
 
@@ -38,7 +38,9 @@ def results_page(run: Path, place: Path) -> str:
     with a notebook that has not been run to its end."""
     status, record = read_status(run), json.loads((run / "manifest.json").read_text())
     machine = record["machine"]
-    commits = {told["git"]["commit"][:10] for told in record["notebooks"].values() if told.get("git")}
+    commits = {
+        told["git"]["commit"][:10] for told in record["notebooks"].values() if told.get("git")
+    }
     about = ", ".join(
         [f"commit {', '.join(sorted(commits)) or 'unknown'}", record["date"][:10], _told(machine)]
     )
@@ -51,7 +53,9 @@ def results_page(run: Path, place: Path) -> str:
     for name, told in status.items():
         executed = run / f"{name}.ipynb"
         if told["state"] != "done" or not executed.is_file():
-            raise ValueError(f"{run} is no whole run: {name} is {told['state']}; go on with it (--resume)")
+            raise ValueError(
+                f"{run} is no whole run: {name} is {told['state']}; go on with it (--resume)"
+            )
         notebook = nbformat.read(executed, 4)
         texts = [c.source for c in notebook.cells if c.cell_type == "markdown"]
         found = [_markdown(c) for c in notebook.cells if c.cell_type == "code" and _markdown(c)]
@@ -63,11 +67,17 @@ def results_page(run: Path, place: Path) -> str:
         lines += [" ".join(question[1].split()), ""] if question else []
         for figure in FIGURES.get(name, ()):
             if (run / name / figure).is_file():
-                lines += [f"![{name}: {Path(figure).stem}]({_link(run / name / figure, place)})", ""]
+                lines += [
+                    f"![{name}: {Path(figure).stem}]({_link(run / name / figure, place)})",
+                    "",
+                ]
         lines.append(found[-1].strip())
         if told.get("seconds"):
             other = told.get("machine", machine)
-            lines += ["", f"({duration(told['seconds'])}{f', {_told(other)}' if other != machine else ''})"]
+            lines += [
+                "",
+                f"({duration(told['seconds'])}{f', {_told(other)}' if other != machine else ''})",
+            ]
     return "\n".join(lines) + "\n"
 
 

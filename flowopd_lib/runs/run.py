@@ -6,7 +6,7 @@ import signal
 import sys
 from functools import cache
 
-from ..worlds import load_world
+from ..benchmarks import load_benchmark
 from .cost import cost_table
 from .profiles import NOTEBOOKS, choose, overrides_of, parameters_of, profile_parser
 from .runner import run_profile
@@ -14,10 +14,10 @@ from .runner import run_profile
 
 def costs(chosen: dict[str, dict]) -> str:
     """What a profile's notebooks will cost, as a table to read."""
-    worlds = cache(load_world)
+    benchmarks = cache(load_benchmark)
     whole = {n: {**parameters_of(NOTEBOOKS / f"{n}.ipynb"), **p} for n, p in chosen.items()}
-    table = cost_table(whole, worlds)
-    rates = [w.rates for w in map(worlds, {p["world"] for p in whole.values()}) if w.rates]
+    table = cost_table(whole, benchmarks)
+    rates = [w.rates for w in map(benchmarks, {p["benchmark"] for p in whole.values()}) if w.rates]
     told = "".join(
         f"\nat {r['forwards']:g} forwards and {r['updates']:g} updates a second of one {r['device']}"
         for r in rates

@@ -31,20 +31,22 @@ def read_status(folder: Path) -> dict[str, dict]:
         status = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); delete it to start over") from error
-    if not isinstance(status, dict) or not all(isinstance(s, dict) and "state" in s for s in status.values()):
+    if not isinstance(status, dict) or not all(
+        isinstance(s, dict) and "state" in s for s in status.values()
+    ):
         raise ValueError(f"{path} is not the status of a run; delete it to start over")
     return status
 
 
 def inputs() -> dict[str, str]:
-    """sha256 of what any notebook may read beside its own text: the library's source, its worlds, the assets'
+    """sha256 of what any notebook may read beside its own text: the library's source, its benchmarks, the assets'
     manifests, the recipes."""
     library = ROOT / "flowopd_lib"
     files = {
         p.relative_to(ROOT).as_posix(): p
         for p in (
             *library.rglob("*.py"),
-            *(library / "worlds").rglob("*.yaml"),
+            *(library / "benchmarks").rglob("*.yaml"),
             *(library / "assets").rglob("manifest.json"),
         )
     }
@@ -55,15 +57,23 @@ def inputs() -> dict[str, str]:
 def needs_of(notebook: str) -> list[str]:
     """The notebooks whose results a notebook reads, as its metadata say: `{"flowopd": {"needs":
     ["05_opd"]}}`."""
-    return nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).metadata.get("flowopd", {}).get("needs", [])
+    return (
+        nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4)
+        .metadata.get("flowopd", {})
+        .get("needs", [])
+    )
 
 
 def check_needs(chosen: Mapping[str, dict], status: Mapping[str, dict], folder: Path) -> None:
     """Raises ValueError if a notebook needs one that neither comes before it nor is done in `folder`. Given a
     `run_dir`, it reads another run."""
-    there = {n for n, s in status.items() if s["state"] == "done" and (folder / n).is_dir()} - set(chosen)
+    there = {n for n, s in status.items() if s["state"] == "done" and (folder / n).is_dir()} - set(
+        chosen
+    )
     for notebook, parameters in chosen.items():
-        missing = [] if parameters.get("run_dir") else [n for n in needs_of(notebook) if n not in there]
+        missing = (
+            [] if parameters.get("run_dir") else [n for n in needs_of(notebook) if n not in there]
+        )
         if missing:
             raise ValueError(
                 f"{notebook} needs {', '.join(missing)}, neither before it in this run nor done in "
@@ -80,15 +90,20 @@ def fingerprints(chosen: Mapping[str, dict], status: Mapping[str, dict]) -> dict
     """
     read, made = inputs(), {n: s.get("fingerprint") for n, s in status.items()}
     for notebook, parameters in chosen.items():
-        cells = [(c.cell_type, c.source) for c in nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).cells]
+        cells = [
+            (c.cell_type, c.source) for c in nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).cells
+        ]
         there = made
         if parameters.get("run_dir"):  # the results of another run
             there = {
-                n: s.get("fingerprint") for n, s in read_status(NOTEBOOKS / parameters["run_dir"]).items()
+                n: s.get("fingerprint")
+                for n, s in read_status(NOTEBOOKS / parameters["run_dir"]).items()
             }
         needed = {n: there.get(n) for n in needs_of(notebook)}
-        world = NOTEBOOKS / str(parameters.get("world", ""))
-        needed["world"] = report.sha256(world) if world.is_file() else None  # one of the user's own
+        benchmark = NOTEBOOKS / str(parameters.get("benchmark", ""))
+        needed["benchmark"] = (
+            report.sha256(benchmark) if benchmark.is_file() else None
+        )  # one of the user's own
         made[notebook] = hashlib.sha256(
             json.dumps([cells, parameters, read, needed], sort_keys=True).encode()
         ).hexdigest()
@@ -189,7 +204,9 @@ def run_profile(
     share of the cores and after what it needs. Raises FolderInUse while another run writes to the folder.
     """
     if jobs < 1:
-        raise ValueError(f"jobs, the notebooks that run beside one another, must be at least 1, not {jobs}")
+        raise ValueError(
+            f"jobs, the notebooks that run beside one another, must be at least 1, not {jobs}"
+        )
     chosen = choose(name, only, overrides or {})
     folder = (folder or RUNS / name).resolve()
     if folder.is_file() or folder == NOTEBOOKS.resolve():
@@ -200,7 +217,9 @@ def run_profile(
         return _run(name, only, chosen, folder, log, resume, jobs)
 
 
-def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resume: bool, jobs: int) -> Path:
+def _run(
+    name: str, only: str, chosen: dict[str, dict], folder: Path, log, resume: bool, jobs: int
+) -> Path:
     old = read_status(folder)
     kept = old if only or resume else {}
     earlier = [
@@ -216,7 +235,8 @@ def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resum
     }
     order = dict.fromkeys([n for n in load_profile(name) if n in chosen or n in kept] + list(kept))
     status = {
-        n: kept[n] if n in kept and (resume or n not in chosen) else {"state": "waiting"} for n in order
+        n: kept[n] if n in kept and (resume or n not in chosen) else {"state": "waiting"}
+        for n in order
     }
 
     def finished(notebook: str, fingerprint: str) -> bool:
@@ -291,7 +311,9 @@ def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resum
                         and len(running) < jobs
                         and (
                             ready := [
-                                n for n in waiting if not {*needs_of(n)} & {*waiting, *running.values()}
+                                n
+                                for n in waiting
+                                if not {*needs_of(n)} & {*waiting, *running.values()}
                             ]
                         )
                     ):
@@ -312,7 +334,9 @@ def _run(name: str, only: str, chosen: dict[str, dict], folder: Path, log, resum
                     if error:
                         failed = failed or error
                         ended(
-                            notebook, state="failed", error=scrub(str(error), folder) or type(error).__name__
+                            notebook,
+                            state="failed",
+                            error=scrub(str(error), folder) or type(error).__name__,
                         )
                     else:
                         ended(notebook, state="done", seconds=round(future.result(), 1))

@@ -1,9 +1,9 @@
-"""The paper's claims as data, each with a test on a run's artifacts: the ledger of what a world
+"""The paper's claims as data, each with a test on a run's artifacts: the claims table of what a benchmark
 reproduces.
 
 A claim is a sign. It is "contradicted" if the effect has the other sign with its 95 % interval, else
 "bounded" if that holds no effect as large as a third of the paper's own (smaller than claimed, and known to
-be), "reproduced" if it has the sign, and else "undecided". Effects of other worlds are compared in shares of
+be), "reproduced" if it has the sign, and else "undecided". Effects of other benchmarks are compared in shares of
 the distance from the base to the expert. Numbers of the paper are those of Flow-OPD (2605.08063), SD-3.5-M;
 they enter that bound and nothing else.
 """
@@ -24,10 +24,10 @@ from ..stats import AVERAGE
 from .directions import foretold, model_of
 from .paper import PAPER_MAIN
 
-HOME = {judge: task for judge, task, _ in AVERAGE}
-# The experts, and the judge each was trained for.
+HOME = {reward: task for reward, task, _ in AVERAGE}
+# The experts, and the reward each was trained for.
 EXPERTS = {"geneval": "GenEval", "ocr": "OCR", "pickscore": "PickScore", "deqa": "DeQA"}
-TRAINED_FOR = {judge: expert for expert, judge in EXPERTS.items()}
+TRAINED_FOR = {reward: expert for expert, reward in EXPERTS.items()}
 # How far along the experts notebook 01 looks for a conflict, and which step foretells which.
 HALF, SMALL, WHOLE = 0.5, 0.25, 1.0
 
@@ -46,9 +46,12 @@ class Run:
 
     def samples(self, notebook: str) -> pd.DataFrame:
         if notebook not in self._tables:
-            path = self.path(notebook, "ood.parquet" if notebook == "08_results" else "samples.parquet")
+            path = self.path(
+                notebook, "ood.parquet" if notebook == "08_results" else "samples.parquet"
+            )
             self._tables[notebook] = pd.read_parquet(
-                path, columns=[c for c in pyarrow.parquet.read_schema(path).names if c != "embedding"]
+                path,
+                columns=[c for c in pyarrow.parquet.read_schema(path).names if c != "embedding"],
             )
         return self._tables[notebook]
 
@@ -71,7 +74,7 @@ class Run:
 @dataclass(frozen=True)
 class Effect:
     """What a test measured, with its 95 % interval; n as `measured` says; `seeds`: trainings of the model
-    judged; `bound`: what `Claim.margin` is in the units of the effect (NaN: not known)."""
+    scored; `bound`: what `Claim.margin` is in the units of the effect (NaN: not known)."""
 
     effect: float
     low: float
@@ -102,7 +105,7 @@ class Claim:
 def prompt_scores(
     table: pd.DataFrame, models: Sequence[str], parts: Sequence[tuple[str, str, float]]
 ) -> list[dict[str, np.ndarray]]:
-    """For each task in `parts` (judge, task, full scale), by model: (prompts, trainings), what each prompt
+    """For each task in `parts` (reward, task, full scale), by model: (prompts, trainings), what each prompt
     adds to the mean over parts in full scales.
 
     A training is a `train_seed`; repeats are averaged. Prompts are those that every model has. Raises Missing
@@ -150,13 +153,15 @@ def paired(
     """Model minus baseline on the same prompts, mean over `parts` (the paper's Average by default): mean,
     low, high, n prompts.
 
-    Percentile bootstrap at `level`; prompts are drawn within their task, for both models and all judges of
+    Percentile bootstrap at `level`; prompts are drawn within their task, for both models and all rewards of
     the task together. Of a model trained several times, trainings are drawn too, the same for all tasks: the
     interval then speaks of other trainings as well, if few tell little of them.
     """
     tasks, rng = prompt_scores(table, (model, baseline), parts), np.random.default_rng(seed)
     count = {name: tasks[0][name].shape[1] for name in (model, baseline)}
-    trainings = {name: rng.multinomial(n, [1 / n] * n, size=resamples) / n for name, n in count.items()}
+    trainings = {
+        name: rng.multinomial(n, [1 / n] * n, size=resamples) / n for name, n in count.items()
+    }
     draws = np.zeros(resamples)
     for scores in tasks:
         n = len(scores[model])
@@ -174,20 +179,21 @@ def paired(
     )
 
 
-def third(model: str, baseline: str, judge: str = "Average") -> float:
+def third(model: str, baseline: str, reward: str = "Average") -> float:
     """A third of the paper's difference between two models of its main table, in shares of the distance from
     its base to its expert (for the Average: of all four)."""
-    judges = [(j, s) for j, _, s in AVERAGE if judge in (j, "Average")]
+    rewards = [(j, s) for j, _, s in AVERAGE if reward in (j, "Average")]
     apart = [
-        (PAPER_MAIN[f"{TRAINED_FOR[j]} expert"][j] - PAPER_MAIN["base"][j]) / (s if judge == "Average" else 1)
-        for j, s in judges
+        (PAPER_MAIN[f"{TRAINED_FOR[j]} expert"][j] - PAPER_MAIN["base"][j])
+        / (s if reward == "Average" else 1)
+        for j, s in rewards
     ]
-    difference = abs(PAPER_MAIN[model][judge] - PAPER_MAIN[baseline][judge])
+    difference = abs(PAPER_MAIN[model][reward] - PAPER_MAIN[baseline][reward])
     return difference / float(np.mean(apart)) / 3
 
 
 def distance(run: Run, parts: Sequence[tuple[str, str, float]]) -> float:
-    """From the base to the expert, as notebook 03 has it, mean over `parts` (judge, task, full scale); NaN
+    """From the base to the expert, as notebook 03 has it, mean over `parts` (reward, task, full scale); NaN
     where that was not run, or an expert has not learned."""
     try:
         table = run.samples("03_expert_training")
@@ -203,9 +209,9 @@ def least(run: Run, parts: Sequence[tuple[str, str, float]]) -> float:
     return float(np.min([distance(run, [part]) for part in parts]))
 
 
-def against(model: str, baseline: str, judge: str = "Average"):
-    """Test: model minus baseline by a judge on its own prompts, in its units."""
-    parts = AVERAGE if judge == "Average" else [(judge, HOME[judge], 1.0)]
+def against(model: str, baseline: str, reward: str = "Average"):
+    """Test: model minus baseline by a reward on its own prompts, in its units."""
+    parts = AVERAGE if reward == "Average" else [(reward, HOME[reward], 1.0)]
 
     def test(run: Run, claim: Claim) -> Effect:
         table = run.samples(claim.needs)
@@ -215,7 +221,7 @@ def against(model: str, baseline: str, judge: str = "Average"):
         return Effect(
             *paired(table, model, baseline, parts),
             len(each),
-            f"{judge}, {model} minus {baseline}, by prompts",
+            f"{reward}, {model} minus {baseline}, by prompts",
             note,
             claim.margin * distance(run, parts),
         )
@@ -237,59 +243,71 @@ def beyond_mix(run: Run, claim: Claim) -> Effect:
     return replace(found, note="; ".join(filter(None, (found.note, spent))))
 
 
-def at_compute(mix: str, twin: str = ""):
+def at_compute(mix: str, gold: str = ""):
     """Test: the student's Average less that of GRPO-Mix with all the time that the experts and the student
-    took ("Mix total") or twice that ("Mix twice"), by the judges or, with GOLD, by their twins, on which
+    took ("Mix total") or twice that ("Mix twice"), by the rewards or, with GOLD, by their gold rewards, on which
     nothing is trained. For the total both were asked after the run of commit e566ec6 was seen, and of that
     run are a description, not a test; for twice it, before any such training had ended."""
     notebook = "02_mixed_reward_seesaw"
-    parts = [(judge + twin, task, scale) for judge, task, scale in AVERAGE]
+    parts = [(reward + gold, task, scale) for reward, task, scale in AVERAGE]
 
     def test(run: Run, claim: Claim) -> Effect:
         ours, other = run.samples(claim.needs), run.samples(notebook)
         if mix not in set(other["model"]):
             raise Missing(f"{notebook}: the table has no {mix!r}")
-        table = pd.concat([ours[ours["model"] == "student"], other[other["model"] == mix]], ignore_index=True)
+        table = pd.concat(
+            [ours[ours["model"] == "student"], other[other["model"] == mix]], ignore_index=True
+        )
         return Effect(
             *paired(table, "student", mix, parts),
-            table.loc[table["model"] == "student", "train_seed"].nunique() if "train_seed" in table else 1,
-            f"Average{' of the twins' if twin else ''}, student minus {mix}, by prompts",
+            table.loc[table["model"] == "student", "train_seed"].nunique()
+            if "train_seed" in table
+            else 1,
+            f"Average{' of the gold rewards' if gold else ''}, student minus {mix}, by prompts",
             bound=claim.margin * distance(run, AVERAGE),
         )
 
     return test
 
 
-def some(prefix: str, baseline: str, *judges: str):
-    """Test: the change claimed appears for some model that begins with `prefix` and some judge, with
+def some(prefix: str, baseline: str, *rewards: str):
+    """Test: the change claimed appears for some model that begins with `prefix` and some reward, with
     Bonferroni's intervals over all of them.
 
     The interval is that of the most favourable true change: it holds that with 95 % because all intervals
-    hold together. Several judges are compared in shares of their full scales.
+    hold together. Several rewards are compared in shares of their full scales.
     """
 
     def test(run: Run, claim: Claim) -> Effect:
         table = run.samples(claim.needs)
-        pairs = [(m, j) for m in table["model"].unique() if m.startswith(prefix) for j in judges]
+        pairs = [(m, j) for m in table["model"].unique() if m.startswith(prefix) for j in rewards]
         if not pairs:
             raise Missing(f"the table has no model that begins with {prefix!r}")
-        scale = {j: s if len(judges) > 1 else 1.0 for j, _, s in AVERAGE}
+        scale = {j: s if len(rewards) > 1 else 1.0 for j, _, s in AVERAGE}
         found = {
             pair: paired(
-                table, pair[0], baseline, [(pair[1], HOME[pair[1]], scale[pair[1]])], 1 - 0.05 / len(pairs)
+                table,
+                pair[0],
+                baseline,
+                [(pair[1], HOME[pair[1]], scale[pair[1]])],
+                1 - 0.05 / len(pairs),
             )
             for pair in pairs
         }
         best = np.max if claim.claimed == "> 0" else np.min
         effect, low, high = (float(best([f[i] for f in found.values()])) for i in range(3))
-        model, judge = next(pair for pair in pairs if found[pair][0] == effect)
-        trainings = table.loc[table["model"] == model, "train_seed"].nunique() if "train_seed" in table else 1
-        measured = (
-            f"{judge}{' / full scale' if len(judges) > 1 else ''}, {model} minus {baseline}, by prompts"
+        model, reward = next(pair for pair in pairs if found[pair][0] == effect)
+        trainings = (
+            table.loc[table["model"] == model, "train_seed"].nunique()
+            if "train_seed" in table
+            else 1
         )
-        note = f"the most favourable of {len(pairs)}, Bonferroni's interval" if len(pairs) > 1 else ""
-        bound = claim.margin * least(run, [(j, HOME[j], scale[j]) for j in judges])
-        return Effect(effect, low, high, found[model, judge][3], trainings, measured, note, bound)
+        measured = f"{reward}{' / full scale' if len(rewards) > 1 else ''}, {model} minus {baseline}, by prompts"
+        note = (
+            f"the most favourable of {len(pairs)}, Bonferroni's interval" if len(pairs) > 1 else ""
+        )
+        bound = claim.margin * least(run, [(j, HOME[j], scale[j]) for j in rewards])
+        return Effect(effect, low, high, found[model, reward][3], trainings, measured, note, bound)
 
     return test
 
@@ -333,7 +351,7 @@ def first_order(run: Run, claim: Claim) -> Effect:
         pairs,
         1,
         f"slope of the change along whole experts on {WHOLE / SMALL:g} times that along {SMALL:g} of them, "
-        "by pairs of expert and judge",
+        "by pairs of expert and reward",
         f"the interval {'holds' if low <= 1 <= high else 'leaves out'} 1, the exact prediction",
         claim.margin,
     )

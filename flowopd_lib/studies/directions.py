@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from ..benchmarks import Benchmark
 from ..policy import FlowPolicy
 from ..stats import Home, home_scores, paired_differences
-from ..worlds import World
 from .interference import block_of, gram_table
 
 # Below this, in full scales, what a score changes from prompt to prompt is no noise to weigh it by.
@@ -55,18 +55,24 @@ def along(
 
 
 def changes(
-    table: pd.DataFrame, home: Home, directions: Sequence[str], sizes: Sequence[float], start: str = ""
+    table: pd.DataFrame,
+    home: Home,
+    directions: Sequence[str],
+    sizes: Sequence[float],
+    start: str = "",
 ) -> pd.DataFrame:
-    """A row per direction, size and judge: along, size, judge, mean, low, high (95 %, over n prompts), in
+    """A row per direction, size and reward: along, size, reward, mean, low, high (95 %, over n prompts), in
     shares of the full scale, against the model `start` (the base if it is empty). `table`: `evaluate`'s."""
     asked = {model_of(d, a, start): (d, a) for d in directions for a in sizes}
-    scale = {judge: full for judge, _, full in home}
+    scale = {reward: full for reward, _, full in home}
     baseline = start or "base"
     own = home_scores(table[table["model"].isin([baseline, *asked])], home)
     found = paired_differences(own, baseline, list(scale), by=())
-    shares = found[["mean", "low", "high"]].div(found["judge"].map(scale), axis=0)
-    names = pd.DataFrame([asked[m] for m in found["model"]], columns=["along", "size"], index=found.index)
-    return pd.concat([names, found[["judge"]], shares, found[["n"]]], axis=1)
+    shares = found[["mean", "low", "high"]].div(found["reward"].map(scale), axis=0)
+    names = pd.DataFrame(
+        [asked[m] for m in found["model"]], columns=["along", "size"], index=found.index
+    )
+    return pd.concat([names, found[["reward"]], shares, found[["n"]]], axis=1)
 
 
 def alignment(policy: FlowPolicy, trainings: Mapping[str, Sequence[str]]) -> pd.DataFrame:
@@ -91,7 +97,11 @@ def alignment(policy: FlowPolicy, trainings: Mapping[str, Sequence[str]]) -> pd.
                 if place in one.a and place in other.a:
                     # <B A, B' A'> without the products, which are as large as the base
                     inner = (one.b[place].T @ other.b[place]) * (one.a[place] @ other.a[place].T)
-                    scale = one.alpha[place] * other.alpha[place] / (len(one.a[place]) * len(other.a[place]))
+                    scale = (
+                        one.alpha[place]
+                        * other.alpha[place]
+                        / (len(one.a[place]) * len(other.a[place]))
+                    )
                     gram[i, j] += scale * inner.double().sum().item()
     for block, gram in list(grams.items())[1:]:
         grams["all", "all"] = grams["all", "all"] + gram
@@ -101,18 +111,18 @@ def alignment(policy: FlowPolicy, trainings: Mapping[str, Sequence[str]]) -> pd.
 WAYS = {
     "along": "Half of the expert: change of the score",
     "first": "The first iterations: change of the score",
-    "walk": "A step along the gradient through the judge",
+    "walk": "A step along the gradient through the reward",
     "vectors": "Cosine of what the first iterations changed",
     "branch": "Cosine of score functions",
 }
 
 
-def ways(world: World, tables: Mapping[str, pd.DataFrame | None]) -> pd.DataFrame:
+def ways(benchmark: Benchmark, tables: Mapping[str, pd.DataFrame | None]) -> pd.DataFrame:
     """The answers of several measurements (`tables`, by their name in `WAYS`) to one question, does what
-    teaches one judge move another: way, along, judge, mean, low, high, and `says`, the sign where the
+    teaches one reward move another: way, along, reward, mean, low, high, and `says`, the sign where the
     interval leaves out 0. A value without a known interval says nothing and is left out."""
-    of_expert = {expert: judge for judge, expert in world.experts_of.items()}
-    of_task, rows = {name: task.judge for name, task in world.tasks.items()}, []
+    of_expert = {expert: reward for reward, expert in benchmark.experts_of.items()}
+    of_task, rows = {name: task.reward for name, task in benchmark.tasks.items()}, []
     for way in WAYS:
         table = tables.get(way)
         if table is None or table.empty:
@@ -121,22 +131,26 @@ def ways(world: World, tables: Mapping[str, pd.DataFrame | None]) -> pd.DataFram
             size = min(table["size"][table["size"] > 0], key=lambda a: abs(a - 0.5))
             told = table[table["size"] == size].assign(along=lambda t: t["along"].map(of_expert))
         elif way == "walk":
-            told = table.assign(along=table["task"].map(of_task), judge=table["on"].map(of_task))
-            told = told.rename(columns=lambda c: c.replace("measured_", "").replace("measured", "mean"))
+            told = table.assign(along=table["task"].map(of_task), reward=table["on"].map(of_task))
+            told = told.rename(
+                columns=lambda c: c.replace("measured_", "").replace("measured", "mean")
+            )
         else:
             names = of_expert if way == "vectors" else of_task
             told = table[(table["block"] == "all") & (table["sigma"].astype(str) == "all")]
-            told = told.assign(along=told["task"].map(names), judge=told["on"].map(names))
-            told = told.assign(mean=told["cosine"], low=told["cosine_low"], high=told["cosine_high"])
-        rows.append(told.assign(way=way)[["way", "along", "judge", "mean", "low", "high"]])
+            told = told.assign(along=told["task"].map(names), reward=told["on"].map(names))
+            told = told.assign(
+                mean=told["cosine"], low=told["cosine_low"], high=told["cosine_high"]
+            )
+        rows.append(told.assign(way=way)[["way", "along", "reward", "mean", "low", "high"]])
     found = pd.concat(rows).dropna(subset=["low", "high"]).reset_index(drop=True)
     return found.assign(says=np.where(found["low"] > 0, 1, np.where(found["high"] < 0, -1, 0)))
 
 
 def agreement(found: pd.DataFrame) -> tuple[int, int, int]:
-    """Of the pairs of different judges in `ways`' table: how many two ways or more decide, on how many of
+    """Of the pairs of different rewards in `ways`' table: how many two ways or more decide, on how many of
     these all that do say the same, and how many there are."""
-    pairs = found[found["along"] != found["judge"]].groupby(["along", "judge"])["says"]
+    pairs = found[found["along"] != found["reward"]].groupby(["along", "reward"])["says"]
     decided = pairs.apply(lambda says: (says != 0).sum() >= 2)
     same = pairs.apply(lambda says: says[says != 0].nunique() == 1)
     return int(decided.sum()), int((decided & same).sum()), len(decided)
@@ -152,21 +166,25 @@ def foretold(
     seed: int = 0,
 ) -> tuple[float, float, float, int]:
     """Does the change of a small step, times whole / small, foretell that of the whole? The slope of the
-    measured on the foretold change, from the base, over all pairs of a direction and another judge than that
-    it was trained for (`directions`: by name, that judge): slope, low, high (95 %, prompts drawn), number of
+    measured on the foretold change, from the base, over all pairs of a direction and another reward than that
+    it was trained for (`directions`: by name, that reward): slope, low, high (95 %, prompts drawn), number of
     pairs. 1 is exact.
 
     One half of the prompts foretells and the other is measured, each way, so that no prompt's noise is on
-    both sides; and what noise takes from the slope, sum(p_A m_B) / sum(p_A p_B) gives back. A judge's pairs
+    both sides; and what noise takes from the slope, sum(p_A m_B) / sum(p_A p_B) gives back. A reward's pairs
     weigh by the inverse variance of its change from prompt to prompt (weighted least squares), or the noise
-    of a judge that says yes or no would be all there is.
+    of a reward that says yes or no would be all there is.
     """
     parts = []
-    for judge, task, scale in home:
+    for reward, task, scale in home:
         rows = table[table["task"] == task]
-        scores = rows.groupby(["prompt", "model"], sort=False)[judge].mean().unstack("model") / scale
-        others = [d for d, own in directions.items() if own != judge]
-        p = np.stack([scores[model_of(d, small)] - scores["base"] for d in others], 1) * (whole / small)
+        scores = (
+            rows.groupby(["prompt", "model"], sort=False)[reward].mean().unstack("model") / scale
+        )
+        others = [d for d, own in directions.items() if own != reward]
+        p = np.stack([scores[model_of(d, small)] - scores["base"] for d in others], 1) * (
+            whole / small
+        )
         m = np.stack([scores[model_of(d, whole)] - scores["base"] for d in others], 1)
         parts.append((p, m, 1 / max(m.var(0).mean(), LEAST**2)))
     rng, top, bottom = np.random.default_rng(seed), 0.0, 0.0

@@ -32,6 +32,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..benchmarks import load_benchmark
+from ..benchmarks.benchmark import DEFAULT
 from ..files import write_json
 from ..jobs.site import Site
 from ..merge import merge
@@ -40,8 +42,6 @@ from ..objectives.opd import Visit, Walks
 from ..policy import FlowPolicy
 from ..progress import progress
 from ..schedule import Schedule
-from ..worlds import load_world
-from ..worlds.world import DEFAULT
 from .interference import Gradients
 
 
@@ -59,9 +59,10 @@ def gradients(
     alone collects. `kept` and `share`: see `interference`."""
     parameters, kept = policy.train_adapter(adapter), kept or Gradients()
     collector = next(
-        (o for o in objectives.values() if o.readings != ["pathwise"]), next(iter(objectives.values()))
+        (o for o in objectives.values() if o.readings != ["pathwise"]),
+        next(iter(objectives.values())),
     )
-    mine = range(share.rank, batches, share.world)
+    mine = range(share.rank, batches, share.processes)
     shown, held = share.rank == 0, f"{adapter}_mirrored"
 
     def gradient(objective: OPD, data: Walks) -> torch.Tensor:
@@ -72,7 +73,9 @@ def gradients(
             p.grad = None
         return found
 
-    with progress(len(mine) * len(objectives), f"gradients of {len(objectives)} readings", shown) as advance:
+    with progress(
+        len(mine) * len(objectives), f"gradients of {len(objectives)} readings", shown
+    ) as advance:
         for iteration in mine:
             if not kept.has(held, iteration):
                 data, found = collector.collect(policy, adapter, iteration, Share()), {}
@@ -127,7 +130,10 @@ def compare_estimators(
             here = np.ix_(keep, keep)
             length = other(size[here])
             return np.array(
-                [other(cross[here]) / length, (np.trace(own[here]) / len(keep) - other(own[here])) / length]
+                [
+                    other(cross[here]) / length,
+                    (np.trace(own[here]) / len(keep) - other(own[here])) / length,
+                ]
             )
 
         whole = figures(np.arange(n))
@@ -158,8 +164,10 @@ def measure(
 ) -> pd.DataFrame:
     """The table for a student and the experts that its prompts are routed to; the teachers lie at `distance`
     (a share) of the way from the student to an expert."""
-    world, policy = site.world, site.policy
-    teachers = {task: world.teachers[task] for task in world.own if task in world.teachers}
+    benchmark, policy = site.benchmark, site.policy
+    teachers = {
+        task: benchmark.teachers[task] for task in benchmark.own if task in benchmark.teachers
+    }
     site.adapters(teachers.values())
     if distance != 1:
         for task, name in teachers.items():
@@ -167,8 +175,8 @@ def measure(
             if near not in policy.adapters:
                 merge(policy, [adapter, name], near, "cat", [1 - distance, distance])
             teachers[task] = near
-    schedule = Schedule({t: world.prompts(t, "train") for t in teachers}, images, seed=seed)
-    readings = {n: OPD(schedule, teachers, world.distillation, n, mar=0.0) for n in estimators}
+    schedule = Schedule({t: benchmark.prompts(t, "train") for t in teachers}, images, seed=seed)
+    readings = {n: OPD(schedule, teachers, benchmark.distillation, n, mar=0.0) for n in estimators}
     taken, both = gradients(policy, adapter, readings, batches, Gradients(folder), site.share)
     return compare_estimators(taken, both)
 
@@ -179,7 +187,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--world", default=DEFAULT, help="a world's name, or its YAML file")
+    parser.add_argument("--benchmark", default=DEFAULT, help="a benchmark's name, or its YAML file")
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--images", type=int, default=12, help="in a batch")
     parser.add_argument(
@@ -197,9 +205,9 @@ def main() -> None:
     if not 0 < args.distance <= 1:
         parser.error(f"--distance is a share in (0, 1], not {args.distance}")
     torch.set_num_threads(os.cpu_count())
-    world = load_world(args.world)
-    site = Site(world, "float32")
-    site.adapter("merged", world.average())
+    benchmark = load_benchmark(args.benchmark)
+    site = Site(benchmark, "float32")
+    site.adapter("merged", benchmark.average())
     table = measure(site, "merged", args.batches, args.images, distance=args.distance)
     print(table.round(4).to_string(index=False))
     if args.out:

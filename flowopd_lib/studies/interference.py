@@ -71,7 +71,9 @@ def reward_gradients(
         # The loss is a mean over steps of minus the reward; a group's mean contains each of its own images,
         # which costs 1/group.
         scale = -len(data.parts[0].steps) * places * group / (group - 1)
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).cpu() * scale
+        gradient = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).cpu() * scale
+        )
         found[step.sigma] = found.get(step.sigma, 0) + gradient
     return found
 
@@ -79,10 +81,10 @@ def reward_gradients(
 def walk_gradients(
     policy: FlowPolicy, objective: GRPO, adapter: str, iteration: int
 ) -> dict[float, torch.Tensor]:
-    """One batch's gradient of the mean reward through decoder and judge, along the whole walk with its noise
+    """One batch's gradient of the mean reward through decoder and reward, along the whole walk with its noise
     held fixed, (P,) in units of the reward; under the noise level at which walks begin, for its parts cannot
     be told apart. Far less noise than score functions have. The objective must be plain, as there, its
-    rewards the same for all its tasks, and its judges pass a gradient (`with_gradient`).
+    rewards the same for all its tasks, and its rewards pass a gradient (`with_gradient`).
     """
     parameters, sampler = policy.train_adapter(adapter), objective.sampler
     batch, grid = objective.schedule.draw(iteration), policy.sigmas(sampler.steps)
@@ -93,14 +95,16 @@ def walk_gradients(
         x = noise.draw()
         for index, sigma in enumerate(grid[:-1]):
             # a step's activations are made anew on the way back: memory of one step, not of the walk
-            v = checkpoint(policy.velocity, x, sigma, text, sampler.guidance, adapter, use_reentrant=False)
+            v = checkpoint(
+                policy.velocity, x, sigma, text, sampler.guidance, adapter, use_reentrant=False
+            )
             mean, std = sampler.step(x, v, index, grid)
             x = mean + std * noise.draw() if std else mean
         images, reward = policy.decode(x), 0.0
         for name, weight in objective.weights_of(prompts[0].task).items():
-            judge = objective.judges[name]
-            scores = judge.with_gradient(images, prompts)
-            reward = reward + weight / attribute(judge, "scale") * scores.sum()
+            reward = objective.rewards[name]
+            scores = reward.with_gradient(images, prompts)
+            reward = reward + weight / attribute(reward, "scale") * scores.sum()
         total += torch.cat([g.flatten() for g in torch.autograd.grad(reward, parameters)]).cpu()
     return {grid[0]: total / len(batch)}
 
@@ -178,7 +182,9 @@ def _cosine(inner: np.ndarray) -> np.ndarray:
     return inner / np.outer(norms, norms)
 
 
-def gram_table(grams: Mapping[tuple[str, float | str], np.ndarray], tasks: Sequence[str]) -> pd.DataFrame:
+def gram_table(
+    grams: Mapping[tuple[str, float | str], np.ndarray], tasks: Sequence[str]
+) -> pd.DataFrame:
     """A row per block, noise level and pair of tasks: inner product and cosine with 95 % intervals, the
     cosine of two noisy batches (`raw`), and the noise floor of that, the raw cosine of a task with itself.
     `grams`: (tasks * batches, tasks * batches), by block and noise level."""
@@ -196,7 +202,15 @@ def gram_table(grams: Mapping[tuple[str, float | str], np.ndarray], tasks: Seque
             with np.errstate(invalid="ignore"):  # a gradient that is 0 has no direction
                 raw = inner[i, j] / (size[i] * size[j])
                 floor = np.sqrt(max(inner[i, i], 0) * max(inner[j, j], 0)) / (size[i] * size[j])
-            row = dict(block=block, sigma=sigma, task=tasks[i], on=tasks[j], raw=raw, floor=floor, batches=n)
+            row = dict(
+                block=block,
+                sigma=sigma,
+                task=tasks[i],
+                on=tasks[j],
+                raw=raw,
+                floor=floor,
+                batches=n,
+            )
             for name, value, values in (("inner", inner, inners), ("cosine", cosine, cosines)):
                 error = half * values[:, i, j].std()
                 row |= {
@@ -221,10 +235,12 @@ def interference(
     distillation. `kept`: a folder for them, out of which it goes on; several processes (`share`) deal the
     batches out among themselves by way of it. Raises ValueError for fewer than three batches."""
     if batches < 3:
-        raise ValueError(f"pairs of batches and a jackknife need at least three batches, not {batches}")
+        raise ValueError(
+            f"pairs of batches and a jackknife need at least three batches, not {batches}"
+        )
     kept = kept or Gradients()
     asked = [(task, b) for task in objectives for b in range(batches)]
-    mine = asked[share.rank :: share.world]
+    mine = asked[share.rank :: share.processes]
     with progress(len(mine), f"gradients of {len(objectives)} tasks", share.rank == 0) as advance:
         for task, b in mine:
             if not kept.has(task, b):
@@ -267,7 +283,11 @@ class Gradients:
         return self.folder / f"{name}_{batch}.safetensors"
 
     def has(self, name: str, batch: int) -> bool:
-        return (name, batch) in self._held if self.folder is None else self._file(name, batch).is_file()
+        return (
+            (name, batch) in self._held
+            if self.folder is None
+            else self._file(name, batch).is_file()
+        )
 
     def put(self, name: str, batch: int, found: dict) -> None:
         if self.folder is None:
@@ -276,7 +296,9 @@ class Gradients:
             save_state(self._file(name, batch), found)
 
     def get(self, name: str, batch: int) -> dict:
-        return self._held[name, batch] if self.folder is None else load_state(self._file(name, batch))
+        return (
+            self._held[name, batch] if self.folder is None else load_state(self._file(name, batch))
+        )
 
 
 def taylor_check(
@@ -318,7 +340,9 @@ def taylor_check(
                 stacklevel=2,
             )
             unknown = {
-                f"{name}{end}": np.nan for name in ("predicted", "measured") for end in ("", "_low", "_high")
+                f"{name}{end}": np.nan
+                for name in ("predicted", "measured")
+                for end in ("", "_low", "_high")
             }
             rows += [dict(task=task, on=on, size=size, n=0) | unknown for on in objectives]
             continue
@@ -328,7 +352,11 @@ def taylor_check(
                 p.add_(size * d.view_as(p).to(p.device))
         for on, objective in objectives.items():
             known = on in gradients
-            predicted = size * (gradients[on][batches // 2 :] @ direction).numpy() if known else [np.nan] * 2
+            predicted = (
+                size * (gradients[on][batches // 2 :] @ direction).numpy()
+                if known
+                else [np.nan] * 2
+            )
             change = _rewards(policy, objective, adapter, batches, images) - before[on]
             # neighbours share one, so they are not independent
             prompt = np.arange(images) // objective.schedule.repeats
@@ -348,7 +376,9 @@ def taylor_check(
     return pd.DataFrame(rows)
 
 
-def _rewards(policy: FlowPolicy, objective: GRPO, adapter: str, first: int, images: int) -> np.ndarray:
+def _rewards(
+    policy: FlowPolicy, objective: GRPO, adapter: str, first: int, images: int
+) -> np.ndarray:
     """(images,) weighted rewards of iterations from `first` on, whose prompts and seeds no gradient has
     seen."""
     prompts, seeds, values = [], [], []
@@ -357,9 +387,13 @@ def _rewards(policy: FlowPolicy, objective: GRPO, adapter: str, first: int, imag
             break
         batch = objective.schedule.draw(iteration)
         prompts, seeds = prompts + batch.prompts, seeds + batch.seeds
-    for i in range(0, images, objective.micro):  # whatever an iteration's batch is
-        part = Batch(*(of[i : min(i + objective.micro, images)] for of in (prompts, seeds)))
-        drawn = sample(policy, part.prompts, part.seeds, objective.sampler, adapter, objective.micro)
+    for i in range(0, images, objective.micro_batch_size):  # whatever an iteration's batch is
+        part = Batch(
+            *(of[i : min(i + objective.micro_batch_size, images)] for of in (prompts, seeds))
+        )
+        drawn = sample(
+            policy, part.prompts, part.seeds, objective.sampler, adapter, objective.micro_batch_size
+        )
         rewards, weights, _ = objective.score(drawn, part)
         values += (rewards * weights).sum(1).tolist()
     return np.array(values)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 # By our model's name: the paper's name and its numbers.
 PAPER_MAIN = {
-    ours: {"paper's name": name, **dict(zip(("GenEval", "OCR", "DeQA", "PickScore", "Average"), numbers))}
+    ours: {
+        "paper's name": name,
+        **dict(zip(("GenEval", "OCR", "DeQA", "PickScore", "Average"), numbers)),
+    }
     for ours, name, *numbers in (
         ("base", "SD-3.5-M", 0.63, 0.59, 4.07, 21.64, 0.72),
         ("geneval expert", "GRPO-GenEval", 0.94, 0.65, 4.01, 21.53, 0.81),

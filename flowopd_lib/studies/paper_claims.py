@@ -24,7 +24,7 @@ _MAIN, _OOD, _05, _ELSEWHERE = (
 )
 
 # Of the distance from the base to the expert, or of a gradient: where the paper gives no effect in our terms,
-# less than this is held to be none. Fixed before any run that it judges.
+# less than this is held to be none. Fixed before any run that it rewards.
 SMALL_SHARE = 0.1
 
 
@@ -177,7 +177,7 @@ CLAIMS = (
     ),
     Claim(
         "opd_mix_total_gold",
-        "Flow-OPD's Average is above GRPO-Mix's at equal compute by judges on which nothing was trained",
+        "Flow-OPD's Average is above GRPO-Mix's at equal compute by rewards on which nothing was trained",
         _MAIN,
         _05,
         at_compute("Mix total", GOLD),
@@ -193,7 +193,7 @@ CLAIMS = (
     ),
     Claim(
         "opd_mix_twice_gold",
-        "Flow-OPD's Average is above GRPO-Mix's with twice the compute by judges nothing was trained on",
+        "Flow-OPD's Average is above GRPO-Mix's with twice the compute by rewards nothing was trained on",
         _MAIN,
         _05,
         at_compute("Mix twice", GOLD),
@@ -348,18 +348,25 @@ CLAIMS = (
         against("merged", "GRPO-Mix"),
         margin=SMALL_SHARE,
     ),
-    Claim("numbers", "The scores themselves, such as GenEval .92 and OCR .94", "abstract", why=_ELSEWHERE),
-    Claim("cost", "The training takes 4 nodes of 8 H800 about 50 hours", "experiments", why=_ELSEWHERE),
     Claim(
-        "quality_judges",
+        "numbers",
+        "The scores themselves, such as GenEval .92 and OCR .94",
+        "abstract",
+        why=_ELSEWHERE,
+    ),
+    Claim(
+        "cost", "The training takes 4 nodes of 8 H800 about 50 hours", "experiments", why=_ELSEWHERE
+    ),
+    Claim(
+        "quality_rewards",
         "MAR's gains by ImageReward, Aesthetic, HPS-v2.1 and QwenVL themselves",
         "MAR table",
-        why="these judges cannot be downloaded here, and were not made for pictures of 64 pixels",
+        why="these rewards cannot be downloaded here, and were not made for pictures of 64 pixels",
     ),
     Claim(
         "compbench",
         "The gains on T2I-CompBench itself (colour .719, numeracy .684)",
         _OOD,
-        why="no world here has words for its prompts; held-out combinations (split `ood`) stand in for it",
+        why="no benchmark here has words for its prompts; held-out combinations (split `ood`) stand in for it",
     ),
 )

@@ -29,5 +29,14 @@ def stages_of(budgets: Mapping[str, int]) -> list[tuple[str, int, str, int]]:
 def go_on(recipe: Mapping[str, Any], adapter: str, begun: int) -> dict[str, Any]:
     """The recipe of the stage that follows `begun` iterations and ends where `recipe` does, from the folder
     of an adapter, with prompts and noise that were not there before."""
-    train = {**recipe["train"], "iterations": recipe["train"]["iterations"] - begun, "warmup": WARMUP}
-    return {**recipe, "student": {"load": adapter}, "seed": recipe.get("seed", 0) + begun, "train": train}
+    train = {
+        **recipe["train"],
+        "iterations": recipe["train"]["iterations"] - begun,
+        "warmup": WARMUP,
+    }
+    return {
+        **recipe,
+        "student": {"load": adapter},
+        "seed": recipe.get("seed", 0) + begun,
+        "train": train,
+    }

@@ -35,7 +35,9 @@ def teacher_pictures(
     found = {}
     for name in dict.fromkeys(teachers[p.task] for p in prompts):
         rows = [i for i, p in enumerate(prompts) if teachers[p.task] == name]
-        pictures = sample(policy, [prompts[i] for i in rows], [seed + i for i in rows], sampler, name)
+        pictures = sample(
+            policy, [prompts[i] for i in rows], [seed + i for i in rows], sampler, name
+        )
         found |= dict(zip(rows, pictures))
     return torch.stack([found[i] for i in range(len(prompts))])
 
@@ -79,7 +81,9 @@ def worth_of_steps(
     kl, grid = objective.metrics(walks), policy.sigmas(walk.steps)
     lost = {name: [] for name in SHOWN}
     for k in walk.window:
-        weight = {n: velocity_weight(grid[k], grid[k + 1], n, walk.kind, walk.noise_level) for n in SHOWN}
+        weight = {
+            n: velocity_weight(grid[k], grid[k + 1], n, walk.kind, walk.noise_level) for n in SHOWN
+        }
         for name in SHOWN:
             lost[name].append(kl[f"kl_step_{k}"] * weight[name] / weight["kl"])
     theirs = teacher_pictures(policy, prompts, teachers, sampler, seed)
@@ -92,7 +96,15 @@ def worth_of_steps(
             if name not in policy.adapters:
                 policy.copy_adapter(start, name)
             alone = OPD(schedule, teachers, walk, weighting="uniform_v", mar=0.0, steps=(k,))
-            fit(policy, alone, Path(folder) / name, config, name, shown=False, accelerator=accelerator)
+            fit(
+                policy,
+                alone,
+                Path(folder) / name,
+                config,
+                name,
+                shown=False,
+                accelerator=accelerator,
+            )
             nearer = before - picture_distance(policy, name, prompts, theirs, sampler, seed)
             shares = {f"share {name}": losses[k] / sum(losses) for name, losses in lost.items()}
             of_step = {"step": k, "sigma": grid[k], "kl": kl[f"kl_step_{k}"], **shares}

@@ -1,0 +1,174 @@
+"""The real rewards' architectures at tiny width with random weights, written to disk as they are published:
+for tests, and for benchmarks where no weights can be had. Each takes a second or less.
+
+A dummy scores as a real reward would be asked to, not as it would answer: its scores mean nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import string
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..benchmarks import load_benchmark
+from ..quiet import quiet
+
+# COCO's classes in the order and the spelling of the published Mask2Former's config.
+COCO = tuple(
+    "person,bicycle,car,motorbike,aeroplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,"
+    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,"
+    "skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,"
+    "sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,sofa,pottedplant,bed,diningtable,"
+    "toilet,tvmonitor,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,"
+    "book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+)
+SIDE = 64  # pixels: what the dummy models' processors make of any picture
+
+
+@contextlib.contextmanager
+def _drawn(seed: int) -> Iterator[None]:
+    """The same random weights every time, and nobody else's random numbers touched."""
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(seed)
+        yield
+
+
+def write_mask2former(folder: str | Path, labels: tuple[str, ...] = COCO, seed: int = 0) -> Path:
+    """A Mask2Former that is sure of some objects: `Mask2FormerDetector(folder, write_clip(...), side=64)`."""
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessorPil,
+        SwinConfig,
+    )
+
+    with _drawn(seed):
+        backbone = SwinConfig(
+            embed_dim=8,
+            depths=(1, 1, 1, 1),
+            num_heads=(1, 1, 2, 2),
+            window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        )
+        config = Mask2FormerConfig(
+            backbone_config=backbone,
+            feature_size=32,  # its group norms have 32 groups
+            mask_feature_size=32,
+            hidden_dim=32,
+            encoder_feedforward_dim=32,
+            encoder_layers=1,
+            decoder_layers=2,
+            num_attention_heads=2,
+            dim_feedforward=32,
+            num_queries=10,
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+        )
+        model = Mask2FormerForUniversalSegmentation(config)
+        with torch.no_grad():
+            # as drawn, every class is as likely as any other and every mask hardly there
+            model.class_predictor.weight.mul_(2 / model.class_predictor.weight.std())
+            masks = model.model.transformer_module.decoder.mask_predictor.mask_embedder
+            list(masks.parameters())[-2].mul_(20)
+        model.save_pretrained(folder)
+        size = {"shortest_edge": SIDE, "longest_edge": SIDE * 5 // 3}
+        Mask2FormerImageProcessorPil(size=size, num_labels=len(labels)).save_pretrained(folder)
+    return Path(folder)
+
+
+def write_clip(folder: str | Path, width: int = 32, seed: int = 0) -> Path:
+    """A CLIPModel with its processor, for PickScore, the detector's colours and Aesthetic; embeddings have
+    `width` numbers."""
+    from transformers import (
+        AutoTokenizer,
+        CLIPConfig,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        CLIPProcessor,
+    )
+
+    with _drawn(seed):
+        tokenizer = AutoTokenizer.from_pretrained(load_benchmark().folder / "pickscore")
+        layers = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
+        text = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 77,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = CLIPConfig(
+            text_config=layers | text | {"num_attention_heads": 2},
+            vision_config=layers | {"image_size": SIDE, "patch_size": 16, "num_attention_heads": 2},
+            projection_dim=width,
+            logit_scale_init_value=4.6052,  # exp of it is 100, as PickScore's
+        )
+        CLIPModel(config).save_pretrained(folder)
+        sizes = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+        CLIPProcessor(CLIPImageProcessorPil(**sizes), tokenizer).save_pretrained(folder)
+    return Path(folder)
+
+
+def aesthetic_head(width: int = 32, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The weights of LAION's head for embeddings of `width` numbers; scores lie about 5.5."""
+    noise = torch.Generator().manual_seed(seed)
+    sizes, state = (width, 1024, 128, 64, 16, 1), {}
+    for layer, (of, to) in zip((0, 2, 4, 6, 7), zip(sizes, sizes[1:])):
+        state[f"layers.{layer}.weight"] = torch.randn(to, of, generator=noise) * of**-0.5
+        state[f"layers.{layer}.bias"] = torch.zeros(to)
+    state["layers.7.bias"] += 5.5
+    return state
+
+
+def write_aesthetic(folder: str | Path, width: int = 32, seed: int = 0) -> Path:
+    """A CLIPModel and the head over it: `Aesthetic(folder, folder / "head.safetensors")`."""
+    folder = write_clip(folder, width, seed)
+    save_file(aesthetic_head(width, seed), folder / "head.safetensors")
+    return folder
+
+
+def write_blip_vqa(folder: str | Path, seed: int = 0) -> Path:
+    """A BlipForQuestionAnswering with a tokenizer of letters and the two answers, for `BLIPVQA`."""
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForQuestionAnswering,
+        BlipImageProcessorPil,
+    )
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", *"?,.'-", *string.digits]
+    pieces += [*string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase + string.digits)]
+    with _drawn(seed):
+        layers = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        config = BlipConfig(
+            text_config=layers
+            | {
+                "vocab_size": len(pieces)
+                + 2,  # and [DEC], [ENC], which the tokenizer does not know
+                "encoder_hidden_size": 32,
+                "max_position_embeddings": 64,
+                "bos_token_id": len(pieces),
+                "pad_token_id": 0,
+                "sep_token_id": 3,
+                "initializer_range": 0.3,
+            },
+            vision_config=layers | {"image_size": SIDE, "patch_size": 16, "initializer_range": 0.3},
+            projection_dim=32,
+        )
+        BlipForQuestionAnswering(config).save_pretrained(folder)
+        tokenizer = BertTokenizer(
+            vocab={piece: i for i, piece in enumerate(pieces)}, do_lower_case=True
+        )
+        tokenizer.save_pretrained(folder)
+        BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return Path(folder)

@@ -1,0 +1,315 @@
+"""The small benchmark: scenes from seeds, splits that do not share a prompt, levels that get worse."""
+
+import hashlib
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from flowopd_lib import Prompt, load_benchmark
+from flowopd_lib.benchmarks.tiny import PROMPTS
+from flowopd_lib.benchmarks.tiny.data import (
+    MATCH,
+    SIGN,
+    mistake,
+    mutate,
+    noisy_example,
+    preference_pair,
+    split_spec,
+    utility,
+)
+from flowopd_lib.benchmarks.tiny.scenes import (
+    DEGRADATIONS,
+    LEVELS,
+    accompany,
+    degrade,
+    lay_out,
+    render,
+)
+from flowopd_lib.benchmarks.tiny.specs import (
+    GENEVAL_TAGS,
+    PROMPT_TASKS,
+    Spec,
+    heldout_pair,
+    heldout_relation,
+    random_spec,
+    sample_specs,
+    split_of,
+)
+from flowopd_lib.benchmarks.tiny.text import clip_tokenizer, letter_tokenizer, vocabulary
+from flowopd_lib.prompts import read_prompts, write_prompts
+
+BENCHMARK = load_benchmark()
+
+FINGERPRINT = """
+import hashlib
+from flowopd_lib.benchmarks.tiny.scenes import render
+from flowopd_lib.benchmarks.tiny.specs import sample_specs
+h = hashlib.sha256()
+for task in ("geneval", "ocr", "pickscore"):
+    for spec in sample_specs(task, "test", 12):
+        h.update(render(spec, 7).tobytes())
+print(h.hexdigest())
+"""
+
+
+def test_a_scene_is_decided_by_its_prompt_and_seed():
+    here = hashlib.sha256()
+    for task in PROMPT_TASKS:
+        for spec in sample_specs(task, "test", 12):
+            here.update(render(spec, 7).tobytes())
+            assert render(spec, 8).tobytes() != render(spec, 7).tobytes()
+    there = subprocess.run(
+        [sys.executable, "-c", FINGERPRINT], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert there == here.hexdigest()  # another process, another hash seed
+
+
+def test_splits_share_no_prompt_and_ood_holds_what_was_held_out():
+    seen: dict[str, str] = {}
+    for task in PROMPT_TASKS:
+        for split in ("train", "val", "test", "ood"):
+            prompts = BENCHMARK.prompts(task, split)
+            assert split == "val" or len(prompts) >= 240
+            for p in prompts:
+                assert seen.setdefault(p.text, split) == split, (
+                    f"{p.text!r} is in {seen[p.text]} and {split}"
+                )
+    words = {
+        split: {p.text.split('"')[1] for p in BENCHMARK.prompts("ocr", split)}
+        for split in ("train", "val", "test", "ood")
+    }
+    assert (
+        not words["train"] & words["test"]
+        and not words["train"] & words["val"]
+        and not words["val"] & words["test"]
+    )
+    assert {len(w) for w in words["ood"]} == {5} and max(len(w) for w in words["train"]) == 4
+    for spec in sample_specs("geneval", "ood", 60):
+        assert (
+            spec.count == 5
+            or any(heldout_pair(*o) for o in spec.objects)
+            or heldout_relation(spec.objects[0][0], spec.relation, spec.objects[1][0])
+        )
+
+
+def test_training_data_never_shows_what_is_held_out():
+    """Neither as the picture of a caption nor as the picture of a wrong one."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        spec = split_spec(rng)
+        assert split_of(spec) == "train"
+        for shown in (spec, mistake(spec, rng)):
+            assert not any(
+                heldout_pair(i.shape, i.color) for i in lay_out(shown, rng.getrandbits(32)).items
+            )
+            assert shown.count <= 4 and len(shown.word) <= 4
+
+
+def test_a_relation_held_out_is_held_out_both_ways():
+    for a, b in [("circle", "square"), ("circle", "star"), ("heart", "cross")]:
+        assert heldout_relation(a, "left of", b) == heldout_relation(b, "right of", a)
+        assert heldout_relation(a, "above", b) == heldout_relation(b, "below", a)
+
+
+def test_the_prompt_files_are_what_the_grammar_gives():
+    for task in PROMPT_TASKS:
+        texts = [p.text for p in BENCHMARK.prompts(task, "test")]
+        assert texts == [s.text for s in sample_specs(task, "test", len(texts))]
+
+
+def test_geneval_metadata_has_genevals_form():
+    position = Spec("geneval", "position", (("star", None), ("circle", None)), relation="left of")
+    assert position.metadata == {
+        "tag": "position",
+        "prompt": "a photo of a star left of a circle",
+        "include": [
+            {"class": "circle", "count": 1},
+            {"class": "star", "count": 1, "position": ["left of", 0]},
+        ],
+    }
+    counting = Spec("geneval", "counting", (("cross", None),), count=3, background="gray")
+    assert counting.metadata == {
+        "tag": "counting",
+        "prompt": "a photo of three crosses on a gray background",
+        "include": [{"class": "cross", "count": 3}],
+        "exclude": [{"class": "cross", "count": 4}],
+    }
+    assert {p.tag for p in BENCHMARK.prompts("geneval", "test")} == set(GENEVAL_TAGS)
+
+
+def test_prompts_survive_flow_grpos_formats(tmp_path):
+    for task in PROMPT_TASKS:
+        prompts = BENCHMARK.prompts(task, "test")[:20]
+        write_prompts(tmp_path / task, prompts)
+        again = read_prompts(tmp_path / task, task, BENCHMARK.tasks[task].kind)
+        assert again == prompts and [p.metadata for p in again] == [p.metadata for p in prompts]
+
+
+def test_flow_grpos_own_lines_load(tmp_path):
+    """Lines as they stand in its dataset folder: GenEval's COCO classes, and a prompt with a Unicode line
+    separator."""
+    (tmp_path / "geneval").mkdir()
+    (tmp_path / "geneval/test_metadata.jsonl").write_text(
+        '{"tag": "position", "include": [{"class": "teddy bear", "count": 1}, {"class": "dog", "count": 1, '
+        '"position": '
+        '["right of", 0]}], "prompt": "a photo of a dog right of a teddy bear"}\n'
+        '{"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", '
+        '"count": 3}], '
+        '"prompt": "a photo of two clocks"}\n'
+    )
+    (tmp_path / "pickscore_sfw").mkdir()
+    (tmp_path / "pickscore_sfw/test.txt").write_text(
+        "a cat, a dog\u2028and a bird\nanother\n", encoding="utf-8"
+    )
+    records = read_prompts(tmp_path / "geneval/test_metadata.jsonl", "geneval", "geneval")
+    assert [p.tag for p in records] == ["position", "counting"]
+    plain = read_prompts(
+        tmp_path / "pickscore_sfw/test.txt", "deqa", "plain"
+    )  # a task without a file of its own
+    assert [p.text for p in plain] == ["a cat, a dog\u2028and a bird", "another"]
+    assert {p.task for p in plain} == {"deqa"}
+
+
+@pytest.mark.parametrize(
+    "kind, line, message",
+    [
+        ("geneval", '{"tag": "colors", "prompt": "a"}', "line 1 lacks include"),
+        ("geneval", "a photo", "line 1 is not JSON"),
+        ("quoted", "a sign", "no text in double quotes"),
+        ("plain", " ", "holds no prompt"),
+    ],
+)
+def test_a_bad_prompt_file_is_named_with_its_line(tmp_path, kind, line, message):
+    (tmp_path / "test.txt").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / "test.txt", "task", kind)
+
+
+def test_a_missing_split_says_what_there_is():
+    with pytest.raises(FileNotFoundError, match="test.txt"):
+        read_prompts(PROMPTS / "ocr" / "tets.txt", "ocr", "quoted")
+    with pytest.raises(
+        FileNotFoundError,
+        match="the ocr prompts of the benchmark tiny have no split tets; they have train, val, test, ood",
+    ):
+        BENCHMARK.prompts("ocr", "tets")
+    with pytest.raises(
+        ValueError, match="the benchmark tiny has no task 'orc'; it has geneval, ocr"
+    ):
+        BENCHMARK.prompts("orc", "test")
+
+
+@pytest.mark.parametrize("kind", DEGRADATIONS)
+def test_each_level_is_further_from_the_clean_picture(kind):
+    specs = sample_specs("pickscore", "test", 10) + sample_specs("ocr", "test", 10)
+
+    def distance(level):
+        return np.mean(
+            [
+                np.square(
+                    np.asarray(degrade(render(s, 1), kind, level), float) - np.asarray(render(s, 1))
+                ).mean()
+                for s in specs
+            ]
+        )
+
+    distances = [distance(level) for level in LEVELS]
+    assert distances[0] == 0 and all(a < b for a, b in zip(distances, distances[1:]))
+
+
+def test_mutate_always_changes_what_is_right():
+    rng = random.Random(3)
+    for _ in range(500):
+        spec = random_spec(rng, rng.choice(PROMPT_TASKS))
+        if spec.word:
+            continue  # two letters drawn anew may, rarely, be the same two
+        assert mutate(spec, rng) != spec
+
+
+def test_noise_rates_are_the_rates_asked_for():
+    rng = random.Random(0)
+    clean = dict.fromkeys(PROMPT_TASKS, 0.0)
+    text, image = noisy_example(rng, clean, 0.0)
+    assert image.size == (64, 64) and text
+    text, better, worse, likely = preference_pair(rng)
+    assert 0.5 <= likely <= 1 and better.tobytes() != worse.tobytes()
+
+
+def test_people_like_much_to_see_and_forgive_a_count_but_no_letter():
+    heart = Spec("geneval", "colors", (("heart", "red"),), background="white")
+    one = lay_out(heart, 3)
+    right = utility(heart, one, 5, True)
+    assert right - utility(heart, one, 5, False) == pytest.approx(MATCH) and MATCH < 1
+    assert utility(heart, one, 3, True) < right
+    larger = replace(one, items=tuple(replace(i, r=1.4 * i.r) for i in one.items))
+    more = accompany(one, random.Random(0), 3)
+    assert utility(heart, larger, 5, False) > right and utility(heart, more, 5, False) > right
+    sign = Spec("ocr", "ocr", word="ABCD")
+    read = [
+        utility(sign, replace(lay_out(sign, 3), word=word), 5, False)
+        for word in ("ABCD", "ABXD", "XYXY")
+    ]
+    assert read[0] - read[1] == pytest.approx(SIGN / 4) and read[0] - read[2] == pytest.approx(SIGN)
+
+
+def test_company_stands_apart_and_never_beside_a_sign():
+    rng = random.Random(5)
+    for _ in range(200):
+        scene = lay_out(split_spec(rng), rng.getrandbits(32))
+        full = accompany(scene, rng, 3)
+        assert (
+            full.items[: len(scene.items)] == scene.items
+            and len(full.items) <= len(scene.items) + 3
+        )
+        assert not (scene.word and full.items)
+        new = full.items[len(scene.items) :]
+        assert not any(heldout_pair(i.shape, i.color) for i in new)
+        assert all(
+            math.dist((a.x, a.y), (b.x, b.y)) > a.r + b.r
+            for a in new
+            for b in full.items
+            if a is not b
+        )
+
+
+def test_a_word_is_in_one_split_whoever_asks_for_it():
+    rng = random.Random(1)
+    signs = [s for s in (random_spec(rng, "pickscore") for _ in range(400)) if s.word]
+    assert len(signs) > 80 and {bool(s.background) for s in signs} == {True, False}
+    assert all(split_of(s) == split_of(Spec("ocr", "ocr", word=s.word)) for s in signs)
+
+
+def test_every_word_of_the_benchmark_is_one_clip_token_and_t5_spells():
+    tokenizer = clip_tokenizer()
+    assert all(len(tokenizer(word).input_ids) == 3 for word in vocabulary())
+    letters = letter_tokenizer(8)
+    assert letters.convert_ids_to_tokens(letters('a sign that says "Cat"').input_ids) == [
+        "C",
+        "A",
+        "T",
+        "</s>",
+    ]
+    assert letters("a photo of a circle").input_ids == [1]
+
+
+def test_no_prompt_is_cut_off():
+    tokenizer = clip_tokenizer()
+    for task in PROMPT_TASKS:
+        for split in ("train", "val", "test", "ood"):
+            for p in BENCHMARK.prompts(task, split):
+                assert len(tokenizer(p.text).input_ids) <= tokenizer.model_max_length
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ValueError, match="choose one of geneval"):
+        random_spec(random.Random(0), "genval")
+    with pytest.raises(ValueError, match="fewer than"):
+        sample_specs("geneval", "test", 100_000)
+    with pytest.raises(ValueError, match="choose one of blur"):
+        degrade(render(sample_specs("ocr", "test", 1)[0], 0), "fog", 3)
+    assert Prompt("a", "ocr").tag == "ocr"
