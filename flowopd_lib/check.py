@@ -1,7 +1,8 @@
-"""`python -m flowopd_lib.check BENCHMARK`: what a long run would trip over, told in a minute, before it begins.
+"""`python -m flowopd_lib.check BENCHMARK`: what a long run would trip over, told in a minute,
+before it begins.
 
-A table of what is right and what is wrong: every prompt file, every reward on one picture, every adapter's
-keys and whether it changes anything, memory, one update and one batch of an evaluation.
+A table of what is right and what is wrong: every prompt file, every reward on one picture, every
+adapter's keys and whether it changes anything, memory, one update and one batch of an evaluation.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import psutil
 import torch
 
 from .benchmarks import Benchmark, load_benchmark
+from .data import Prompt
 from .evaluate import evaluate
 from .hub import hub_fault
 from .jobs.recipes import build
 from .jobs.site import Site
-from .objectives import Share
-from .prompts import Prompt
+from .losses import Share
 from .quiet import quiet
 from .rewards import can_reward
 from .rollout import Sampler, initial_noise, sample
@@ -33,7 +34,8 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Found:
-    """One line of the table: what was looked at, whether it is right, what is to be said of it, seconds."""
+    """One line of the table: what was looked at, whether it is right, what is to be said of it,
+    seconds."""
 
     what: str
     right: bool
@@ -48,7 +50,8 @@ class Check:
         self.benchmark, self.site, self.found = benchmark, Site(benchmark, dtype), []
 
     def look(self, what: str, at: Callable[[], str]) -> bool:
-        """Do one check. Whatever it raises is what the table tells: the others are asked all the same."""
+        """Do one check. Whatever it raises is what the table tells: the others are asked all the
+        same."""
         began = time.perf_counter()
         try:
             right, told = True, at()
@@ -73,7 +76,8 @@ class Check:
             yield from self.found[told:]
 
     def _hub(self) -> None:
-        """Once, and not once a file: where the hub cannot be reached, only what is on this machine counts."""
+        """Once, and not once a file: where the hub cannot be reached, only what is on this machine
+        counts."""
         if Path(self.benchmark.base).is_dir():
             return
         import huggingface_hub

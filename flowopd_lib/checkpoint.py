@@ -14,8 +14,8 @@ from .files import write_whole
 
 
 def save_state(path: str | Path, state: Any) -> None:
-    """Write nested dicts and lists of tensors and JSON values; a kill leaves the old file or the new one,
-    whole."""
+    """Write nested dicts and lists of tensors and JSON values; a kill leaves the old file or the
+    new one, whole."""
     tensors: dict[str, torch.Tensor] = {}
 
     def strip(node: Any) -> Any:
@@ -35,7 +35,8 @@ def save_state(path: str | Path, state: Any) -> None:
 
 
 def load_state(path: str | Path) -> Any:
-    """Read what `save_state` wrote. Raises ValueError, naming the file, if it is not such a file."""
+    """Read what `save_state` wrote. Raises ValueError, naming the file, if it is not such a
+    file."""
     try:
         with safe_open(path, "pt") as file:
             skeleton = json.loads(file.metadata()["skeleton"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,23 +12,25 @@ from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import torch
 
-from .files import write_json
-from .identity import describe, sha256_of
-from .objectives import Share
-from .parts import Parts
+from .data import Prompt
+from .files import locked, set_aside, write_json, write_table, write_whole
+from .fingerprint import describe, sha256_of_json
+from .losses import Shard
 from .policy import FlowPolicy
-from .progress import progress as told
-from .prompts import Prompt
-from .rewards import Reward, can_reward
+from .progress import progress
+from .rewards import Reward, applies_to, score_images
 from .rollout import Sampler, sample
-from .stats import AVERAGE, Home, model_scores
-from .thumbnails import webp, write_thumbnails
+from .thumbnails import encode_webp, write_thumbnails
 
 
-def score(images, prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> pd.DataFrame:
-    """One row an image: task, tag, prompt and a column per reward, NaN where a reward does not apply."""
+def score(
+    images: torch.Tensor, prompts: Sequence[Prompt], rewards: Mapping[str, Reward]
+) -> pd.DataFrame:
+    """One row an image: task, tag, prompt and a column per reward, NaN where a reward does not
+    apply."""
     table = pd.DataFrame(
         {
             "task": [p.task for p in prompts],
@@ -34,10 +39,10 @@ def score(images, prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> p
         }
     )
     for name, reward in rewards.items():
-        rows = [i for i, p in enumerate(prompts) if can_reward(reward, p)]
+        rows = [i for i, p in enumerate(prompts) if applies_to(reward, p)]
         table[name] = np.nan
         if rows:
-            table.loc[rows, name] = reward(images[rows], [prompts[i] for i in rows])
+            table.loc[rows, name] = score_images(reward, images[rows], [prompts[i] for i in rows])
     return table
 
 
@@ -51,140 +56,169 @@ def evaluate(
     repeats: int = 1,
     embed: Callable[[torch.Tensor], np.ndarray] | None = None,
     batch: int = 64,
-    progress: bool = True,
-    pictures: str | Path | None = None,
+    show_progress: bool = True,
+    images: str | Path | None = None,
     into: str | Path | None = None,
     guidance: Mapping[str, float] = MappingProxyType({}),
-    share: Share = Share(),
+    shard: Shard = Shard(),
 ) -> pd.DataFrame:
     """Sample every prompt `repeats` times under every model and score it: one row an image.
 
-    `models` maps a name to an adapter (None: the base). Image j of prompt i has seed `seed + j * len(prompts)
-    + i` under every model: the same noise, so that models can be compared prompt by prompt. Columns: model,
-    task, tag, prompt, repeat, seed, one per reward, and `embedding` if `embed` (images to (B, D), such as
-    `PickScore.embed`) is given. `guidance`: of an adapter, where it is not the sampler's.
+    `models` maps a name to an adapter (None: the base). Image j of prompt i has seed `seed + j *
+    len(prompts) + i` under every model: the same noise, so that models can be compared prompt by
+    prompt. Columns: model, task, tag, prompt, repeat, seed, one per reward, and `embedding` if
+    `embed` (images to (B, D), such as `PickScore.embed`) is given. `guidance`: of an adapter, where
+    it is not the sampler's.
 
-    With `pictures`, a folder, every sample is kept there as a thumbnail and `picture` says where, seen from
-    the folder's parent, where the table belongs;
-    `about.json` beside them says how they were drawn (see `gallery`).
+    With `images`, a folder, every sample is saved there as a thumbnail and the column `image` says
+    where, seen from the folder's parent, where the table belongs; `about.json` there says how they
+    were sampled.
 
-    With `into`, a parquet file, the table is kept there, and while it grows its finished batches beside it:
-    the same call goes on where it was cut off, and only reads what is whole. Where the models, prompts,
-    rewards or settings are others, what lies there is moved into `earlier/`.
-
-    Several processes (`share`) deal the batches out among themselves by way of `into`, which all must see;
-    which samples are one batch does not depend on how many there are.
+    With `into`, a parquet file, the table is saved there, and while it grows its finished batches
+    next to it: the same call resumes where it was cut off, and only reads a finished table. A table
+    of other models, prompts, rewards or settings that lies there is moved into `earlier/`. Several
+    processes (`shard`) share the batches by way of `into`; which samples are one batch does not
+    depend on how many processes there are.
     """
     if not len(prompts):
         raise ValueError("nothing to evaluate: the list of prompts is empty")
     if seed < 0 or repeats < 1 or batch < 1:
         raise ValueError(
-            f"seed must be at least 0, repeats and batch at least 1, not {seed}, {repeats} and {batch}"
+            f"seed must be at least 0, repeats and batch at least 1, not {seed}, {repeats}, {batch}"
         )
-    if share.processes > 1 and into is None:
+    if shard.processes > 1 and into is None:
         raise ValueError("several processes share an evaluation by way of a file: give into")
     policy.check_adapters(a for a in models.values() if a is not None)
     policy.check_prompts(prompts)
-    main, parts = share.rank == 0, None
-    if into is not None:
-        of = {
-            "sampler": sampler,
-            "seed": seed,
-            "batch size": batch,
-            "repeats": repeats,
-            "precision": policy.dtype,
-            "base": policy.base_hash,
-            "models": {m: a and policy.adapter(a).sha256 for m, a in models.items()},
-            "guidance": {a: g for a, g in guidance.items() if a in models.values()},
-            "prompts": list(prompts),
-            "rewards": rewards,
-            "embedded": embed is not None,
-            "pictures": pictures is not None,
-        }
-        parts = Parts(Path(into), sha256_of(describe(of)), main)
-        share.wait()
-        if parts.whole:
-            return parts.table()
-    every = list(prompts) * repeats
-    if pictures is not None and main:
-        write_json(
-            Path(pictures) / "about.json",
-            {
-                "sampler": asdict(sampler),
-                "batch": batch,
-                "dtype": str(policy.dtype),
-                "adapters": dict(models),
-                "guidance": dict(guidance),
-            },
-        )
+    main, all_prompts = shard.rank == 0, list(prompts) * repeats
 
-    def drawn(adapter: str | None, i: int) -> pd.DataFrame:
+    def sample_batch(adapter: str | None, i: int) -> pd.DataFrame:
         """The batch that begins at sample i."""
-        part = every[i : i + batch]
-        seeds = list(range(seed + i, seed + i + len(part)))
+        here = all_prompts[i : i + batch]
+        seeds = list(range(seed + i, seed + i + len(here)))
         own = replace(sampler, guidance=guidance.get(adapter, sampler.guidance))
-        images = sample(policy, part, seeds, own, adapter, batch)
-        repeat = [j // len(prompts) for j in range(i, i + len(part))]
-        rows = score(images, part, rewards).assign(repeat=repeat, seed=seeds)
-        if pictures is not None:
-            rows["thumbnail"] = [webp(image) for image in images]
+        pixels = sample(policy, here, seeds, own, adapter, batch)
+        repeat = [j // len(prompts) for j in range(i, i + len(here))]
+        rows = score(pixels, here, rewards).assign(repeat=repeat, seed=seeds)
+        if images is not None:
+            rows["thumbnail"] = [encode_webp(image) for image in pixels]
         if embed is not None:
-            rows["embedding"] = list(embed(images))
+            rows["embedding"] = list(embed(pixels))
         return rows
 
-    starts = [(number, i) for number in range(len(models)) for i in range(0, len(every), batch)]
-    adapters, found = list(models.values()), {}
-    mine = [start for n, start in enumerate(starts) if n % share.processes == share.rank]
-    with told(
-        len(mine) * batch,
-        f"evaluate {len(models)} models on {len(every)} prompts",
-        progress and main,
-    ) as advance:
-        for number, i in mine:
-            rows = parts.get(number, i) if parts else None
-            if rows is None:
-                rows = drawn(adapters[number], i)
-                rows = parts.put(number, i, rows) if parts else rows
-            found[number, i] = rows
-            advance(batch)
-    share.wait()
-    if main:
-        tables = []
-        for number, model in enumerate(models):
-            own = [found[s] if s in found else parts.get(*s) for s in starts if s[0] == number]
-            rows = pd.concat(own, ignore_index=True).assign(model=model)
-            if pictures is not None:
-                places = write_thumbnails(pictures, number, model, rows.pop("thumbnail"))
-                rows.insert(rows.columns.get_loc("seed") + 1, "picture", places)
-            tables.append(rows)
-        table = pd.concat(tables, ignore_index=True)
-        if parts is None:
-            return table
-        parts.finish(table)
-    share.wait()
-    return parts.table()
+    follows_from = {
+        "sampler": sampler,
+        "seed": seed,
+        "batch size": batch,
+        "repeats": repeats,
+        "precision": policy.precision,
+        "base": policy.base_hash,
+        "models": {m: a and policy.adapter(a).sha256 for m, a in models.items()},
+        "guidance": {a: g for a, g in guidance.items() if a in models.values()},
+        "prompts": list(prompts),
+        "rewards": dict(rewards),
+        "embedded": embed is not None,
+        "images": images is not None,
+    }
+    with contextlib.ExitStack() as stack:
+        partial = None
+        if into is not None:
+            partial = PartialTable(Path(into), sha256_of_json(describe(follows_from)))
+            if main:
+                stack.enter_context(locked(partial.folder, f"an evaluation into {into}"))
+                partial.prepare()
+            shard.wait()
+            if partial.finished:
+                return partial.table()
+        if images is not None and main:
+            about = {
+                "sampler": {k: v for k, v in asdict(sampler).items() if k != "noise_scale"},
+                "batch": batch,
+                "dtype": policy.precision,
+                "adapters": dict(models),
+                "guidance": dict(guidance),
+            }
+            write_json(Path(images) / "about.json", about)
+        starts = [(m, i) for m in range(len(models)) for i in range(0, len(all_prompts), batch)]
+        mine, adapters, tables = starts[shard.rank :: shard.processes], list(models.values()), {}
+        what = f"evaluate {len(models)} models on {len(all_prompts)} prompts"
+        with progress(len(mine) * batch, what, show_progress and main) as advance:
+            for m, i in mine:
+                rows = partial.read(m, i) if partial else None
+                if rows is None:
+                    rows = sample_batch(adapters[m], i)
+                    rows = partial.write(m, i, rows) if partial else rows
+                tables[m, i] = rows
+                advance(batch)
+        shard.wait()
+        if main:
+            whole = []
+            for number, model in enumerate(models):
+                own = [
+                    tables[s] if s in tables else partial.read(*s) for s in starts if s[0] == number
+                ]
+                rows = pd.concat(own, ignore_index=True).assign(model=model)
+                if images is not None:
+                    paths = write_thumbnails(images, number, model, rows.pop("thumbnail"))
+                    rows.insert(rows.columns.get_loc("seed") + 1, "image", paths)
+                whole.append(rows)
+            table = pd.concat(whole, ignore_index=True)
+            if partial is None:
+                return table
+            partial.finish(table)
+        shard.wait()
+    if main:  # everything is in the table and in the thumbnails' files
+        shutil.rmtree(partial.folder, ignore_errors=True)
+    return partial.table()
 
 
-def probe_of(
-    policy: FlowPolicy,
-    prompts: Sequence[Prompt],
-    rewards: Mapping[str, Reward],
-    sampler: Sampler,
-    seed: int = 1 << 20,
-    home: Home = AVERAGE,
-    folder: Path | None = None,
-    share: Share = Share(),
-) -> Callable[[str], pd.DataFrame]:
-    """For `fit`: what tells an adapter's `model_scores` on these prompts, with the same noise every time and
-    none of the test's. Several processes (`share`) meet in a file in `folder`, which is then removed."""
+class PartialTable:
+    """The finished batches of an evaluation next to the table they become, and what both follow
+    from (a hash)."""
 
-    def probe(adapter: str) -> pd.DataFrame:
-        models, into = {adapter: adapter}, folder / "probe.parquet" if share.processes > 1 else None
-        how = {"progress": False, "into": into, "share": share}
-        table = evaluate(policy, prompts, rewards, seed, sampler, models, **how)
-        share.wait()
-        if into and share.rank == 0:
-            into.unlink()
-        return model_scores(table, home)
+    def __init__(self, path: Path, fingerprint: str):
+        self.path, self.folder = path, path.parent / f".{path.name}.partial"
+        self.fingerprint = fingerprint
 
-    return probe
+    def prepare(self) -> None:
+        """Move what lies there of something else aside. For one process of several."""
+        about = self.folder / "fingerprint.txt"
+        other = self.path.is_file() and read_fingerprint(self.path) != self.fingerprint
+        begun = about.read_text() if about.is_file() else ""
+        if other or (begun and begun != self.fingerprint):
+            batches = list(self.folder.glob("*.parquet"))
+            set_aside(self.path.parent, self.path, *batches)
+        if not self.finished:
+            write_whole(about, self.fingerprint)
+
+    @property
+    def finished(self) -> bool:
+        return self.path.is_file()
+
+    def read(self, model: int, start: int) -> pd.DataFrame | None:
+        file = self.folder / f"{model}_{start}.parquet"
+        return pd.read_parquet(file) if file.is_file() else None
+
+    def write(self, model: int, start: int, rows: pd.DataFrame) -> pd.DataFrame:
+        """Save a batch; the batch as it will be read again."""
+        write_table(self.folder / f"{model}_{start}.parquet", rows)
+        return self.read(model, start)
+
+    def finish(self, table: pd.DataFrame) -> None:
+        write_with_fingerprint(self.path, self.fingerprint, table)
+
+    def table(self) -> pd.DataFrame:
+        table = pd.read_parquet(self.path)
+        table.attrs.clear()  # a table made of this one follows from something else
+        return table
+
+
+def read_fingerprint(path: Path) -> str | None:
+    """What a table follows from, as `write_with_fingerprint` noted it."""
+    about = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"PANDAS_ATTRS", b"{}")
+    return json.loads(about).get("fingerprint")
+
+
+def write_with_fingerprint(path: Path, fingerprint: str, table: pd.DataFrame) -> None:
+    table.attrs["fingerprint"] = fingerprint
+    write_table(path, table)

@@ -1,9 +1,9 @@
-"""A trained adapter as others take it: `python -m flowopd_lib.export runs/student --out student-lora
---license apache-2.0`.
+"""A trained adapter as others take it: `python -m flowopd_lib.export runs/student --out
+student-lora --license apache-2.0`.
 
-The folder has `pytorch_lora_weights.safetensors`, which `StableDiffusion3Pipeline.load_lora_weights` reads,
-ranks and alphas included, and a model card, `README.md`, that says what it was made of: base, recipe, scores,
-data, licence.
+The folder has `pytorch_lora_weights.safetensors`, which
+`StableDiffusion3Pipeline.load_lora_weights` reads, ranks and alphas included, and a model card,
+`README.md`, that says what it was made of: base, recipe, scores, data, licence.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def export(
 ) -> Path:
     """Write one adapter of `policy` in diffusers' format, with its card.
 
-    `recipe` as in `recipes`; `scores` are records of `model_scores` (reward, mean, low, high, n). Raises
-    ValueError for a licence without a name.
+    `recipe` as in `recipes`; `scores` are records of `model_scores` (reward, mean, low, high, n).
+    Raises ValueError for a licence without a name.
     """
     if not license.strip():
         raise ValueError(

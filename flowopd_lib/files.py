@@ -1,5 +1,5 @@
-"""Files and folders of runs: written whole or not at all, read with the types they were written with, filled
-by one process at a time."""
+"""Files and folders of runs: written whole or not at all, read with the types they were written
+with, filled by one process at a time."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class FolderInUse(RuntimeError):
 
 
 def write_whole(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that a kill or a full disk leaves the old one or the new one, whole; clear what dead
-    writers of it left.
+    """Write a file so that a kill or a full disk leaves the old one or the new one, whole; clear
+    what dead writers of it left.
 
     Raises OSError, naming the file.
     """
@@ -69,8 +69,8 @@ def alive(pid: int) -> bool:
 
 
 def append_lines(path: str | Path, lines: str) -> None:
-    """Add whole lines to a file of lines: all of them or, where the disk is full, none. Half a line that a
-    kill left is cut off first."""
+    """Add whole lines to a file of lines: all of them or, where the disk is full, none. Half a line
+    that a kill left is cut off first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
@@ -91,11 +91,11 @@ def append_lines(path: str | Path, lines: str) -> None:
 
 
 def read_lines(path: str | Path) -> pd.DataFrame:
-    """A file of JSON lines, which another may be writing to: its whole lines, a row each; empty where there
-    is none.
+    """A file of JSON lines, which another may be writing to: its whole lines, a row each; empty
+    where there is none.
 
-    A number is what it was written as: `2.0` stays a float, where pandas' own reader makes it an integer if
-    all others are whole too.
+    A number is what it was written as: `2.0` stays a float, where pandas' own reader makes it an
+    integer if all others are whole too.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -105,8 +105,8 @@ def read_lines(path: str | Path) -> pd.DataFrame:
 
 
 def plain(node: Any) -> Any:
-    """What JSON can say of `node`: numbers, lists and texts for numpy's and pandas' kinds; null for NaN,
-    "Infinity" for what is infinite."""
+    """What JSON can say of `node`: numbers, lists and texts for numpy's and pandas' kinds; null for
+    NaN, "Infinity" for what is infinite."""
     if isinstance(node, Mapping):
         return {str(plain(key)): plain(value) for key, value in node.items()}
     if isinstance(node, (pd.DataFrame, pd.Series)):
@@ -126,8 +126,8 @@ def plain(node: Any) -> Any:
 
 
 def write_json(path: str | Path, record: Any) -> None:
-    """Write a record as JSON, whole or not at all. It takes everything: a result is not lost because writing
-    it comes last."""
+    """Write a record as JSON, whole or not at all. It takes everything: a result is not lost
+    because writing it comes last."""
     write_whole(path, json.dumps(plain(record), indent=1, allow_nan=False) + "\n")
 
 
@@ -140,8 +140,8 @@ def write_table(path: str | Path, table: pd.DataFrame) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, what: str) -> Iterator[None]:
-    """Keep other processes from writing to a folder. The lock is the operating system's and goes with its
-    process, however that ends.
+    """Keep other processes from writing to a folder. The lock is the operating system's and goes
+    with its process, however that ends.
 
     Raises FolderInUse, naming the other process, if it does not end within `WAIT` seconds.
     """
@@ -183,8 +183,8 @@ def _told(owner: Path) -> str:
 
 
 def set_aside(folder: Path, *paths: Path) -> Path | None:
-    """Move what there is of `paths` into a new folder `folder/earlier/TIME`; that folder, None if there was
-    nothing."""
+    """Move what there is of `paths` into a new folder `folder/earlier/TIME`; that folder, None if
+    there was nothing."""
     there = [p for p in paths if p.exists()]
     if not there:
         return None

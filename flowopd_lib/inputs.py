@@ -1,9 +1,9 @@
-"""What a user may give, checked before anything long begins: types and ranges by pydantic, every fault one
-sentence that says how to mend it.
+"""What a user may give, checked before anything long begins: types and ranges by pydantic, every
+fault one sentence that says how to mend it.
 
-A notebook's first cell calls `begin` with what each of its parameters may be; the runner finds that call in
-the notebook and checks a whole profile by it before the first notebook starts, and so does papermill or
-nbconvert alone, for the cell comes before any sampling.
+A notebook's first cell calls `begin` with what each of its parameters may be; the runner finds that
+call in the notebook and checks a whole profile by it before the first notebook starts, and so does
+papermill or nbconvert alone, for the cell comes before any sampling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-# What settings may be: `check_fields` reads it off the fields of a dataclass, `check_options` off arguments.
+# What settings may be: `check_fields` reads it off the fields of a dataclass, `check_options` off
+# arguments.
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -85,8 +86,8 @@ def check_keys(where: str, given: Any, known: Iterable[str]) -> None:
 def check_mapping(
     where: str, given: Any, kinds: Mapping[str, Any], prefix: str = "", needed: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """`given`, each of its keys of the kind that `kinds` says and those `needed` there; a fault names the key
-    behind `prefix`. Raises ValueError."""
+    """`given`, each of its keys of the kind that `kinds` says and those `needed` there; a fault
+    names the key behind `prefix`. Raises ValueError."""
     check_keys(where, given, kinds)
     for key, value in given.items():
         check_value(prefix + key, value, kinds[key])
@@ -102,8 +103,8 @@ def _adapter(kind: Any) -> TypeAdapter:
 
 
 def check_value(name: str, value: Any, kind: Any) -> Any:
-    """`value`, if it is of a kind (a type, with ranges as pydantic's `Field` has them). No text is taken for
-    a number, and no 1.5 for a 1.
+    """`value`, if it is of a kind (a type, with ranges as pydantic's `Field` has them). No text is
+    taken for a number, and no 1.5 for a 1.
 
     Raises ValueError: one sentence with the name, what it must be and what it is.
     """
@@ -135,7 +136,8 @@ def check_value(name: str, value: Any, kind: Any) -> Any:
 
 
 def _is_kind(part: str, fault: Mapping, value: Any) -> bool:
-    """Whether a part of a fault's place is the name of an alternative rather than a key of the value."""
+    """Whether a part of a fault's place is the name of an alternative rather than a key of the
+    value."""
     node = value
     for p in fault["loc"]:
         if p == part:
@@ -187,8 +189,8 @@ def _wanted(fault: Mapping) -> str:
 def check_options(
     where: str, given: Any, kind: Any, left_out: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """`given`, checked against the arguments of `kind` and their types; lists become tuples where the
-    argument takes one."""
+    """`given`, checked against the arguments of `kind` and their types; lists become tuples where
+    the argument takes one."""
     hints = typing.get_type_hints(
         kind.__init__ if inspect.isclass(kind) else kind, include_extras=True
     )
@@ -217,8 +219,8 @@ def _limited(kind: type) -> dict[str, Any]:
 
 
 def check_fields(given: Any) -> None:
-    """Raises ValueError for a field of a dataclass that is not what its annotation says, where that is a
-    range or choices."""
+    """Raises ValueError for a field of a dataclass that is not what its annotation says, where that
+    is a range or choices."""
     for name, kind in _limited(type(given)).items():
         value = getattr(given, name)
         if isinstance(value, list) and "tuple" in str(kind):
@@ -227,8 +229,8 @@ def check_fields(given: Any) -> None:
 
 
 def check_tracker(name: str | None) -> None:
-    """Raises ValueError for one that accelerate does not know or find: it would leave it out, and say
-    nothing."""
+    """Raises ValueError for one that accelerate does not know or find: it would leave it out, and
+    say nothing."""
     if name is None:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -245,8 +247,8 @@ def check_tracker(name: str | None) -> None:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """A YAML file. Raises ValueError with file and line for what is not YAML, FileNotFoundError where there
-    is none."""
+    """A YAML file. Raises ValueError with file and line for what is not YAML, FileNotFoundError
+    where there is none."""
     path = Path(path)
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -262,12 +264,12 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def begin(names: Mapping[str, Any], **kinds: Any) -> Path:
-    """For a notebook's first cell, `begin(globals(), n_test=within(12, 300), ...)`: every parameter with what
-    it may be; the folder for results, made here:
-    `out_dir`, or a temporary one where that is "".
+    """For a notebook's first cell, `begin(globals(), n_test=within(12, 300), ...)`: every parameter
+    with what it may be; the folder for results, made here: `out_dir`, or a temporary one where that
+    is "".
 
-    Raises ValueError for a value of another kind, for a name that papermill was given and the notebook does
-    not have, and for an `out_dir` that is no folder.
+    Raises ValueError for a value of another kind, for a name that papermill was given and the
+    notebook does not have, and for an `out_dir` that is no folder.
     """
     cells = [
         cell for cell in names.get("In", []) if isinstance(cell, str) and cell.startswith(INJECTED)
@@ -300,7 +302,8 @@ def _assigned(source: str) -> list[str]:
 
 
 def kinds_of(sources: Iterable[str]) -> dict[str, Any]:
-    """What the `begin` in a notebook's cells says of its parameters; nothing where there is none."""
+    """What the `begin` in a notebook's cells says of its parameters; nothing where there is
+    none."""
     for source in sources:
         if "begin(globals()" not in source:
             continue

@@ -1,7 +1,7 @@
 """In which precision a model is computed: by measurement, once, unless it is said.
 
-bfloat16 is some four times faster than float32 on a CPU with matrix units for it (AMX), slower on one
-without, and on older ones a hundred times slower.
+bfloat16 is some four times faster than float32 on a CPU with matrix units for it (AMX), slower on
+one without, and on older ones a hundred times slower.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ ROWS, WIDTH = 64, 512  # a product small enough that the slowest way we know tak
 
 
 def resolve(dtype: str | torch.dtype, device: str | torch.device = "cpu") -> torch.dtype:
-    """float32 or bfloat16: as it is said, by name or as torch's own; for "auto" what the environment says
-    (`FLOWOPD_PRECISION`), else what is faster.
+    """float32 or bfloat16: as it is said, by name or as torch's own; for "auto" what the
+    environment says (`FLOWOPD_PRECISION`), else what is faster.
 
     Raises ValueError for another precision, or for bfloat16 on a GPU that cannot compute in it.
     """
@@ -48,8 +48,8 @@ def resolve(dtype: str | torch.dtype, device: str | torch.device = "cpu") -> tor
 
 @cache
 def fastest(device: str = "cpu") -> str:
-    """The faster of the two for a matrix product of the small backbone's width, timed once, under .3 s; on a
-    GPU bfloat16, where it has that."""
+    """The faster of the two for a matrix product of the small backbone's width, timed once, under
+    .3 s; on a GPU bfloat16, where it has that."""
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     seconds = {}
@@ -81,8 +81,9 @@ def decide(
     write: bool = True,
 ) -> torch.dtype:
     """The precision of all that is computed into a folder: what `precision.json` there says, else
-    `resolve`'s, which is then kept there: a resume on another machine goes on in the same. Of several
-    processes the first writes. Raises ValueError if it is said otherwise than it was begun."""
+    `resolve`'s, which is then kept there: a resume on another machine goes on in the same. Of
+    several processes the first writes. Raises ValueError if it is said otherwise than it was
+    begun."""
     file = Path(folder) / FILE
     kept = json.loads(file.read_text())["precision"] if file.is_file() else None
     if kept and str(dtype).removeprefix("torch.") not in ("auto", kept):

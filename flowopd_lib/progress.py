@@ -1,5 +1,5 @@
-"""How far a long computation is: a bar in JupyterLab or a terminal; headless, a line every few seconds with
-the time that is left."""
+"""How far a long computation is: a bar in JupyterLab or a terminal; headless, a line every few
+seconds with the time that is left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 
 from tqdm.auto import tqdm
 
-# What a headless line begins with; the runner shows such lines and leaves them out of the finished copy.
+# What a headless line begins with; the runner shows such lines and leaves them out of the finished
+# copy.
 MARK = "progress: "
 EVERY = 5.0  # seconds
 

@@ -1,5 +1,5 @@
-"""Other libraries' bars and warnings held back while we call them, and left as they were for everybody else
-in the process."""
+"""Other libraries' bars and warnings held back while we call them, and left as they were for
+everybody else in the process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bar for each of nine files loaded, no advice about torchvision, which we do not use: notebooks and
-    logs are for results.
+    """No bar for each of nine files loaded, no advice about torchvision, which we do not use:
+    notebooks and logs are for results.
 
-    Here and wherever a model is loaded, diffusers, transformers and PEFT are imported by the function that
-    needs them: they take longer than all else."""
+    Here and wherever a model is loaded, diffusers, transformers and PEFT are imported by the
+    function that needs them: they take longer than all else."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

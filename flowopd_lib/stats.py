@@ -11,7 +11,8 @@ import pandas as pd
 def mean_interval(
     values: Sequence[float], resamples: int = 5000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean and 95 % interval over prompts: Wilson's for yes-or-no scores, else a percentile bootstrap.
+    """Mean and 95 % interval over prompts: Wilson's for yes-or-no scores, else a percentile
+    bootstrap.
 
     Raises ValueError below two values.
     """
@@ -36,7 +37,7 @@ ABOUT = (
     "seed",
     "train_seed",
     "split",
-    "picture",
+    "image",
     "embedding",
 )
 
@@ -54,8 +55,8 @@ def rewards_in(table: pd.DataFrame) -> list[str]:
 def summary(
     table: pd.DataFrame, by: Sequence[str] = (), rewards: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """Long table: the columns of `by`, reward (None: all), mean, low, high (95 %), n. Rewards without scores in
-    a group are left out."""
+    """Long table: the columns of `by`, reward (None: all), mean, low, high (95 %), n. Rewards
+    without scores in a group are left out."""
     rewards = rewards_in(table) if rewards is None else rewards
     rows = []
     groups = table.groupby(list(by), sort=False) if by else [((), table)]
@@ -83,11 +84,11 @@ def paired_differences(
     rewards: Sequence[str] | None = None,
     by: Sequence[str] = ("task",),
 ) -> pd.DataFrame:
-    """Every model's score minus the baseline's on the same prompts and noise: model, the columns of `by`,
-    reward, mean, low, high (95 %), n prompts.
+    """Every model's score minus the baseline's on the same prompts and noise: model, the columns of
+    `by`, reward, mean, low, high (95 %), n prompts.
 
-    A prompt's repeats are averaged first; the percentile bootstrap draws prompts. Raises ValueError for an
-    unknown baseline.
+    A prompt's repeats are averaged first; the percentile bootstrap draws prompts. Raises ValueError
+    for an unknown baseline.
     """
     if baseline not in set(table["model"]):
         raise ValueError(
@@ -105,8 +106,8 @@ def paired_differences(
             for name in rewards:
                 values = group[name].dropna()
                 if len(values) >= 2:
-                    # Differences of yes-or-no scores can all be 0 or 1 by chance; they are no shares, so no
-                    # Wilson here.
+                    # Differences of yes-or-no scores can all be 0 or 1 by chance; they are no
+                    # shares, so no Wilson here.
                     mean, low, high = _bootstrap_mean(values.to_numpy())
                     rows.append(
                         {
@@ -123,9 +124,9 @@ def paired_differences(
 
 
 # A reward, the task on whose prompts its score counts, and its full scale: what an Average adds up.
-Home = Sequence[tuple[str, str, float]]
+Domain = tuple[str, str, float]
 # the paper's; a `Benchmark` has its own
-AVERAGE: Home = (
+AVERAGE: Sequence[Domain] = (
     ("GenEval", "geneval", 1.0),
     ("OCR", "ocr", 1.0),
     ("DeQA", "pickscore", 5.0),
@@ -134,17 +135,17 @@ AVERAGE: Home = (
 
 
 def paper_average(
-    table: pd.DataFrame, home: Home = AVERAGE, resamples: int = 2000, seed: int = 0
+    table: pd.DataFrame, domains: Sequence[Domain] = AVERAGE, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """The Average, each reward on its own prompts over its full scale, by model: mean, low, high (95 %,
-    prompts drawn within their task). Flow-OPD's is (GenEval + OCR + DeQA/5 + PickScore/26) / 4, DeQA and
-    PickScore on the preference prompts. Raises ValueError if one is missing.
+    """The Average, each reward on its own prompts over its full scale, by model: mean, low, high
+    (95 %, prompts drawn within their task). Flow-OPD's is (GenEval + OCR + DeQA/5 + PickScore/26) /
+    4, DeQA and PickScore on the preference prompts. Raises ValueError if one is missing.
     """
     rows = []
     for model, group in table.groupby("model", sort=False):
         rng, total, draws = np.random.default_rng(seed), 0.0, np.zeros(resamples)
         drawn: dict[str, np.ndarray] = {}
-        for reward, task, scale in home:
+        for reward, task, scale in domains:
             part = group[group["task"] == task]
             if reward not in part or part[reward].isna().all():
                 raise ValueError(
@@ -155,8 +156,8 @@ def paper_average(
                 task not in drawn
             ):  # DeQA and PickScore reward the same pictures: they are drawn together
                 drawn[task] = rng.integers(len(values), size=(resamples, len(values)))
-            total += values.mean() / len(home)
-            draws += values[drawn[task]].mean(1) / len(home)
+            total += values.mean() / len(domains)
+            draws += values[drawn[task]].mean(1) / len(domains)
         low, high = np.percentile(draws, (2.5, 97.5))
         rows.append(
             {
@@ -171,43 +172,44 @@ def paper_average(
     return pd.DataFrame(rows)
 
 
-def home_scores(table: pd.DataFrame, home: Home = AVERAGE) -> pd.DataFrame:
-    """The same table with each score on its own prompts only: PickScore and DeQA, which can reward any, on the
-    preference prompts."""
+def in_domain_scores(table: pd.DataFrame, domains: Sequence[Domain] = AVERAGE) -> pd.DataFrame:
+    """The same table with each score on its own prompts only: PickScore and DeQA, which can reward
+    any, on the preference prompts."""
     return table.assign(
         **{
             reward: table[reward].where(table["task"] == task)
-            for reward, task, _ in home
+            for reward, task, _ in domains
             if reward in table
         }
     )
 
 
-def model_scores(table: pd.DataFrame, home: Home = AVERAGE) -> pd.DataFrame:
+def model_scores(table: pd.DataFrame, domains: Sequence[Domain] = AVERAGE) -> pd.DataFrame:
     """What the paper's tables show: every model's scores, each on its own prompts, and the Average:
     model, reward, mean, low, high, n prompts.
 
-    A prompt's repeats, and several trainings under one name, are averaged first: they are no new prompts.
+    A prompt's repeats, and several trainings under one name, are averaged first: they are no new
+    prompts.
     """
-    rewards = [reward for reward, _, _ in home if reward in table]
+    rewards = [reward for reward, _, _ in domains if reward in table]
     by_prompt = (
-        home_scores(table, home)
+        in_domain_scores(table, domains)
         .groupby(["model", "task", "prompt"], sort=False)[rewards]
         .mean()
         .reset_index()
     )
     return pd.concat(
-        [summary(by_prompt, ["model"], rewards), paper_average(table, home)], ignore_index=True
+        [summary(by_prompt, ["model"], rewards), paper_average(table, domains)], ignore_index=True
     )
 
 
-def gold_gains(table: pd.DataFrame, baseline: str = "base", home: Home = AVERAGE) -> pd.DataFrame:
-    """What every model gained over the baseline by a reward (`proxy`) and by its gold (`gold`), on the same
-    samples of the reward's own prompts, in full scales: model, reward, by (proxy, gold or gap: proxy less
-    gold), mean, low, high (95 %), n prompts. A gap above 0 is a gain that only the reward sees. Empty where
-    the table has no gold rewards."""
+def gold_gains(table: pd.DataFrame, baseline: str = "base", domains: Sequence[Domain] = AVERAGE) -> pd.DataFrame:
+    """What every model gained over the baseline by a reward (`proxy`) and by its gold (`gold`), on
+    the same samples of the reward's own prompts, in full scales: model, reward, by (proxy, gold or
+    gap: proxy less gold), mean, low, high (95 %), n prompts. A gap above 0 is a gain that only the
+    reward sees. Empty where the table has no gold rewards."""
     found = []
-    for reward, task, scale in home:
+    for reward, task, scale in domains:
         if reward + GOLD in table:
             here = table[table["task"] == task]
             proxy, gold = here[reward] / scale, here[reward + GOLD] / scale
@@ -220,24 +222,24 @@ def gold_gains(table: pd.DataFrame, baseline: str = "base", home: Home = AVERAGE
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
 
-def gain_kept(
+def fraction_kept(
     table: pd.DataFrame,
     student: str,
     experts: Mapping[str, str],
     base: str = "base",
-    home: Home = AVERAGE,
+    domains: Sequence[Domain] = AVERAGE,
     resamples: int = 5000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The share of each expert's gain over the base that a student keeps, (student - base) / (expert - base):
-    reward, gains, mean, low, high (95 %), n.
+    """The share of each expert's gain over the base that a student keeps, (student - base) /
+    (expert - base): reward, gains, mean, low, high (95 %), n.
 
-    `experts` maps a reward to the model trained for it; prompts are those of the Average. The bootstrap draws
-    prompts for all three models together. NaN where the expert's own gain is not above 0 with its interval:
-    there is no share of nothing.
+    `experts` maps a reward to the model trained for it; prompts are those of the Average. The
+    bootstrap draws prompts for all three models together. NaN where the expert's own gain is not
+    above 0 with its interval: there is no share of nothing.
     """
     rows = []
-    for reward, task, _ in home:
+    for reward, task, _ in domains:
         if reward not in experts:
             continue
         part = table[table["task"] == task]
@@ -284,11 +286,11 @@ def _bootstrap_mean(
 
 
 def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.DataFrame:
-    """How different a prompt's samples are: mean of 1 - cosine over pairs of its repeats' embeddings
-    (within a training), with a 95 % interval over prompts.
+    """How different a prompt's samples are: mean of 1 - cosine over pairs of its repeats'
+    embeddings (within a training), with a 95 % interval over prompts.
 
-    A model that collapsed to one picture a prompt has 0. Raises ValueError for a table without embeddings or
-    repeats.
+    A model that collapsed to one picture a prompt has 0. Raises ValueError for a table without
+    embeddings or repeats.
     """
     prompt, keys = ["task", "prompt"], ["task", "prompt", "train_seed"]
     table = table if "train_seed" in table else table.assign(train_seed=0)
@@ -314,8 +316,8 @@ def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.
 
 
 def kernel_distance(embeddings: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
-    """Squared MMD of two samples (n, D) of the same prompts in the same order, with the cubic kernel of KID
-    (1801.01401), and its 95 % interval.
+    """Squared MMD of two samples (n, D) of the same prompts in the same order, with the cubic
+    kernel of KID (1801.01401), and its 95 % interval.
 
     The U-statistic is unbiased, so that it is about 0, and may be negative, for two samples of one
     distribution.

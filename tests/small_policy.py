@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowopd_lib.texts import TextEmbedding
+from flowopd_lib.text import TextEmbedding
 
 
 class SmallPolicy:
@@ -16,14 +16,14 @@ class SmallPolicy:
     pipeline = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
     def __init__(self, size: int = 2, **adapters: torch.Tensor):
-        self.latent_shape, self.asked = (size, 1, 1), []
+        self.latent_shape, self.calls = (size, 1, 1), []
         self.weights = {None: torch.zeros(2, size), **adapters}
 
     def encode(self, texts):
         return TextEmbedding(torch.zeros(len(texts), 1, 1), torch.zeros(len(texts), 1))
 
     def velocity(self, x, sigma, text, guidance=1.0, adapter=None):
-        self.asked.append((adapter, len(x), torch.is_grad_enabled()))
+        self.calls.append((adapter, len(x), torch.is_grad_enabled()))
         slope, bias = self.weights[adapter]
         level = 1 + sigma[:, None, None, None] if torch.is_tensor(sigma) else 1 + sigma
         return slope[:, None, None] * x + bias[:, None, None] * level

@@ -6,13 +6,15 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from flowopd_lib.rollout import Sampler
 from flowopd_lib.sde import (
+    WEIGHTINGS,
     coefficients,
-    gaussian_kl,
+    kl_weight,
     log_prob,
+    per_row,
     predict_x0,
     transition,
-    velocity_weight,
 )
 
 
@@ -56,7 +58,7 @@ def errors(kind, steps, n=100_000):
     x, found = torch.randn(n, 1, 1, 1, generator=g), []
     for sigma, after in zip(sigmas, sigmas[1:]):
         mean, std = transition(x, exact_velocity(x, sigma), sigma, after, kind)
-        x = mean + std * torch.randn(x.shape, generator=g)
+        x = mean + per_row(std, mean) * torch.randn(x.shape, generator=g)
         found.append(
             (
                 after,
@@ -103,8 +105,8 @@ def test_log_probability_and_kl_against_torch_and_monte_carlo(kind):
     x, v, u = (torch.randn(3, 4, 2, 2, generator=g) for _ in range(3))
     mean, std = transition(x, v, 0.8, 0.7, kind)
     other, _ = transition(x, u, 0.8, 0.7, kind)
-    p, q = torch.distributions.Normal(mean, std), torch.distributions.Normal(other, std)
-    action = mean + std * torch.randn(mean.shape, generator=g)
+    p, q = (torch.distributions.Normal(m, std.float()) for m in (mean, other))
+    action = mean + std.float() * torch.randn(mean.shape, generator=g)
     torch.testing.assert_close(
         log_prob(action, mean, std), p.log_prob(action).flatten(1).sum(1), rtol=1e-5, atol=1e-4
     )
@@ -112,35 +114,61 @@ def test_log_probability_and_kl_against_torch_and_monte_carlo(kind):
         log_prob(action, mean, std, "mean"), p.log_prob(action).flatten(1).mean(1)
     )
     exact = torch.distributions.kl_divergence(p, q).flatten(1).sum(1)
-    torch.testing.assert_close(gaussian_kl(mean, other, std), exact)
-    torch.testing.assert_close(gaussian_kl(other, mean, std), exact)
-    torch.testing.assert_close(
-        velocity_weight(0.8, 0.7, "kl", kind) * (v - u).square().flatten(1).sum(1), exact
-    )
-    actions = mean + std * torch.randn(20_000, *mean.shape, generator=g)
+    backward = torch.distributions.kl_divergence(q, p).flatten(1).sum(1)
+    torch.testing.assert_close(backward, exact)  # the covariance is shared
+    weight = kl_weight(0.8, 0.7, kind).float()
+    torch.testing.assert_close(weight * (v - u).square().flatten(1).sum(1), exact)
+    actions = mean + std.float() * torch.randn(20_000, *mean.shape, generator=g)
     sampled = (p.log_prob(actions) - q.log_prob(actions)).flatten(2).sum(2)
     error = sampled.std(0) / math.sqrt(len(actions))
     assert ((sampled.mean(0) - exact).abs() < 5 * error).all()
 
 
-def test_the_formula_of_the_kl_and_what_the_public_code_makes_of_it():
+def test_every_weighting_has_the_value_computed_by_hand():
+    """On the squared difference of the velocities *summed* over the latent, sigma .5 to .4: dt = .1, s = .7."""
+    by_hand = {
+        "kl": 0.05 * (0.7 * 0.5 / 1.0 + 1 / 0.7) ** 2,
+        "as_coded": 0.1 * 0.05 * (0.7 * 0.5 / 1.0 + 1 / 0.7) ** 2,
+        "uniform_v": 1.0,
+        "x0": 0.25,
+        "ode": 0.005,
+    }
+    assert by_hand.keys() == WEIGHTINGS.keys()
+    for name, value in by_hand.items():
+        assert WEIGHTINGS[name](0.5, 0.4).item() == pytest.approx(value), name
+        assert Sampler(10, "ode").step_weights(0.5, 0.4, name).item() == pytest.approx(value), name
+    sampler = Sampler(
+        10, "sde", noise_scale=lambda sigma, sigma_next, a: a * sigma
+    )  # a user's noise
+    assert sampler.step_weights(0.5, 0.4, "kl").item() == pytest.approx(
+        0.05 * (0.35 * 0.5 + 1 / 0.35) ** 2
+    )
+    assert sampler.step_weights(0.5, 0.4, lambda sigma, *_: 3 * sigma).item() == pytest.approx(1.5)
+
+
+def test_the_public_code_weighs_the_last_step_seven_times_more_against_the_first():
     _, sigmas = grid(10)
-    weights = {}
     for sigma, after in zip(sigmas[:-2], sigmas[1:-1]):
         dt, s = sigma - after, 0.7 * math.sqrt(sigma / (1 - (after if sigma == 1 else sigma)))
-        assert velocity_weight(sigma, after) == pytest.approx(
+        assert kl_weight(sigma, after).item() == pytest.approx(
             dt / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2
         )
-        weights[sigma] = (
-            velocity_weight(sigma, after),
-            velocity_weight(sigma, after, "as_coded", size=1024),
-        )
-    first, last = weights[sigmas[0]], weights[sigmas[-3]]
-    assert (last[1] / last[0]) / (first[1] / first[0]) == pytest.approx(
-        7, rel=0.25
-    )  # METHOD.md: about 7x
-    assert velocity_weight(0.5, 0.4, "x0", size=10) == pytest.approx(0.025)
-    assert velocity_weight(0.5, 0.0, "uniform_v", size=10) == pytest.approx(0.1)
+    first, last = ((sigmas[k], sigmas[k + 1]) for k in (0, 8))
+    ratio = {n: (WEIGHTINGS[n](*last) / WEIGHTINGS[n](*first)).item() for n in ("kl", "as_coded")}
+    assert ratio["as_coded"] / ratio["kl"] == pytest.approx(7, rel=0.25)
+
+
+def test_a_tensor_of_sigmas_gives_each_row_its_own_step():
+    _, sigmas = grid(10)
+    sigma, after = (
+        torch.tensor(sigmas, dtype=torch.float64)[k] for k in (slice(0, 10), slice(1, 11))
+    )
+    x, v = torch.randn(10, 4, 2, 2), torch.randn(10, 4, 2, 2)
+    for kind in ("ode", "sde", "cps"):
+        mean, std = transition(x, v, sigma, after, kind)
+        for k in range(10):
+            one, of_one = transition(x[k : k + 1], v[k : k + 1], sigmas[k], sigmas[k + 1], kind)
+            assert torch.equal(mean[k], one[0]) and std[k] == of_one
 
 
 @pytest.mark.parametrize("kind", ["sde", "cps"])
@@ -149,7 +177,7 @@ def test_finite_from_pure_noise_to_the_last_step(kind):
     x, v = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     for sigma, after in zip(sigmas, sigmas[1:]):
         mean, std = transition(x, v, sigma, after, kind)
-        assert mean.isfinite().all() and math.isfinite(std)
+        assert mean.isfinite().all() and std.isfinite()
         if after:
             assert std > 0 and log_prob(x, mean, std).isfinite().all()
     assert std == 0  # no noise is left in the picture
@@ -171,8 +199,7 @@ def test_arithmetic_is_float32_whatever_the_model():
         (lambda: coefficients(0.5, 0.6, "sde", 0.7), "goes down"),
         (lambda: coefficients(0.5, 0.4, "dpm", 0.7), "unknown sampler"),
         (lambda: coefficients(0.5, 0.4, "cps", 1.7), "lies in"),
-        (lambda: velocity_weight(0.5, 0.4, "snr"), "unknown weighting"),
-        (lambda: velocity_weight(0.5, 0.0, "kl"), "needs a step with noise"),
+        (lambda: kl_weight(0.5, 0.0), "needs a step with noise"),
         (lambda: log_prob(torch.zeros(1, 1), torch.zeros(1, 1), 1.0, "max"), "unknown reduction"),
     ],
 )

@@ -1,5 +1,5 @@
-"""Benchmarks: what a suite of experiments is about, as data. A name or a YAML file gives one."""
+"""What the experiments are about: models with prompts, rewards and experts."""
 
-from .benchmark import Benchmark, Expert, Task, load_benchmark
+from .benchmark import DEFAULT, Benchmark, load_benchmark
 
-__all__ = ["Expert", "load_benchmark", "Task", "Benchmark"]
+__all__ = ["DEFAULT", "Benchmark", "load_benchmark"]

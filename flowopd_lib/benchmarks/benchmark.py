@@ -1,264 +1,300 @@
-"""A benchmark as data: a model, prompts by task, rewards, experts, and how it is sampled; docs/benchmarks.md describes
-the YAML file.
+"""A benchmark as data: a model, prompts by task, rewards, experts, and how it is sampled.
 
-Everything else asks the benchmark what there is: tasks, rewards and experts are counted, never assumed.
+docs/benchmarks.md describes the YAML file. Everything else asks the benchmark what there is: tasks,
+rewards and experts are counted, never assumed.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field, model_validator
 
-from ..adapters import ATTENTION, MLP
+from .. import rewards as shipped_rewards
+from ..config import (
+    Config,
+    Count,
+    Index,
+    NonNegative,
+    Positive,
+    choose,
+    load_plugin,
+    read_yaml,
+    validate,
+)
+from ..data import Kind, Prompt, read_prompts
 from ..files import RUNS
-from ..inputs import read_yaml
-from ..merge import merge
+from ..lora import ATTENTION, MLP
+from ..merge import MergeConfig, merge
 from ..policy import FlowPolicy
-from ..prompts import Prompt, read_prompts
 from ..rewards import Reward
 from ..rollout import Sampler
-from .read import placed, read_benchmark
-from .reward_specs import build_reward, reward_class
+from ..stats import GOLD, Domain
 
 DEFAULT, SHIPPED = "tiny", Path(__file__).parent
+Split = Literal["train", "val", "test", "ood"]
 
 
-@dataclass(frozen=True)
-class Task:
-    """A capability: the prompts that ask for it, by split, the reward that measures it, the expert that its
-    prompts are routed to (None: it has none), and what it is trained on by GRPO, reward by reward. `like`: the
-    task whose prompts it shares; `held_out`: so many of the training file's last prompts are its split val.
-    """
+class TaskConfig(Config):
+    """A capability: the prompts that ask for it, the reward that measures it, the expert that its
+    prompts are routed to (by default the one of the task's name), and what GRPO trains it on, by
+    reward. `prompts_of`: the task whose prompts it shares; `val_from_train`: how many of the last
+    training prompts are the split val."""
 
-    name: str
     reward: str
-    kind: str
-    files: Mapping[str, Path]
-    expert: str | None
-    reward_weights: Mapping[str, float]
-    like: str | None = None
-    held_out: int = 0
+    prompts: str = ""
+    kind: Kind = "plain"
+    splits: list[Split] = ["train", "val", "test", "ood"]
+    val_from_train: Index = 0
+    expert: str | None = None
+    reward_weights: dict[str, float] = {}
+    prompts_of: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if bool(self.prompts) == bool(self.prompts_of):
+            raise ValueError(
+                "give either prompts, its own files, or prompts_of, the task it shares them with"
+            )
+        return self
+
+
+class RewardConfig(Config):
+    """A reward's class, the class's arguments, and what the benchmark says of it: the `tasks` whose
+    prompts it scores (None: all it can), the `scale` its scores are divided by where rewards are
+    added up, `held_out` (for evaluation only), `training_only` (never reported), and its gold
+    reward."""
+
+    model_config = ConfigDict(extra="allow")
+
+    cls: str = Field(alias="class")
+    scale: Positive | None = None
+    tasks: list[str] | None = None
+    held_out: bool | None = None
+    training_only: bool | None = None
+    gold: dict[str, Any] | None = None
 
     @property
-    def home(self) -> str:
-        """The task under whose name its prompts stand in a table of scores."""
-        return self.like or self.name
+    def attributes(self) -> dict[str, Any]:
+        """What the file says of the reward, and does not leave to its class."""
+        names = ("scale", "tasks", "held_out", "training_only")
+        return {k: v for k in names if (v := getattr(self, k)) is not None}
 
 
-@dataclass(frozen=True)
-class Expert:
-    """An adapter trained for a task: its folder or hub id, the guidance it is asked with, and the recipe that
-    trained it, where there is one."""
+class ExpertConfig(Config):
+    """An adapter trained for a task: its folder or hub id, its guidance (None: that of
+    evaluations), and the recipe that trained it."""
 
     adapter: str
-    guidance: float = 1.0
-    recipe: Path | None = None
+    guidance: NonNegative | None = None
+    recipe: str | None = None
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """See `load_benchmark`. `base`: a Stable Diffusion 3 folder or hub id; `resolution`: of its pictures, pixels
-    at a side, and `text_length`, tokens of T5 (None: the model's own). `beside`: what GRPO-Mix adds to
-    every task's own reward, and `turns`, how often each task's prompts come."""
-
-    name: str
-    place: str  # what `load_benchmark` takes: its name, or its file
-    base: str
-    tasks: Mapping[str, Task]
-    experts: Mapping[str, Expert]
-    specs: Mapping[str, dict]  # of rewards, as the file has them
-    folder: Path
-    resolution: int | None = None
-    text_length: int | None = None
-    rank: int = 32
-    alpha: float = 64.0
+class AdapterDefaults(Config):
+    rank: Count = 32
+    alpha: Positive = 64.0
     targets: tuple[str, ...] = ATTENTION + MLP
-    anchor: str | None = None
-    auxiliary_rewards: Mapping[str, float] = field(default_factory=dict)
-    task_schedule: Mapping[str, int] = field(default_factory=dict)
-    task_weights: Mapping[str, int] = field(default_factory=dict)
+
+
+class MixConfig(Config):
+    """GRPO-Mix: how often each task's prompts come, and the rewards added to every task's own."""
+
+    task_schedule: dict[str, Count] = {}
+    auxiliary_rewards: dict[str, float] = {}
+
+
+class Sampling(Config):
     evaluation: Sampler = Sampler()
-    exploration: Sampler = Sampler(10, "sde")
-    distillation: Sampler = Sampler(10, "sde")
-    truth_module: str = ""
-    rates: Mapping[str, float] = field(default_factory=dict)  # measured: see `runs.cost`
-    # claims of the claims table that were made true here, or follow from such, and why: no result
-    calibrated: Mapping[str, str] = field(default_factory=dict)
-    about: str = ""  # a sentence or two for a reader
+    grpo: Sampler = Sampler(10, "sde")
+    opd: Sampler = Sampler(10, "sde")
+
+
+class Throughput(Config):
+    """Measured on `device`, a second: forwards alone, and forwards with their backward."""
+
+    device: str
+    forwards: Positive
+    updates: Positive
+
+
+class BenchmarkConfig(Config):
+    """The file. Relative paths are as seen from `folder`, which is as seen from the file."""
+
+    model: str
+    tasks: Annotated[dict[str, TaskConfig], Field(min_length=1)]
+    rewards: dict[str, RewardConfig]
+    about: str = ""
+    folder: str = "."
+    prompts: str = "."
+    resolution: Count | None = None
+    text_length: Count | None = None
+    experts: dict[str, ExpertConfig] = {}
+    anchor: str | None = None
+    adapters: AdapterDefaults = AdapterDefaults()
+    grpo_mix: MixConfig = MixConfig()
+    task_weights: dict[str, Count] = {}
+    sampling: Sampling = Sampling()
+    renderer: str = ""
+    throughput: Throughput | None = None
+    true_by_construction: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _names(self):
+        own = [name for name, task in self.tasks.items() if not task.prompts_of]
+        for name, task in self.tasks.items():
+            if task.prompts_of:
+                choose(f"task with prompts (tasks.{name}.prompts_of)", task.prompts_of, own)
+            for reward in (task.reward, *task.reward_weights):
+                choose(f"reward (tasks.{name})", reward, self.rewards)
+            if task.expert:
+                choose(f"expert (tasks.{name}.expert)", task.expert, self.experts)
+        if self.anchor:
+            choose("expert (anchor)", self.anchor, self.experts)
+        for reward in self.grpo_mix.auxiliary_rewards:
+            choose("reward (grpo_mix.auxiliary_rewards)", reward, self.rewards)
+        for task in self.grpo_mix.task_schedule:
+            choose("task with prompts (grpo_mix.task_schedule)", task, own)
+        for task in (
+            *self.task_weights,
+            *(t for r in self.rewards.values() for t in r.tasks or ()),
+        ):
+            choose("task", task, self.tasks)
+        for name, reward in self.rewards.items():
+            if reward.gold is None:
+                continue
+            where = f"rewards.{name}.gold"
+            if reward.held_out or reward.training_only:
+                raise ValueError(
+                    f"{where}: only a reward that is reported and trained on has a gold reward"
+                )
+            taken = set(reward.gold) & {"tasks", "scale", "held_out", "training_only", "gold"}
+            if taken:
+                raise ValueError(
+                    f"{where} has {min(taken)}, which it takes from {name}; leave it out"
+                )
+            if name + GOLD in self.rewards:
+                raise ValueError(
+                    f"{where} is the reward {name + GOLD}, which exists already; rename that"
+                )
+        return self
+
+
+class Benchmark:
+    """See `load_benchmark`. `source`: what `load_benchmark` takes, its name or its file."""
+
+    def __init__(self, config: BenchmarkConfig, name: str, source: str, folder: Path):
+        self.config, self.name, self.source = config, name, source
+        self.folder = folder / expand(config.folder)
+        self.tasks, self.experts, self.about = config.tasks, config.experts, config.about
+        self.anchor, self.task_weights = config.anchor, config.task_weights
+        self.rank, self.alpha, self.targets = (
+            getattr(config.adapters, k) for k in ("rank", "alpha", "targets")
+        )
+        self.base = self._path(config.model)
+        self.reward_configs = dict(config.rewards)
+        for reward, of in config.rewards.items():
+            if of.gold is not None:
+                shared = {k: v for k, v in of.attributes.items() if k in ("tasks", "scale")}
+                gold = {**shared, **of.gold, "held_out": True}
+                self.reward_configs[reward + GOLD] = validate(
+                    RewardConfig, gold, (f"rewards.{reward}.gold")
+                )
+
+    # --- names
 
     @property
     def base_name(self) -> str:
-        """The base as a reader is told it: a hub id, or its folder's name and the benchmark's."""
+        """The base as a reader is shown it: a hub id, or its folder's name and the benchmark's."""
         path = Path(self.base)
-        return (
-            f"{path.name} (the benchmark {self.name} of Flow-OPD lab)"
-            if path.is_dir()
-            else self.base
-        )
+        return f"{path.name} (the benchmark {self.name})" if path.is_dir() else self.base
 
     @property
-    def own(self) -> tuple[str, ...]:
+    def prompt_tasks(self) -> tuple[str, ...]:
         """The tasks that have prompts of their own."""
-        return tuple(name for name, task in self.tasks.items() if task.like is None)
+        return tuple(name for name, task in self.tasks.items() if not task.prompts_of)
+
+    @property
+    def domains(self) -> tuple[Domain, ...]:
+        """What the Average adds up, one a task: (reward, task of the prompts, full scale)."""
+        return tuple(
+            (task.reward, task.prompts_of or name, self.scales[task.reward])
+            for name, task in self.tasks.items()
+        )
 
     @cached_property
     def scales(self) -> dict[str, float]:
         """What each reward's score is divided by where scores are added up."""
-        return {name: float(self._told(name, "scale", 1.0)) for name in self.specs}
-
-    @property
-    def home(self) -> tuple[tuple[str, str, float], ...]:
-        """What the Average adds up: (reward, task of the prompts, full scale), one a task."""
-        return tuple((t.reward, t.home, self.scales[t.reward]) for t in self.tasks.values())
+        return {name: float(self._attribute(name, "scale", 1.0)) for name in self.reward_configs}
 
     @property
     def teachers(self) -> dict[str, str]:
         """The expert that each task's prompts are routed to."""
-        return {name: task.expert for name, task in self.tasks.items() if task.expert}
+        found = {name: task.expert or name for name, task in self.tasks.items()}
+        return {task: expert for task, expert in found.items() if expert in self.experts}
 
     @property
     def experts_of(self) -> dict[str, str]:
         """The expert that was trained for each reward."""
-        return {task.reward: task.expert for task in self.tasks.values() if task.expert}
+        return {self.tasks[task].reward: expert for task, expert in self.teachers.items()}
 
     @property
     def guidance(self) -> dict[str, float]:
-        """By expert, where it is asked with guidance."""
-        return {name: e.guidance for name, e in self.experts.items() if e.guidance != 1.0}
+        """By expert: what it says wherever it is sampled, as a teacher too."""
+        default = self.sampling.evaluation.guidance
+        return {n: default if e.guidance is None else e.guidance for n, e in self.experts.items()}
 
-    @cached_property
-    def truth(self) -> ModuleType | None:
-        """What can draw right pictures of prompts and reward the rewards by them; None where nothing can."""
-        return importlib.import_module(self.truth_module) if self.truth_module else None
+    @property
+    def task_schedule(self) -> dict[str, int]:
+        return self.config.grpo_mix.task_schedule or dict.fromkeys(self.prompt_tasks, 1)
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.config.sampling
+
+    # --- the model
 
     @property
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def policy(
-        self, dtype: str | torch.dtype = "auto", device: str | torch.device = ""
+        self, dtype: str | torch.dtype = ("auto"), device: str | torch.device = ""
     ) -> FlowPolicy:
         """The base, without adapters, on `device` or on what there is."""
+        config = self.config
         return FlowPolicy(
-            self.base, device or self.device, dtype, self.resolution, self.text_length
+            self.base, device or self.device, dtype, config.resolution, config.text_length
         )
 
     def sampler(self, steps: int) -> Sampler:
         """That of evaluations, in so many steps."""
-        return replace(self.evaluation, steps=steps)
-
-    def prompts(self, task: str, split: str) -> list[Prompt]:
-        """One split of one task. Raises FileNotFoundError, with the splits there are."""
-        if task not in self.tasks:
-            raise ValueError(
-                f"the benchmark {self.name} has no task {task!r}; it has {', '.join(self.tasks)}"
-            )
-        of = self.tasks[task]
-        source, kept = split, slice(None)
-        if of.held_out and split in ("train", "val"):
-            source = "train"
-            kept = slice(-of.held_out, None) if split == "val" else slice(None, -of.held_out)
-        if source not in of.files:
-            raise FileNotFoundError(
-                f"the {task} prompts of the benchmark {self.name} have no split {split}; they have "
-                f"{', '.join(self.splits(task))}"
-            )
-        found = read_prompts(placed(of.files[source], self.folder), task, of.kind)[kept]
-        if not found:
-            raise ValueError(
-                f"the {task} prompts hold back {of.held_out} for val, and there are no more"
-            )
-        return found
-
-    def splits(self, task: str) -> list[str]:
-        """Those whose file is there."""
-        of = self.tasks[task]
-        there = [split for split, path in of.files.items() if placed(path, self.folder).is_file()]
-        return there + (["val"] if of.held_out and "train" in there else [])
-
-    def first_prompts(self, split: str, n: int) -> list[Prompt]:
-        """The first `n` prompts (or as many as there are) of every task of its own, one list."""
-        return [p for task in self.own for p in self.prompts(task, split)[:n]]
-
-    def rewards(self, device: str = "") -> dict[str, Reward]:
-        """Those whose scores are reported, and which GRPO may train on. Each reward is loaded once."""
-        return self.rewards_named(
-            [n for n in self.specs if not self.reward_is(n, "held_out", "training")], device
-        )
-
-    def all_training_rewards(self, device: str = "") -> dict[str, Reward]:
-        """The same and those that are for training only."""
-        return self.rewards_named(
-            [n for n in self.specs if not self.reward_is(n, "held_out")], device
-        )
-
-    def held_out_rewards(self, device: str = "") -> dict[str, Reward]:
-        """Those that nothing may be trained on, gold rewards (`stats.GOLD`) among them."""
-        return self.rewards_named([n for n in self.specs if self.reward_is(n, "held_out")], device)
-
-    def rewards_named(self, names: Iterable[str], device: str = "") -> dict[str, Reward]:
-        """Those of these names. Raises ValueError for one there is not."""
-        for name in names:
-            if name not in self.specs:
-                raise ValueError(
-                    f"the benchmark {self.name} has no reward {name!r}; it has {', '.join(self.specs)}"
-                )
-        return {name: self._reward(name, device or self.device) for name in names}
-
-    def reward_is(self, name: str, *what: str) -> bool:
-        """Whether a reward is one of these kinds, as its file or its class says."""
-        return any(self._told(name, w, False) for w in what)
-
-    def passes_gradient(self, name: str) -> bool:
-        """Whether a reward says how its score follows a picture (`with_gradient`)."""
-        return bool(self._told(name, "with_gradient", None))
-
-    def _told(self, name: str, what: str, default: Any) -> Any:
-        """Of a reward that need not be loaded for it: as its file says, or its class."""
-        kind = reward_class(f"rewards.{name}", self.specs[name]["class"], self.folder)
-        return self.specs[name].get(what, getattr(kind, what, default))
-
-    def embedder(self, device: str = "") -> Callable | None:
-        """What embeds pictures, for diversity and distances: that of the first reward that can."""
-        return next((j.embed for j in self.rewards(device).values() if hasattr(j, "embed")), None)
-
-    def _reward(self, name: str, device: str) -> Reward:
-        loaded = self.__dict__.setdefault("_loaded", {})
-        if (name, device) not in loaded:
-            loaded[name, device] = build_reward(name, self.specs[name], self.folder, device)
-        return loaded[name, device]
-
-    def reward_weights(self, auxiliary: bool = False) -> dict[str, dict[str, float]]:
-        """By task with prompts of its own, what GRPO trains it on; with `auxiliary`, GRPO-Mix's sum (4.3)."""
-        share = sum(self.auxiliary_rewards.values()) if auxiliary else 0.0
-        added = dict(self.auxiliary_rewards) if auxiliary else {}
-        return {
-            name: {
-                **{j: (1 - share) * w for j, w in self.tasks[name].reward_weights.items()},
-                **added,
-            }
-            for name in self.own
-        }
+        return replace(self.sampling.evaluation, steps=steps)
 
     def adapter(self, expert: str) -> str:
-        """Where an expert's adapter lies: a folder, or a hub id."""
-        if expert not in self.experts:
-            raise ValueError(
-                f"the benchmark {self.name} has no expert {expert!r}; it has {', '.join(self.experts)}"
-            )
-        return str(placed(self.experts[expert].adapter, self.folder, name=True))
+        """Where an expert's adapter is: a folder, or a hub id."""
+        return self._path(self.experts[choose("expert", expert, self.experts)].adapter)
 
     def recipe(self, expert: str) -> dict | None:
-        """The recipe that began an expert's training, where the benchmark names one."""
-        path = self.experts[expert].recipe
-        return {"benchmark": self.place, **read_yaml(path)} if path else None
+        """The recipe that trained an expert, where the benchmark names one: a file next to the
+        benchmark's, or one of papermill_runs/recipes."""
+        name = self.experts[expert].recipe
+        if not name:
+            return None
+        path = self.folder / expand(name)
+        return {
+            ("benchmark"): self.source,
+            **read_yaml(path if path.is_file() else RUNS / "recipes" / name),
+        }
 
     def load_experts(self, policy: FlowPolicy) -> tuple[str, ...]:
         """Load those that the policy does not have yet, under their names; the names of all."""
@@ -267,18 +303,197 @@ class Benchmark:
                 policy.load_adapter(name, self.adapter(name))
         return tuple(self.experts)
 
-    def average(self, method: str = "svd") -> dict:
-        """The experts' average as what an adapter comes from (`merge` says what `method` can be)."""
-        return {"merge": method, "adapters": list(self.experts), "rank": self.rank}
+    def average(self, method: str = "svd") -> MergeConfig:
+        """The experts' average, where students start."""
+        return MergeConfig(merge=method, adapters=list(self.experts), rank=self.rank)
 
     def merged_policy(
         self, method: str = "svd", dtype: str | torch.dtype = "auto", device: str = ""
     ) -> FlowPolicy:
-        """A policy with the experts and `merged`, their average (`method`: see `merge`): where students
-        start."""
+        """A policy with the experts and `merged`, their average."""
         policy = self.policy(dtype, device)
         merge(policy, self.load_experts(policy), "merged", method, rank=self.rank)
         return policy
+
+    # --- prompts
+
+    def prompts(self, task: str, split: str) -> list[Prompt]:
+        """One split of one task. Raises FileNotFoundError, with the splits there are."""
+        of = self._prompt_config(task)
+        part = slice(None)
+        source = split
+        if of.val_from_train and split in ("train", "val"):
+            source = "train"
+            part = (
+                slice(-of.val_from_train, None)
+                if split == ("val")
+                else slice(None, -of.val_from_train)
+            )
+        if source not in of.splits:
+            raise FileNotFoundError(
+                f"the {task} prompts of the benchmark {self.name} have no split {split}; they have "
+                f"{', '.join(self.splits(task))}"
+            )
+        found = read_prompts(self.prompt_file(task, source), task, of.kind)[part]
+        if not found:
+            raise ValueError(
+                f"the {task} prompts give {of.val_from_train} to val, and there are no more"
+            )
+        return found
+
+    def prompt_file(self, task: str, split: str) -> Path:
+        name = expand(self._prompt_config(task).prompts.replace("{split}", split))
+        return self.folder / expand(self.config.prompts) / name
+
+    def splits(self, task: str) -> list[str]:
+        """Those whose file exists."""
+        of = self._prompt_config(task)
+        there = [split for split in of.splits if self.prompt_file(task, split).is_file()]
+        return there + (["val"] if of.val_from_train and "train" in there else [])
+
+    def first_prompts(self, split: str, n: int) -> list[Prompt]:
+        """The first `n` prompts (or as many as there are) of every task with prompts of its own,
+        one list."""
+        return [p for task in self.prompt_tasks for p in self.prompts(task, split)[:n]]
+
+    def _prompt_config(self, task: str) -> TaskConfig:
+        of = self.tasks[choose(f"task of the benchmark {self.name}", task, self.tasks)]
+        return self.tasks[of.prompts_of] if of.prompts_of else of
+
+    # --- rewards
+
+    def rewards(self, device: str = "") -> dict[str, Reward]:
+        """Those that are reported, and that GRPO may train on. Each reward is loaded once."""
+        return self.rewards_named(self._without("held_out", "training_only"), device)
+
+    def training_rewards(self, device: str = "") -> dict[str, Reward]:
+        """The same and those that are for training only."""
+        return self.rewards_named(self._without("held_out"), device)
+
+    def held_out_rewards(self, device: str = "") -> dict[str, Reward]:
+        """Those that nothing may be trained on, gold rewards among them."""
+        return self.rewards_named(
+            set(self.reward_configs) - set(self._without("held_out")), device
+        )
+
+    def all_rewards(self, device: str = "") -> dict[str, Reward]:
+        """What evaluations report: the rewards and the held-out ones."""
+        return self.rewards(device) | self.held_out_rewards(device)
+
+    def _without(self, *flags: str) -> list[str]:
+        return [name for name in self.reward_configs if not self.reward_is(name, *flags)]
+
+    def rewards_named(self, names: Iterable[str], device: str = "") -> dict[str, Reward]:
+        wanted = {choose(f"reward of {self.name}", name, self.reward_configs) for name in names}
+        order = [name for name in self.reward_configs if name in wanted]
+        return {name: self._reward(name, device or self.device) for name in order}
+
+    def reward_is(self, name: str, *flags: str) -> bool:
+        """Whether a reward is `held_out` or `training_only`, as the file or its class says."""
+        return any(self._attribute(name, flag, False) for flag in flags)
+
+    def passes_gradient(self, name: str) -> bool:
+        """Whether a reward's score can be differentiated by the image (`with_gradient`)."""
+        return bool(self._attribute(name, "with_gradient", None))
+
+    def _attribute(self, name: str, what: str, default: Any) -> Any:
+        """Of a reward that need not be loaded for it."""
+        config = self.reward_configs[name]
+        if what in config.attributes:
+            return config.attributes[what]
+        return getattr(self._class(f"rewards.{name}", config.cls), what, default)
+
+    def embedder(self, device: str = "") -> Callable | None:
+        """What embeds images, for diversity and distances: the first reward that can."""
+        return next((r.embed for r in self.rewards(device).values() if hasattr(r, "embed")), None)
+
+    def _reward(self, name: str, device: str) -> Reward:
+        loaded = self.__dict__.setdefault("_loaded", {})
+        if (name, device) not in loaded:
+            config = self.reward_configs[name]
+            arguments = {"class": config.cls, **(config.model_extra or {})}
+            reward = self._build(f"rewards.{name}", arguments, device)
+            if inspect.isfunction(reward):
+                reward = shipped_rewards.FunctionReward(reward)
+            for key, value in config.attributes.items():
+                setattr(reward, key, value)
+            loaded[name, device] = reward
+        return loaded[name, device]
+
+    def _build(self, where: str, spec: Mapping[str, Any], device: str) -> Any:
+        """An object of a class with its arguments, which may be such objects themselves."""
+        kind = self._class(where, spec["class"])
+        if inspect.isfunction(kind):
+            return kind
+        if "token" in spec:
+            raise ValueError(
+                f"{where}.token: a secret is not written in a file; set FLOWOPD_REWARD_TOKEN"
+            )
+        known = inspect.signature(kind).parameters
+        arguments = {}
+        for key, value in spec.items():
+            if isinstance(value, Mapping) and "class" in value:
+                arguments[key] = self._build(f"{where}.{key}", value, device)
+            elif key != "class":
+                choose(f"argument of {spec['class']} ({where})", key, known)
+                hint = known[key].annotation
+                value = self._path(value) if isinstance(value, str) and value else value
+                arguments[key] = (
+                    value if isinstance(hint, str) else validate(hint, value, (f"{where}.{key}"))
+                )
+        if "device" in known:
+            arguments.setdefault("device", device)
+        missing = [k for k, p in known.items() if p.default is p.empty and k not in arguments]
+        if missing:
+            raise ValueError(f"{where} lacks {missing[0]}, which {spec['class']} needs")
+        return kind(**arguments)
+
+    def _class(self, where: str, name: str) -> Any:
+        """`Name` is one of ours, `package.module:Name` and `file.py:Name` anybody's."""
+        if ":" in name:
+            try:
+                return load_plugin(name, self.folder)
+            except ValueError as error:
+                raise ValueError(f"{where}.class: {error}") from error
+        return getattr(
+            shipped_rewards, choose((f"class ({where}.class)"), name, shipped_rewards.__all__)
+        )
+
+    def reward_weights(self, auxiliary: bool = False) -> dict[str, dict[str, float]]:
+        """By task with prompts of its own, what GRPO trains it on; with `auxiliary`, GRPO-Mix's sum
+        (4.3)."""
+        added = self.config.grpo_mix.auxiliary_rewards if auxiliary else {}
+        rest = 1 - sum(added.values())
+        return {
+            name: {
+                **{r: rest * w for r, w in (of.reward_weights or {of.reward: 1.0}).items()},
+                **added,
+            }
+            for name, of in self.tasks.items()
+            if not of.prompts_of
+        }
+
+    @cached_property
+    def renderer(self) -> ModuleType | None:
+        """What can draw correct images of prompts and check the rewards by them; None where nothing
+        can."""
+        return importlib.import_module(self.config.renderer) if self.config.renderer else None
+
+    def _path(self, text: str) -> str:
+        """A path as seen from the folder, or a hub id or name, which is what names no file
+        there."""
+        text = expand(text)
+        return str(self.folder / text) if (self.folder / text).exists() else text
+
+
+def expand(text: str) -> str:
+    """With environment variables, written `${NAME}`. Raises ValueError for one that is not set."""
+    for variable in re.findall(r"\$\{(\w+)\}", text):
+        if variable not in os.environ:
+            raise ValueError(
+                f"{text} needs the environment variable {variable}; set it (docs/benchmarks.md)"
+            )
+    return os.path.expandvars(text)
 
 
 def load_benchmark(name: str | Path = DEFAULT) -> Benchmark:
@@ -286,47 +501,16 @@ def load_benchmark(name: str | Path = DEFAULT) -> Benchmark:
 
     Raises ValueError or FileNotFoundError that names file, key and value.
     """
-    fields = read_benchmark(_file(name))
-    folder, experts = fields["folder"], {}
-    for key, expert in fields.pop("experts").items():
-        recipe = expert.get("recipe")
-        experts[key] = Expert(
-            expert["adapter"],
-            float(expert.get("guidance", 1.0)),
-            recipe and _recipe(recipe, folder),
-        )
-    tasks = {}
-    for key, task in fields.pop("tasks").items():
-        of = fields["patterns"].get(task.get("like", key))
-        tasks[key] = Task(
-            key,
-            task["reward"],
-            of["kind"],
-            {split: of["prompts"].replace("{split}", split) for split in of["splits"]},
-            task.get("expert", key if key in experts else None),
-            task.get("reward_weights", {task["reward"]: 1.0}),
-            task.get("like"),
-            of["held_out"],
-        )
-    del fields["patterns"]
-    place = str(name) if not str(name).endswith((".yaml", ".yml")) else str(Path(name).resolve())
-    return Benchmark(place=place, tasks=tasks, experts=experts, **fields)
-
-
-def _file(name: str | Path) -> Path:
-    text = str(name)
-    if text.endswith((".yaml", ".yml")):
-        return Path(text)
-    shipped = {p.stem: p for p in SHIPPED.glob("*.yaml")}
-    shipped |= {p.parent.name: p for p in SHIPPED.glob("*/benchmark.yaml")}
-    if text not in shipped:
-        raise ValueError(
-            f"there is no benchmark {text!r}; there are {', '.join(sorted(shipped))}, or give a YAML file of "
-            "your own (docs/benchmarks.md)"
-        )
-    return shipped[text]
-
-
-def _recipe(name: str, folder: Path) -> Path:
-    own = placed(name, folder)
-    return own if own.is_file() else RUNS / "recipes" / name
+    if str(name).endswith((".yaml", ".yml")):
+        path = Path(name)
+    else:
+        shipped = {p.stem: p for p in SHIPPED.glob("*.yaml")}
+        shipped |= {p.parent.name: p for p in SHIPPED.glob("*/benchmark.yaml")}
+        path = shipped[choose("benchmark", str(name), sorted(shipped))]
+    config = validate(BenchmarkConfig, read_yaml(path), str(path))
+    source = str(path.resolve()) if str(name).endswith((".yaml", ".yml")) else str(name)
+    try:
+        short = path.parent.name if path.stem == "benchmark" else path.stem
+        return Benchmark(config, short, source, path.parent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

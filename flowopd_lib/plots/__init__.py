@@ -1,1 +1,1 @@
-"""Figures, galleries, trajectories."""
+"""Figures and tables for notebooks: functions of pandas tables that return matplotlib figures."""

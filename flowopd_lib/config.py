@@ -1,0 +1,133 @@
+"""Settings from files, notebooks and Python, checked by pydantic before anything long begins."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class Config(BaseModel):
+    """A section of a YAML file: unknown keys are errors."""
+
+    model_config = CONFIG
+
+
+# Settings that are given by position too, such as `Sampler(10, "sde")`.
+settings = dataclass(frozen=True, config=CONFIG)
+
+
+def validate(kind: type[T], value: Any, where: str = "") -> T:
+    """`value` as `kind` (a Config, a settings class or any annotation). Raises ValueError: one
+    sentence with file or name (`where`), key, pydantic's message and the value."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(sentence(error, where, kind)) from None
+
+
+def sentence(error: ValidationError, where: str = "", kind: Any = None) -> str:
+    """The first fault of a ValidationError in one line; of a union, of the alternative that matched
+    best."""
+    fault = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+    keys = [str(key) for key in fault["loc"] if not str(key).startswith(("function-", "tagged-"))]
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        message = f"no such setting{nearest(keys[-1], fields_at(kind, keys[:-1]))}"
+    elif fault["type"] not in ("value_error", "missing", "missing_argument"):
+        message += f", not {fault['input']!r}"
+    return ": ".join(part for part in (where, ".".join(keys), message) if part)
+
+
+def fields_at(kind: Any, keys: Iterable[str]) -> list[str]:
+    """The names of the settings of `kind`, or of the section of it under `keys`."""
+    for key in keys:
+        field = (
+            getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {})
+        ).get(key)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        kind = next((o for o in options if fields_at(o, ())), None)
+    return list(
+        getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {})
+        if inspect.isclass(kind)
+        else {}
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def choose(what: str, name: str, known: Iterable[str]) -> str:
+    """`name`, if it is one of `known`. Raises ValueError with the nearest one."""
+    known = list(known)
+    if name not in known:
+        raise ValueError(
+            f"there is no {what} {name!r}{nearest(str(name), known)}; there are "
+            f"{', '.join(known) or 'none'}"
+        )
+    return name
+
+
+def read_yaml(path: str | Path) -> Any:
+    """A YAML file. Raises ValueError with file and line for what is not YAML, FileNotFoundError
+    where there is none."""
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"there is no {path}{nearest(path.stem, there)}")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        hint = "; indent with spaces, not with a tab" if "\\t" in problem else ""
+        raise ValueError(f"{path}{line} is not YAML: {problem}{hint}") from error
+
+
+def load_plugin(name: str, folder: str | Path = ".") -> Any:
+    """A user's function or class: `file.py:name` (as seen from `folder`) or `package.module:name`.
+    Raises ValueError with the reason if it cannot be loaded."""
+    source, _, attribute = name.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            path = (Path(folder) / source).resolve()
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        return getattr(module, attribute)
+    except (OSError, ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"{name!r} cannot be loaded ({error}); write file.py:name or package.module:name"
+        ) from error
+
+
+def _plugin(value: Any) -> Any:
+    return load_plugin(value) if isinstance(value, str) and ":" in value else value
+
+
+# A setting that names a function: one of ours by its name, or a user's own (see `load_plugin`).
+Plugin = Annotated[str | Callable, BeforeValidator(_plugin)]

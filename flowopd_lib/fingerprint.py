@@ -1,0 +1,125 @@
+"""What a result follows from, as plain values and hashes: compared before anything is resumed or
+reused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+# Where and in which portions something is computed changes rounding, not what is computed.
+NOT_COMPARED = ("device", "batch", "micro_batch_size")
+
+
+def sha256_of(node: Any) -> str:
+    """Of tensors (dtype, shape and bytes), arrays, numbers and strings, nested in mappings and
+    lists."""
+    digest = hashlib.sha256()
+    _update(digest, node)
+    return digest.hexdigest()
+
+
+def _update(digest, node: Any) -> None:
+    if isinstance(node, torch.Tensor):
+        node = node.detach().cpu().contiguous()
+        digest.update(f"{node.dtype} {tuple(node.shape)} ".encode())
+        digest.update(memoryview(node.reshape(-1).view(torch.uint8).numpy()))
+    elif isinstance(node, np.ndarray):
+        _update(digest, torch.from_numpy(np.ascontiguousarray(node)))
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            digest.update(f"{key!r}: ".encode())
+            _update(digest, value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            _update(digest, value)
+            digest.update(b", ")
+    else:
+        digest.update(repr(node).encode())
+
+
+def sha256_of_json(node: Any) -> str:
+    return hashlib.sha256(json.dumps(node, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def describe(node: Any, ours: bool = True) -> Any:
+    """`node` as JSON can hold it: numbers and strings as they are, tensors and modules by the hash
+    of their weights, long lists by theirs, objects by their class and settings, functions and
+    classes of the user by their source. An object with `identity()` describes itself. Objects of
+    other libraries (`ours` False) are not looked into."""
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    if isinstance(node, torch.nn.Module):
+        return sha256_of(dict(node.state_dict()))
+    if isinstance(node, (torch.Tensor, np.ndarray)):
+        return sha256_of(node)
+    if isinstance(node, (torch.dtype, torch.device)):
+        return str(node)
+    if isinstance(node, np.generic):
+        return node.item()
+    if isinstance(node, Mapping):
+        return {str(key): describe(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        values = [describe(value) for value in node]
+        return values if len(values) <= 24 else {"n": len(values), "sha256": sha256_of_json(values)}
+    if inspect.isroutine(node) or inspect.isclass(node):
+        return {"name": node.__qualname__, **source_hash(node)}
+    about = {"class": type(node).__qualname__, **source_hash(type(node))}
+    if ours and hasattr(node, "identity"):
+        return {**about, **describe(node.identity())}
+    if not ours:
+        return about["class"]
+    values = (
+        {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+        if dataclasses.is_dataclass(node)
+        else getattr(node, "__dict__", {})
+    )
+    return about | {
+        name: describe(value, ours=_is_ours(value))
+        for name, value in values.items()
+        if not name.startswith("_") and name not in NOT_COMPARED
+    }
+
+
+def _is_ours(node: Any) -> bool:
+    ours = type(node).__module__.split(".")[0] == __package__
+    return ours or dataclasses.is_dataclass(node) or hasattr(node, "identity")
+
+
+def source_hash(node: Any) -> dict[str, str]:
+    """The hash of the source of a user's function or class; nothing for this library's and other
+    packages', whose version is part of a run's manifest."""
+    module = inspect.getmodule(node)
+    file = getattr(module, "__file__", None) or ""
+    if (
+        module is not None and module.__name__.split(".")[0] == __package__
+    ) or "site-packages" in file:
+        return {}
+    try:
+        return {"source": hashlib.sha256(inspect.getsource(node).encode()).hexdigest()}
+    except (OSError, TypeError):  # built in, or typed where no source is kept
+        return {}
+
+
+def differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    """One line for each value that two descriptions do not share: `sampler.steps was 3 and is
+    6`."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            inside = f"{where}.{key}" if where else str(key)
+            yield from differences(before.get(key), now.get(key), inside)
+    elif before != now:
+        yield f"{where} was {_short(before)} and is {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
+        return f"sha256 {value[:8]}…"
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,1 +1,0 @@
-"""Trainings as data, and where they run."""

@@ -1,0 +1,241 @@
+"""What a notebook computes with: a benchmark, and one way to run a job, in its own process or by a
+launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pandas as pd
+
+from ..benchmarks import load_benchmark
+from ..config import Config, choose
+from ..files import read_lines
+from ..policy import FlowPolicy
+from ..stats import GOLD
+from ..train import METRICS
+from .jobs import job_of, run_job, validation_scores
+from .launch import JobQueue, LaunchedJob, ThreadJob, load_launcher
+from .workspace import Workspace
+
+# How far the seeds of further samples of a prompt lie from the first one's.
+FURTHER_SAMPLES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Training:
+    """A finished training: its folder, metrics (a row an iteration) and validation scores (reward,
+    mean, low, high, n, iteration, seconds)."""
+
+    folder: Path
+    metrics: pd.DataFrame
+    validation: pd.DataFrame
+
+    @property
+    def adapter(self) -> str:
+        return str((self.folder / "adapter").resolve())
+
+    @property
+    def seconds(self) -> float:
+        return float(self.metrics["seconds"].iloc[-1])
+
+
+class Lab:
+    """`benchmark` and `launcher` by their names, `out` the folder for results. With a launcher this
+    process loads no model: every job runs in the launcher's processes and leaves its tables in
+    `out`.
+
+    `sources`: where the adapters that jobs name come from, besides the benchmark's experts (see
+    `recipe.Source`); a training adds its own.
+    """
+
+    def __init__(self, benchmark: str = "tiny", launcher: str = "", out: str | Path = "."):
+        self.benchmark, self.launcher, self.out = load_benchmark(benchmark), launcher, Path(out)
+        self.sources: dict[str, Any] = {}
+        self.workspace = Workspace(self.benchmark)
+        if launcher:
+            load_launcher(launcher)  # raises for one that does not exist
+        self._queue = JobQueue(launcher, self.out / ".jobs")
+
+    @property
+    def policy(self) -> FlowPolicy:
+        """The model in this process. Raises RuntimeError where a launcher computes."""
+        if self.launcher:
+            raise RuntimeError(
+                f"the launcher {self.launcher} computes: this process holds no model; leave "
+                "launcher empty"
+            )
+        return self.workspace.policy
+
+    def run(self, job: str, folder: str = "", **config: Any) -> Path:
+        """Run a job, or resume it, in `out/folder`; that folder."""
+        spec, into = self.spec_of(job, **config), self.out / folder
+        if self.launcher:
+            self._queue.run(spec, into)
+        else:
+            run_job(spec, into, self.workspace)
+        return into
+
+    def spec_of(self, job: str, **config: Any) -> dict[str, Any]:
+        """A job's specification, with where the adapters that it names come from. Raises ValueError
+        for one that is none."""
+        plain = {k: _plain(v) for k, v in config.items() if v is not None}
+        spec = {"job": job, "benchmark": self.benchmark.source, **plain}
+        names = [*spec.get("models", {}).values(), spec.get("adapter")]
+        if sources := self._sources(names):
+            spec["adapters"] = sources | spec.get("adapters", {})
+        job_of(spec)
+        functions = [
+            v for section in spec.values() if isinstance(section, dict) for v in section.values()
+        ]
+        if self.launcher and any(callable(v) for v in functions):
+            raise ValueError(
+                "a launcher's processes cannot see functions of this notebook: save the function "
+                "in a file and write 'file.py:name'"
+            )
+        return spec
+
+    def _sources(self, names: Iterable[str | None]) -> dict[str, Any]:
+        """Where these adapters come from, and those that they are merged from."""
+        found = {name: _plain(self.sources[name]) for name in names if name in self.sources}
+        parts = [
+            p
+            for source in found.values()
+            if isinstance(source, Mapping)
+            for p in source.get(("adapters"), ())
+        ]
+        return found | (self._sources(parts) if parts else {})
+
+    def train(
+        self,
+        name: str,
+        recipe: Mapping[str, Any] = MappingProxyType({}),
+        loss: str | Callable | None = None,
+        validation: Mapping[str, Any] | None = None,
+        continue_from: str = "",
+        **sections: Any,
+    ) -> Training:
+        """Train the adapter `name` by a recipe in `out/name`, or find the finished training there
+        or in the cache.
+
+        `recipe`: a mapping as in a recipe's file; `sections` replace parts of it (`opd={...},
+        train={...}`). `loss`: one of the objective's losses by its name, a function of the
+        notebook, or `file.py:name`. `validation`: see `jobs.ValidationConfig`. `continue_from`: an
+        adapter that the same recipe trained for fewer iterations.
+        """
+        spec = self.training_spec(name, recipe, loss, validation, continue_from, **sections)
+        folder = self.run("train", name, **spec)
+        self.sources[name] = str((folder / "adapter").resolve())
+        scores = validation_scores(folder, self.benchmark)
+        return Training(folder, read_lines(folder / METRICS), scores)
+
+    def training_spec(
+        self,
+        name: str,
+        recipe: Mapping[str, Any] = MappingProxyType({}),
+        loss: str | Callable | None = None,
+        validation: Mapping[str, Any] | None = None,
+        continue_from: str = "",
+        **sections: Any,
+    ) -> dict[str, Any]:
+        spec = {**{k: v for k, v in recipe.items() if k != "benchmark"}, **sections}
+        if loss is not None:
+            objective = next((k for k in ("grpo", "opd") if k in spec), "opd")
+            spec[objective] = {**_plain(spec.get(objective, {})), "loss": loss}
+        start = str((self.out / continue_from).resolve()) if continue_from else None
+        return {**spec, "name": name, "validation": validation, "continue_from": start}
+
+    def background(
+        self, name: str, recipe: Mapping[str, Any], validation: Mapping[str, Any] | None = None
+    ) -> ThreadJob | LaunchedJob:
+        """The same training next to the notebook, not yet started: for `TrainingMonitor`."""
+        spec = self.spec_of("train", **self.training_spec(name, recipe, None, validation))
+        if self.launcher:
+            return LaunchedJob(spec, self.out / name, self.launcher)
+        return ThreadJob(spec, self.out / name, self.workspace)
+
+    def evaluate(
+        self,
+        models: Mapping[str, str | None],
+        file: str = "samples.parquet",
+        samples_per_prompt: Mapping[str, int] = MappingProxyType({}),
+        folder: str = "",
+        **how: Any,
+    ) -> pd.DataFrame:
+        """The table of `evaluate` for the first `n` prompts of each task of a `split`, in `out`. A
+        model called NAME#K is training K of NAME: in the table `train_seed` K of the model NAME.
+
+        `samples_per_prompt`: by task, how many samples each of its prompts gets, for more certain
+        means; the further ones are scored by the task's own rewards only, and no thumbnails are
+        saved of them.
+        """
+        tables = [self.table("evaluate", file, folder, models=dict(models), **how)]
+        for task, samples in samples_per_prompt.items():
+            choose("task with prompts (samples_per_prompt)", task, self.benchmark.prompt_tasks)
+            further = samples - how.get("repeats", 1)
+            if further <= 0:
+                continue
+            names = [r for r, domain, _ in self.benchmark.domains if domain == task]
+            names += [r + GOLD for r in names if r + GOLD in self.benchmark.reward_configs]
+            again = {k: v for k, v in how.items() if k not in ("images", "embed")}
+            again |= {"tasks": [task], "rewards": names, "repeats": further}
+            again["seed"] = how.get("seed", 0) + FURTHER_SAMPLES
+            rows = self.table("evaluate", f"{task}_{file}", folder, models=dict(models), **again)
+            tables.append(rows.assign(repeat=rows["repeat"] + how.get("repeats", 1)))
+        table = pd.concat(tables, ignore_index=True)
+        named = table["model"].str.extract(r"^(.*?)(?:#(\d+))?$")
+        if named[1].isna().all():
+            return table
+        return table.assign(model=named[0], train_seed=named[1].fillna("0").astype(int))
+
+    def table(self, job: str, file: str, folder: str = "", **config: Any) -> pd.DataFrame:
+        """The table that a job leaves in `out/folder`."""
+        return pd.read_parquet(self.run(job, folder, file=file, **config) / file)
+
+    def load(self, names: Sequence[str]) -> FlowPolicy:
+        """The model in this process with these adapters."""
+        self.workspace.load_adapters(names, self.sources)
+        return self.policy
+
+    def stop(self) -> None:
+        """End a launcher's processes, which otherwise end with this one."""
+        self._queue.stop()
+
+    def code(self, names: Sequence[str], about: Mapping[str, Any]) -> str:
+        """Code that makes `policy`, with the adapters of these names, as it drew samples (`about`:
+        their about.json): what a gallery's code for a sample begins with."""
+        dtype = about.get("dtype", "auto")
+        sources = {name: _plain(self.sources[name]) for name in names if name in self.sources}
+        return "\n".join(
+            [
+                "from flowopd_lib.lab.workspace import Workspace",
+                f"workspace = Workspace({self.benchmark.source!r}, {dtype!r})",
+                f"workspace.load_adapters({list(names)!r}, {sources!r})",
+                "policy = workspace.policy",
+            ]
+        )
+
+    def live(self, make: Callable[[], Any]) -> Any:
+        """Something that samples with the model in this process, such as a widget; a sentence where
+        a launcher computes."""
+        if self.launcher:
+            print(
+
+                    "Sampled by a model in the notebook's own process: leave launcher empty to see "
+                    "it."
+
+            )
+            return None
+        return make()
+
+
+def _plain(value: Any) -> Any:
+    """Configs as plain mappings."""
+    if isinstance(value, Config):
+        return value.model_dump(exclude_none=True)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,210 @@
+"""A training as data: what a YAML file or a notebook describes, checked and built.
+
+benchmark: tiny                 # whose model, prompts and rewards: shipped, or a YAML file
+adapters: {mine: FOLDER}        # besides the benchmark's experts, which are there by their names
+student: {rank: 32, alpha: 64}  # a new adapter; {load: FOLDER}; or {merge: cat, adapters: [...]}
+schedule: {tasks: [ocr], prompts_per_batch: 12, images_per_prompt: 12}
+sampler: {steps: 10, noise_level: 0.7}      # what is left out is the benchmark's
+grpo: {reward_weights: {OCR: 1.0}}          # or opd: {teachers: ...}, or sft: {samples: 96}
+train: {iterations: 100, lr: 3.0e-4}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from pydantic import model_validator
+
+from ..benchmarks import DEFAULT, Benchmark
+from ..config import Config, Count, Positive, Seed, choose, validate
+from ..data import Prompt, Schedule, ScheduleConfig
+from ..losses import GRPO, OPD, SFT, GRPOConfig, Objective, OPDConfig, SFTConfig, sample_teachers
+from ..merge import MergeConfig
+from ..rollout import Sampler
+from ..train import TrainConfig
+
+SFT_SEED = (1 << 41) + (1 << 32)  # of the samples that a supervised start learns from
+
+
+class NewAdapter(Config):
+    rank: Count
+    alpha: Positive | None = None  # None: twice the rank
+    targets: tuple[str, ...] | None = None
+    seed: Seed | None = None
+
+
+class LoadAdapter(Config):
+    load: str
+
+
+# Where an adapter comes from: an expert of the benchmark, a folder or a hub id by its name, or one
+# of these.
+Source = str | NewAdapter | LoadAdapter | MergeConfig
+
+
+class Recipe(Config):
+    benchmark: str = DEFAULT
+    adapters: dict[str, Source] = {}
+    student: Source | None = None
+    schedule: ScheduleConfig | None = None
+    sampler: dict[str, Any] = {}
+    grpo: GRPOConfig | None = None
+    opd: OPDConfig | None = None
+    sft: SFTConfig | None = None
+    train: TrainConfig
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _one_objective(self):
+        given = [k for k in ("grpo", "opd", "sft") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError("a recipe has one objective: grpo, opd or sft")
+        if given != ["sft"] and self.schedule is None:
+            raise ValueError("a recipe of grpo or opd has a schedule")
+        return self
+
+
+def build_objective(
+    recipe: Recipe, benchmark: Benchmark, device: str = "", own: str = "student"
+) -> GRPO | OPD | None:
+    """The objective of a recipe, without loading the model; None for sft, which samples first.
+    Raises ValueError for names that the benchmark does not have."""
+    if recipe.sft is not None:
+        return None
+    default = benchmark.sampling.opd if recipe.opd else benchmark.sampling.grpo
+    sampler = validate(Sampler, {**asdict(default), **recipe.sampler}, "sampler")
+    config = recipe.schedule
+    tasks = list(config.tasks or benchmark.prompt_tasks)
+    for task in (*tasks, *config.task_weights):
+        choose("task (schedule)", task, benchmark.tasks)
+    prompts = {t: _repeat(benchmark.prompts(t, "train"), config.tag_weights) for t in tasks}
+    schedule = Schedule(
+        prompts,
+        config.prompts_per_batch,
+        config.images_per_prompt,
+        config.task_weights or None,
+        config.alternate,
+        recipe.seed,
+    )
+    if recipe.opd:
+        opd = recipe.opd
+        teachers = opd.teachers or {t: benchmark.teachers.get(t) for t in tasks}
+        used = {*teachers.values()} | ({opd.anchor} if opd.mar else set())
+        guidance = {name: g for name, g in benchmark.guidance.items() if name in used and g != 1.0}
+        if None in used and sampler.guidance != 1.0:  # the base, guided as the student
+            guidance[None] = sampler.guidance
+        return OPD(
+            schedule,
+            opd.model_copy(
+                update={("teachers"): teachers, "guidance": guidance | dict(opd.guidance)}
+            ),
+            sampler,
+        )
+    grpo = recipe.grpo
+    default_weights = benchmark.reward_weights()
+    weights = grpo.reward_weights or {
+        t: default_weights[benchmark.tasks[t].prompts_of or t] for t in tasks
+    }
+    grpo = grpo.model_copy(update={"reward_weights": weights})
+    nested = [w if isinstance(w, Mapping) else {k: w} for k, w in weights.items()]
+    names = {name for group in nested for name in group}
+    held_out = [
+        n for n in names if n in benchmark.reward_configs and benchmark.reward_is(n, ("held_out"))
+    ]
+    if held_out:
+        raise ValueError(f"{held_out[0]} is a held-out reward: nothing may be trained on it")
+    return GRPO(schedule, benchmark.rewards_named(names, device), grpo, sampler)
+
+
+def build(recipe: Recipe, workspace, name: str = "student") -> tuple[Objective, TrainConfig]:
+    """What `train` takes besides the policy. The workspace's policy gets the recipe's adapters and,
+    called `name`, the student.
+
+    Raises ValueError or FileNotFoundError, naming key and value, before anything long begins: all
+    of the recipe is checked before a model is loaded.
+    """
+    benchmark = workspace.benchmark
+    objective = build_objective(recipe, benchmark, workspace.device, name)
+    student = recipe.student or NewAdapter(rank=benchmark.rank, alpha=benchmark.alpha)
+    known = {*benchmark.experts, *recipe.adapters, name}
+    used = objective.adapters if objective else {*benchmark.teachers.values()}
+    for other in used:
+        choose("adapter", other, known)
+    for other in student.adapters if isinstance(student, MergeConfig) else ():
+        choose("adapter (student.adapters)", other, known - {name})
+    if isinstance(student, NewAdapter) and student.seed is None:
+        student = student.model_copy(update={"seed": recipe.seed})
+    workspace.load_adapters([*sorted(used - {name}), *recipe.adapters], recipe.adapters)
+    workspace.load_adapter(name, student, recipe.adapters, fresh=True)
+    if objective is None:
+        objective = _sft(recipe.sft, workspace, recipe.seed)
+    objective.check(workspace.policy, name)
+    return objective, recipe.train
+
+
+def _sft(config: SFTConfig, workspace, seed: int) -> SFT:
+    """On samples of each prompt's own teacher."""
+    benchmark = workspace.benchmark
+    tasks = list(config.tasks or benchmark.prompt_tasks)
+    each = -(-config.samples // len(tasks))
+    prompts = [p for task in tasks for p in benchmark.prompts(task, "train")[:each]]
+    sampler = benchmark.sampler(config.steps) if config.steps else benchmark.sampling.evaluation
+    seeds = [SFT_SEED + i for i in range(len(prompts))]
+    shard, teachers = workspace.shard, benchmark.teachers
+    latents = sample_teachers(
+        workspace.policy,
+        prompts,
+        seeds,
+        teachers,
+        sampler,
+        guidance=benchmark.guidance,
+        shard=shard,
+    )
+    return SFT(latents.to(torch.float32), prompts, config, seed)
+
+
+def _repeat(prompts: list[Prompt], tag_weights: Mapping[str, int]) -> list[Prompt]:
+    """Every prompt as often as its tag says (once by default), as in Flow-GRPO's training set for
+    GenEval."""
+    tags = {p.tag for p in prompts}
+    if tags - {p.task for p in prompts}:
+        for tag in tag_weights:
+            choose("tag (schedule.tag_weights)", tag, sorted(tags))
+    return [p for p in prompts for _ in range(tag_weights.get(p.tag, 1))]
+
+
+def grpo_mix(
+    benchmark: Benchmark,
+    iterations: int,
+    prompts_per_batch: int = 12,
+    images_per_prompt: int = 12,
+    seed: int = 0,
+    lr: float = 6e-4,
+    **options,
+) -> dict[str, Any]:
+    """The recipe of the paper's baseline: the sets of prompts take turns (GenEval : OCR : PickScore
+    = 3 : 1 : 1), each with its own reward and a fraction of another (0.2 DeQA), as the benchmark
+    says. `options` of GRPO."""
+    return {
+        "benchmark": benchmark.source,
+        "student": {"rank": benchmark.rank, "alpha": benchmark.alpha},
+        "schedule": {
+            "tasks": list(benchmark.prompt_tasks),
+            "prompts_per_batch": prompts_per_batch,
+            "images_per_prompt": images_per_prompt,
+            "task_weights": dict(benchmark.task_schedule),
+            "alternate": True,
+        },
+        "grpo": {
+            "reward_weights": benchmark.reward_weights(auxiliary=True),
+            "beta": 0.0,
+            "clip": 2e-4,
+            "micro_batch_size": -(-prompts_per_batch // 2) * images_per_prompt,
+            **options,
+        },
+        "train": {"iterations": iterations, "lr": lr, "ema": 0.9},
+        "seed": seed,
+    }

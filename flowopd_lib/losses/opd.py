@@ -1,0 +1,402 @@
+"""On-policy distillation (Flow-OPD 5.1.1): the student samples its own trajectories and is trained,
+at every state it visits, towards the velocity of its prompt's teacher.
+
+With KL_k = w_k ||v_S(x_k) - v_T(x_k)||^2 the divergence of the two policies at one step and rho_k
+the ratio of the probabilities of the action x_{k+1} now and when it was taken, the gradient
+estimators of "minimise the KL along the student's trajectory" are
+
+    pathwise        sum_k KL_k, differentiated through the student's velocity: the gradient of each
+                    step's KL
+    paper           -rho_k r_k with r_k = -KL_k detached. r_k does not depend on the action, so it
+                    is a baseline: zero in expectation
+    as_coded        the public code: r_k still attached, and (B, 1) x (B,) broadcast to (B, B):
+                    pathwise plus zero-mean noise
+    log_ratio       -rho_k r_k with r_k = log pi_T(x_{k+1}) - log pi_S(x_{k+1}) at the action taken:
+                    pathwise's mean, noisier
+    return_to_go    -rho_k r_k with r_k = -(the KL at later steps): what pathwise drops, this action
+                    moving later states
+
+`pathwise` + `return_to_go` is the exact gradient of the whole trajectory's KL. Ratios are clipped
+as in the paper.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from ..config import Config, Count, NonNegative, Plugin, Positive
+from ..data import Prompt, Schedule
+from ..policy import FlowPolicy
+from ..rollout import NoiseStreams, Sampler, visited_states
+from ..sde import WEIGHTINGS, Reduction, log_prob
+from ..text import TextEmbedding
+from .base import (
+    Shard,
+    Term,
+    check_teachers,
+    check_updates,
+    clipped_surrogate,
+    find_loss,
+    slices,
+    squared_distance,
+    trained_steps,
+)
+
+
+@dataclass
+class OPDBatch:
+    """What a loss function sees: M visited states with the velocities there. Latents are (M, C, H,
+    W), all else is (M,).
+
+    `weight` is such that the distillation loss is `weight ||v_student - v_teacher||^2`, summed over
+    the latent. Only for estimators that need the action taken: `x_next`, its `mean` and `std` then,
+    `ratio` (with the graph), and `later_kl`, the loss at later steps of the trajectory.
+    """
+
+    prompts: list[Prompt]
+    step: torch.Tensor
+    sigma: torch.Tensor
+    sigma_next: torch.Tensor
+    x_t: torch.Tensor
+    weight: torch.Tensor
+    v_student: torch.Tensor | None = None  # with the graph
+    v_teacher: torch.Tensor | None = None
+    v_anchor: torch.Tensor | None = None
+    x_next: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    std: torch.Tensor | None = None
+    later_kl: torch.Tensor | None = None
+    ratio: torch.Tensor | None = None
+    log_ratio_teacher: torch.Tensor | None = None
+    clip: float = 1e-4
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: slice) -> OPDBatch:
+        parts = {k: v[rows] for k, v in vars(self).items() if isinstance(v, (list, torch.Tensor))}
+        return replace(self, **parts)
+
+
+def pathwise(batch: OPDBatch) -> torch.Tensor:
+    """(M,): the distillation loss, `w ||v_student - v_teacher||^2`."""
+    return batch.weight * squared_distance(batch.v_student, batch.v_teacher)
+
+
+def paper(batch: OPDBatch) -> torch.Tensor:
+    return clipped_surrogate(-pathwise(batch).detach(), batch.ratio, batch.clip)
+
+
+def as_coded(batch: OPDBatch) -> torch.Tensor:
+    return clipped_surrogate(-pathwise(batch)[:, None], batch.ratio, batch.clip).mean(1)
+
+
+def log_ratio(batch: OPDBatch) -> torch.Tensor:
+    return clipped_surrogate(batch.log_ratio_teacher, batch.ratio, batch.clip)
+
+
+def return_to_go(batch: OPDBatch) -> torch.Tensor:
+    return clipped_surrogate(-batch.later_kl, batch.ratio, batch.clip)
+
+
+LOSSES = {
+    "pathwise": pathwise,
+    "paper": paper,
+    "as_coded": as_coded,
+    "log_ratio": log_ratio,
+    "return_to_go": return_to_go,
+}
+
+
+def anchor_loss(batch: OPDBatch) -> torch.Tensor:
+    """(M,): Manifold Anchor Regularization, `w ||v_student - v_anchor||^2`."""
+    return batch.weight * squared_distance(batch.v_student, batch.v_anchor)
+
+
+class OPDConfig(Config):
+    """`teachers` maps a task to the adapter its prompts are routed to (None: the base). No reward
+    is computed and nothing is decoded.
+
+    `loss`: one of LOSSES, several joined by `+`, or a function of an `OPDBatch`. `weighting`: of
+    the steps, one of `sde.WEIGHTINGS`, or a function. `mar` weighs Manifold Anchor Regularization
+    towards `anchor` (an adapter; None is the base) on all prompts. `guidance`: a teacher's or the
+    anchor's own scale, by adapter.
+
+    `trained_steps`: None all with noise, a list exactly those, a number that many of the N, drawn
+    at random and weighed N/k, so that the loss is an unbiased estimate of that of all: for every
+    trajectory anew (`draw="trajectory"`) where the loss needs no actions, or for every iteration. A
+    trajectory ends at the last of them. `micro_batch_size`: states in one forward.
+    """
+
+    teachers: dict[str, str | None] = {}
+    loss: Plugin = "pathwise"
+    weighting: Plugin = "kl"
+    mar: NonNegative = 0.04
+    anchor: str | None = None
+    guidance: dict[str | None, NonNegative] = {}
+    trained_steps: Count | list[int] | None = None
+    draw: Literal["trajectory", "iteration"] = "trajectory"
+    updates: Count = 1
+    reduction: Reduction = "sum"
+    clip: Positive = 1e-4
+    micro_batch_size: Count = 64
+
+
+@dataclass
+class Visited:
+    """The states of one micro-batch of trajectories, the update that learns from them and how many
+    images that has over all processes. `forwards`: the states of each forward."""
+
+    states: OPDBatch
+    forwards: list[slice]
+    update: int
+    images: int
+
+
+class OPD:
+    """The objective."""
+
+    def __init__(
+        self, schedule: Schedule, config: OPDConfig, sampler: Sampler = Sampler(10, "sde")
+    ):
+        self.schedule, self.config, self.sampler = schedule, config, sampler
+        self.updates, self.loss = config.updates, find_loss(LOSSES, config.loss)
+        if isinstance(config.weighting, str) and config.weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"unknown weighting {config.weighting!r}: choose one of {', '.join(WEIGHTINGS)}, "
+                "or a function"
+            )
+        self.uses_actions = config.loss != "pathwise"
+        check_updates(config.updates, schedule.prompts_per_batch)
+        check_teachers(schedule.prompts, config.teachers)
+        if self.uses_actions and isinstance(config.loss, str) and not sampler.has_noise:
+            raise ValueError(
+                f"{config.loss} needs the probabilities of actions: sample with sde or cps, or use "
+                "pathwise"
+            )
+        self.uses_actions &= sampler.has_noise
+        if sampler.branch or sampler.window_range[0] != sampler.window_range[1]:
+            raise ValueError("branch and a moving window are for GRPO; OPD has trained_steps")
+        noisy = len(trained_steps(sampler, None, 0, 0))
+        trained_steps(sampler, config.trained_steps, 0, 0)
+        if config.trained_steps == 1 < noisy and "return_to_go" in str(config.loss):
+            raise ValueError(
+                "return_to_go weighs a step by the KL at later ones, so one drawn step says "
+                "nothing of it; draw at least 2, or name the steps"
+            )
+        # Of N steps k are drawn: one is visited in k/N of the draws, and with it a later one in
+        # (k-1)/(N-1).
+        drawn = config.trained_steps if isinstance(config.trained_steps, int) else noisy
+        self._visited, self._visited_later = (
+            drawn / noisy,
+            (drawn - 1) / (noisy - 1) if drawn > 1 else 1.0,
+        )
+        unused = [n for n in config.guidance if n not in {*config.teachers.values(), config.anchor}]
+        if unused:
+            raise ValueError(f"guidance names {unused[0]!r}, which is no teacher and no anchor")
+
+    @property
+    def adapters(self) -> set[str]:
+        teachers = {self.config.teachers[task] for task in self.schedule.prompts}
+        return (teachers | ({self.config.anchor} if self.config.mar else set())) - {None}
+
+    def identity(self) -> dict:
+        config = self.config.model_dump(exclude={"micro_batch_size", "loss", "weighting"})
+        plugins = {"loss": self.config.loss, "weighting": self.config.weighting}
+        return {**config, **plugins, "schedule": self.schedule, "sampler": self.sampler}
+
+    @torch.no_grad()
+    def check(self, policy: FlowPolicy, adapter: str) -> None:
+        """Also refuses a teacher or an anchor that is the base without its name (None): it teaches
+        nothing, and the KL to it looks perfect."""
+        policy.check_adapters(self.adapters)
+        policy.check_prompts(self.schedule.all_prompts)
+        if adapter in self.adapters:
+            raise ValueError(
+                f"{adapter!r} is in training, so it can be no teacher and no anchor; copy it first"
+            )
+        batch, sigma = self.schedule.draw(0), policy.sigmas(self.sampler.steps)[1]
+        x_t = NoiseStreams(policy, batch.seeds[:4]).draw()
+        text = policy.encode([p.text for p in batch.prompts[:4]])
+        base = policy.velocity(x_t, sigma, text)
+        for name in sorted(self.adapters):
+            if torch.equal(policy.velocity(x_t, sigma, text, adapter=name), base):
+                raise ValueError(
+                    f"the teacher or anchor {name!r} has the velocity of the base: its weights "
+                    "change nothing; load the right adapter, or name the base itself (null in a "
+                    "recipe, None in Python)"
+                )
+
+    def collect(
+        self, policy: FlowPolicy, adapter: str, iteration: int, shard: Shard
+    ) -> tuple[list[Visited], dict[str, float]]:
+        config, images = (
+            self.config,
+            self.schedule.prompts_per_batch * self.schedule.images_per_prompt,
+        )
+        batch = shard.of(self.schedule.draw(iteration))
+        steps = trained_steps(self.sampler, config.trained_steps, iteration, self.schedule.seed)
+        draws = isinstance(config.trained_steps, int) and config.draw == "trajectory"
+        visited = []
+        for update, rows, n in shard.micro_batches(
+            images, 1, config.updates, config.micro_batch_size
+        ):
+            prompts, seeds, wanted = (
+                batch.prompts[rows],
+                batch.seeds[rows],
+                [steps] * len(batch.seeds[rows]),
+            )
+            if draws and not self.uses_actions:
+                # by the sample's own seed, so that it does not depend on the processes
+                noisy = self.sampler.trainable_steps
+                wanted = [
+                    random.Random(f"steps/{seed}").sample(noisy, config.trained_steps)
+                    for seed in seeds
+                ]
+            states, forwards = self._states(policy, adapter, prompts, seeds, wanted)
+            visited.append(Visited(states, forwards, update, n))
+        return visited, {}
+
+    def _states(
+        self, policy: FlowPolicy, adapter: str, prompts, seeds, wanted
+    ) -> tuple[OPDBatch, list[slice]]:
+        """The wanted states of these trajectories with their teachers' and the anchor's velocities,
+        and how they are cut into forwards. Where ratios of probabilities are taken, a forward has
+        the states of one step, as in the rollout: then ratios before an update are exactly 1."""
+        grid = policy.sigmas(self.sampler.steps)
+        visits = list(
+            visited_states(policy, prompts, seeds, self.sampler, adapter, wanted, self.uses_actions)
+        )
+        step = torch.tensor([v.index for v in visits for _ in v.rows])
+        sigma, sigma_next = torch.tensor(grid)[step], torch.tensor(grid)[step + 1]
+        states = OPDBatch(
+            [prompts[row] for v in visits for row in v.rows],
+            step,
+            sigma,
+            sigma_next,
+            torch.cat([v.x_t for v in visits]),
+            self.sampler.step_weights(sigma, sigma_next, self.config.weighting).to(policy.device),
+            clip=self.config.clip,
+        )
+        ends = torch.tensor([len(v.rows) for v in visits]).cumsum(0).tolist()
+        per_step = [slice(start, end) for start, end in zip([0, *ends], ends)]
+        forwards = (
+            per_step if self.uses_actions else slices(len(states), self.config.micro_batch_size)
+        )
+        targets = [self._targets(policy, states[rows]) for rows in forwards]
+        states.v_teacher = torch.cat([teacher for teacher, _ in targets])
+        if self.config.mar:
+            states.v_anchor = torch.cat([anchor for _, anchor in targets])
+        if self.uses_actions:
+            states.x_next, states.mean = (
+                torch.cat([getattr(v.step, name) for v in visits]) for name in ("x_next", "mean")
+            )
+            states.std = torch.cat([v.step.std.expand(len(v.rows)) for v in visits])
+            states.later_kl = torch.zeros(len(states), device=policy.device)
+            later = torch.zeros(len(prompts), device=policy.device)
+            for visit, rows in reversed(list(zip(visits, per_step))):
+                states.later_kl[rows] = later[visit.rows]
+                at = replace(states[rows], v_student=visit.step.v)
+                later[visit.rows] += pathwise(at) / self._visited_later
+        return states, forwards
+
+    @torch.no_grad()
+    def _targets(
+        self, policy: FlowPolicy, states: OPDBatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The velocities of each state's own teacher and of the anchor: one forward an adapter."""
+        text, x_t, anchor = policy.encode([p.text for p in states.prompts]), states.x_t, None
+        if self.config.mar:
+            anchor = self._ask(policy, self.config.anchor, x_t, states.sigma, text)
+        teacher = torch.empty_like(x_t)
+        for name in dict.fromkeys(self.config.teachers[p.task] for p in states.prompts):
+            rows = [i for i, p in enumerate(states.prompts) if self.config.teachers[p.task] == name]
+            teacher[rows] = (
+                anchor[rows]
+                if anchor is not None and name == self.config.anchor
+                else self._ask(policy, name, x_t[rows], states.sigma[rows], text[rows])
+            )
+        return teacher, anchor
+
+    def _ask(
+        self, policy: FlowPolicy, name: str | None, x_t, sigma, text: TextEmbedding
+    ) -> torch.Tensor:
+        return policy.velocity(x_t, sigma, text, self.config.guidance.get(name, 1.0), name)
+
+    def losses(
+        self, policy: FlowPolicy, adapter: str, data: list[Visited], update: int
+    ) -> Iterator[Term]:
+        for visited in (v for v in data if v.update == update):
+            for rows in visited.forwards:
+                batch = self._batch(policy, adapter, visited.states[rows])
+                loss = self.loss(batch)
+                if self.config.mar:
+                    loss = loss + self.config.mar * anchor_loss(batch)
+                yield loss.sum() / (visited.images * self._visited), self._metrics(batch)
+
+    def _batch(self, policy: FlowPolicy, adapter: str, states: OPDBatch) -> OPDBatch:
+        text = policy.encode([p.text for p in states.prompts])
+        v = policy.velocity(states.x_t, states.sigma, text, self.sampler.guidance, adapter)
+        batch = replace(states, v_student=v)
+        if self.uses_actions:
+            then = log_prob(states.x_next, states.mean, states.std, self.config.reduction)
+
+            def log_ratio_of(velocity: torch.Tensor) -> torch.Tensor:
+                mean, std = self.sampler.transition(
+                    states.x_t, velocity, states.sigma, states.sigma_next
+                )
+                return log_prob(states.x_next, mean, std, self.config.reduction) - then
+
+            batch.ratio, batch.log_ratio_teacher = (
+                log_ratio_of(v).exp(),
+                log_ratio_of(states.v_teacher),
+            )
+        return batch
+
+    @torch.no_grad()
+    def _metrics(self, batch: OPDBatch) -> dict[str, torch.Tensor]:
+        """`kl` is that of the SDE's policies whatever the loss weighs, by step and task;
+        `velocity_mse` varies far less with the step. What a batch does not have is left out."""
+        squared = squared_distance(batch.v_student, batch.v_teacher)
+        metrics = {"velocity_mse": squared / batch.v_student[0].numel()}
+        if self.sampler.noise_level:
+            weight = self.sampler.step_weights(batch.sigma, batch.sigma_next, "kl").to(
+                squared.device
+            )
+            metrics["kl"] = weight * squared
+            for k in batch.step.unique().tolist():
+                metrics[f"kl_step_{k}"] = metrics["kl"][(batch.step == k).to(squared.device)]
+        for task in dict.fromkeys(p.task for p in batch.prompts):
+            rows = [i for i, p in enumerate(batch.prompts) if p.task == task]
+            metrics |= {
+                f"{n}_{task}": metrics[n][rows] for n in ("kl", "velocity_mse") if n in metrics
+            }
+        if self.config.mar:
+            metrics["anchor_loss"] = anchor_loss(batch)
+        return metrics
+
+
+def mirrored(data: Sequence[Visited]) -> list[Visited]:
+    """The same trajectories with the mirror image of every action taken, `2 mean - x_next`:
+    antithetic samples for the estimators that use actions (states are left as they are)."""
+    return [
+        replace(v, states=replace(v.states, x_next=2 * v.states.mean - v.states.x_next))
+        for v in data
+    ]
+
+
+__all__ = [
+    "LOSSES",
+    "OPD",
+    "OPDBatch",
+    "OPDConfig",
+    "Visited",
+    "anchor_loss",
+    "mirrored",
+    "pathwise",
+]

@@ -1,0 +1,150 @@
+"""The results notebook: training time, the student against its teachers, and the claims table."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ..stats import GOLD, mean_interval, model_scores
+from .scores import tabulate_scores
+from .style import draw_intervals, finish, make_panels
+
+if TYPE_CHECKING:
+    from ..benchmarks import Benchmark
+
+# The verdicts on a claim that was tested: title and colour.
+VERDICTS = {
+    "reproduced": ("Reproduced", "#009E73"),
+    "effect excluded": ("Effect excluded: smaller than a third of the paper's", "#0072B2"),
+    "undecided": ("Undecided at this n", ".55"),
+    "contradicted": ("Contradicted: the opposite sign", "#D55E00"),
+    "true by construction": ("True by construction of the benchmark, so no result", "#CC79A7"),
+}
+AXIS_LIMIT = 30  # of the claims figure, in half widths of an interval
+
+# --- training time and teachers
+
+
+def sum_training_seconds(benchmark: Benchmark, seconds: Mapping[str, float]) -> pd.Series:
+    """Seconds of training in total, by model. `seconds`: of the trainings of a run, by model; those
+    of students and of the merged model count their experts' too. NaN where an expert has no
+    manifest because it was trained elsewhere."""
+    experts = {}
+    for name in benchmark.experts:
+        path = Path(benchmark.adapter(name)) / "manifest.json"
+        experts[f"{name} expert"] = (
+            json.loads(path.read_text())["seconds"] if path.is_file() else np.nan
+        )
+    total = sum(experts.values())
+    own = {name: s + total * name.startswith("student") for name, s in seconds.items()}
+    return pd.Series({"base": 0.0, **experts, "merged": total, **own}, name="training, s")
+
+
+def tabulate_scores_and_time(
+    samples: pd.DataFrame, benchmark: Benchmark, seconds: Mapping[str, float]
+) -> pd.DataFrame:
+    """A row per model: each score and the Average, the scores of the gold rewards, and the total
+    seconds of training (see `sum_training_seconds`)."""
+    scores = [model_scores(samples, benchmark.domains)]
+    gold = [(r + GOLD, task, scale) for r, task, scale in benchmark.domains if r + GOLD in samples]
+    if gold:
+        scores.append(model_scores(samples, gold).query("reward != 'Average'"))
+    table = tabulate_scores(pd.concat(scores))
+    return table.join(sum_training_seconds(benchmark, seconds))
+
+
+def compare_with_teachers(
+    samples: pd.DataFrame, benchmark: Benchmark, student: str = "student"
+) -> pd.DataFrame:
+    """On what share of a task's prompts the student scores above, equal to and below its teacher:
+    reward, teacher, student is, mean, low, high (95 %), n. Draw it with `plot_scores(...,
+    rows="student is")`. Raises LookupError where `samples` lack one of them."""
+    rows = []
+    for reward, task, _ in benchmark.domains:
+        teacher = f"{benchmark.experts_of[reward]} expert"
+        scores = samples[samples["task"] == task].pivot_table(reward, "prompt", "model")
+        if not {student, teacher} <= set(scores):
+            raise LookupError(f"the table has no scores of {student!r} or {teacher!r} on {task}")
+        difference = (scores[student] - scores[teacher]).dropna().round(9)
+        for outcome, sign in (("above", 1), ("equal", 0), ("below", -1)):
+            interval = mean_interval(np.sign(difference) == sign)
+            rows.append((reward, teacher, outcome, *interval, len(difference)))
+    columns = ["reward", "teacher", "student is", "mean", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+# --- the claims table
+
+
+def format_claims(claims: pd.DataFrame) -> pd.DataFrame:
+    """The claims table for a reader: the effect and its interval in one column, empty where nothing
+    was measured."""
+    text = [_format_effect(row) for row in claims.itertuples()]
+    table = claims.assign(**{"effect [95 % interval]": text}).astype({"n": object, "seeds": object})
+    columns = "claim statement where verdict measured claimed".split()
+    columns += ["effect [95 % interval]", "n", "seeds", "note"]
+    return table[columns].fillna({"n": "", "seeds": ""})
+
+
+def _format_effect(row) -> str:
+    return "" if pd.isna(row.effect) else f"{row.effect:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+
+
+def summarize_claims(claims: pd.DataFrame) -> str:
+    """Markdown: how many claims got which verdict, and which."""
+    groups = {name: claims[claims["verdict"] == name] for name in VERDICTS}
+    counted = {name: len(g) for name, g in groups.items() if name != "true by construction"}
+    tested, counts = sum(counted.values()), ", ".join(f"{n} {name}" for name, n in counted.items())
+    lines = [f"Of {len(claims)} claims {tested} are tested here: {counts}."]
+    for name, group in groups.items():
+        lines.append(f"\n**{VERDICTS[name][0]}**\n")
+        for row in group.itertuples():
+            result = f"{_format_effect(row)}, n={row.n}" if pd.notna(row.effect) else row.note
+            lines.append(f"- {row.statement} (`{row.claim}`): {result}")
+        lines += ["- none"] * group.empty
+    untested = claims[claims["verdict"] == "not testable here"].groupby("note", sort=False)
+    lines.append("\n**Not testable here**\n")
+    lines += [f"- {', '.join(group['claim'])}: {note}" for note, group in untested]
+    if tested:
+        lines.append(
+            "\nIntervals are over prompts or batches; for a model trained once (`seeds`) they "
+            f"describe that training only. If none of the {tested} effects existed, about "
+            f"{0.025 * tested:.1f} would still be expected to be called reproduced."
+        )
+    return "\n".join(lines)
+
+
+def plot_claims(claims: pd.DataFrame, source: str) -> Figure:
+    """A row per claim that was measured: the effect over half the width of its 95 % interval, with
+    the sign turned so that the claim is right of 0. `source` names the run.
+
+    `claims`: statement, verdict, claimed ("> 0" or "< 0"), effect, low, high, n.
+    """
+    rows = claims[claims["high"] > claims["low"]].reset_index(drop=True)
+    unit = (rows["high"] - rows["low"]) / 2 * np.where(rows["claimed"] == "< 0", -1, 1)
+    scaled = rows[["effect", "low", "high"]].div(unit, axis=0).clip(-AXIS_LIMIT, AXIS_LIMIT)
+    ends = scaled[["low", "high"]]
+    scaled = scaled.assign(mean=scaled["effect"], low=ends.min(axis=1), high=ends.max(axis=1))
+    figure, (axis,) = make_panels(1, size=(12, 0.4 * len(rows) + 1.0))
+    for name, (_, color) in VERDICTS.items():
+        group = scaled[rows["verdict"] == name]
+        if len(group):
+            label = f"{name} ({len(group)})"
+            draw_intervals(axis, group, group.index, horizontal=True, color=color, label=label)
+    texts = [f"{row.statement} (n={row.n:.0f})" for row in rows.itertuples()]
+    texts = [textwrap.shorten(text, 140, placeholder=" …") for text in texts]
+    names = [textwrap.fill(text, 72) for text in texts]
+    axis.set_yticks(range(len(rows)), names, fontsize=8, linespacing=0.95)
+    axis.axvline(0, color=".3", lw=1)
+    axis.set_xscale("symlog", linthresh=2)
+    axis.set_xticks([-30, -10, -3, -1, 0, 1, 3, 10, 30], "-30 -10 -3 -1 0 1 3 10 30".split())
+    label = "effect in the direction claimed / half the width of its 95 % interval"
+    axis.set(ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel=f"{label} (cut off at {AXIS_LIMIT})")
+    return finish(figure, f"The paper's claims on {source}")

@@ -1,0 +1,598 @@
+"""A gallery of a run's samples: search, filter, sort, compare, export.
+
+`select` gives the rows to show as a grid of positions in the table of samples: a row per prompt and
+noise, a column per model. The contact sheet, the HTML page, the CSV and the live widget are all
+made from such a grid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ipywidgets as ipw
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from ..config import choose
+from ..data import Prompt
+from ..files import write_table, write_whole
+from ..plots.scores import load_images, plot_image_grid
+from ..rollout import Sampler, sample
+from ..stats import rewards_in
+from ..thumbnails import read_thumbnail
+from .common import (
+    STYLE,
+    Viewer,
+    badges_html,
+    encode_png,
+    image_html,
+    is_headless,
+    note_html,
+    tile_html,
+)
+
+if TYPE_CHECKING:
+    from ..policy import FlowPolicy
+
+TEACHER = "its teacher"  # as `Query.minus`: the expert of a prompt's task
+KEYS = ["task", "prompt", "seed"]  # the same prompt and noise under every model
+
+# --- samples and queries
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which samples to show, and in what order. "" does not filter, nor does a `repeat` of -1.
+
+    search      words that must all be in the prompt
+    task, tag, split, prompt, repeat    exactly this one (`repeat`: the number of a prompt's sample)
+    model       whose scores sort and filter; "" is the last
+    sort, minus a reward, and a model (or `TEACHER`) whose score is subtracted. Without `sort` the
+                table's order stays, the tasks alternating. Samples without the score come last.
+    range_of, range     a reward, and its lowest and highest score
+    same_noise  False sorts and filters each model's column on its own
+    pinned      only rows with one of these positions of the table
+    """
+
+    search: str = ""
+    task: str = ""
+    tag: str = ""
+    split: str = ""
+    prompt: str = ""
+    repeat: int = -1
+    model: str = ""
+    sort: str = ""
+    minus: str = ""
+    descending: bool = True
+    range_of: str = ""
+    range: tuple[float, float] = (-np.inf, np.inf)
+    same_noise: bool = True
+    pinned: Sequence[int] | None = None
+
+
+class Samples:
+    """A table of samples as `evaluate` makes it with thumbnails, the `folder` that its images are
+    in, and what `about.json` records of how they were sampled.
+
+    Rows with a `train_seed` above 0 are a model of their own, `MODEL#SEED`; rows without an image
+    are left out. `rows` has a row per prompt and noise; `grid` has the same rows and, for every
+    model and `TEACHER`, the positions in `table`, -1 for none. Raises ValueError for a table
+    without the columns a gallery needs.
+    """
+
+    def __init__(self, table: pd.DataFrame, folder: str | Path, about: Mapping | None = None):
+        missing = {"model", "tag", "image", *KEYS} - set(table)
+        if missing or not len(table):
+            what = ", ".join(sorted(missing)) or "rows"
+            raise ValueError(f"{folder}: samples without {what}; evaluate with images=")
+        table = table.dropna(subset="image").drop(columns="embedding", errors="ignore")
+        table = table.reset_index(drop=True)
+        if "train_seed" in table:
+            names = table["model"] + "#" + table["train_seed"].astype(str)
+            table["model"] = table["model"].where(table["train_seed"] == 0, names)
+        self.table, self.folder, self.about = table, Path(folder), dict(about or {})
+        self.models, self.rewards = list(table["model"].unique()), rewards_in(table)
+        rows = table.drop_duplicates(KEYS)
+        turn = rows.groupby("task").cumcount()  # tasks alternate: a first page shows all of them
+        self.rows = rows.loc[turn.sort_values(kind="stable").index].reset_index(drop=True)
+        for column, value in (("split", ""), ("repeat", 0)):
+            self.rows[column] = self.rows.get(column, value)
+        positions = table.assign(position=table.index).pivot(
+            index=KEYS, columns="model", values="position"
+        )
+        grid = positions.reindex(pd.MultiIndex.from_frame(self.rows[KEYS])).reset_index(drop=True)
+        teachers = self.rows["task"].map(self.teacher)
+        grid[TEACHER] = [grid[t][row] if t else np.nan for row, t in teachers.items()]
+        self.grid = grid[[*self.models, TEACHER]].fillna(-1).astype(int)
+
+    def teacher(self, task: str) -> str:
+        """The model that was trained for a task, by the names the notebooks give it; "": none."""
+        return next((m for m in (f"{task} expert", task) if m in self.models), "")
+
+    def scores(self, reward: str, model: str) -> np.ndarray:
+        """(rows,): NaN where there is no sample or no score."""
+        positions = self.grid[model].to_numpy()
+        return np.where(positions < 0, np.nan, self.table[reward].to_numpy(float)[positions])
+
+    def image(self, position: int) -> bytes:
+        """WebP. Raises FileNotFoundError if the file is gone."""
+        return read_thumbnail(self.folder, self.table["image"].iat[position])
+
+    def counterpart(self, position: int, model: str) -> int:
+        """The position of the same prompt and noise under another model, -1 if there is none."""
+        row = np.argwhere(self.grid.to_numpy() == position)[0, 0]
+        return self.grid[model].iat[row]
+
+    def badges(self, position: int, baseline: str = "base") -> dict[str, str]:
+        """By reward the score and, where there is one to compare with, its difference to `baseline`
+        on the same prompt and noise: "OCR 0.50 ▲ +0.25"."""
+        row = self.table.iloc[position]
+        other = self.counterpart(position, baseline) if baseline in self.models else -1
+        badges = {}
+        for reward in self.rewards:
+            score = row[reward]
+            change = (
+                score - self.table[reward].iat[other] if other not in (-1, position) else np.nan
+            )
+            arrow = "▲" if change > 0 else "▼" if change < 0 else "="
+            if pd.notna(score):
+                difference = "" if np.isnan(change) else f" {arrow} {change:+.2f}"
+                badges[reward] = f"{reward} {score:.2f}{difference}"
+        return badges
+
+    def describe(self, position: int) -> str:
+        """The alternative text of an image."""
+        row, scores = self.table.iloc[position], ", ".join(self.badges(position, "").values())
+        return f"{row['model']}, seed {row['seed']}: {row['prompt']}; {scores}"
+
+    def label(self, positions: np.ndarray, rank: int) -> str:
+        """What the samples in a row of a page have in common: prompt, task and seed, or the
+        rank."""
+        rows = self.table.iloc[positions[positions >= 0]][KEYS].drop_duplicates()
+        if len(rows) != 1:
+            return f"rank {rank}"
+        return "{prompt}\n{task}, seed {seed}".format(**rows.iloc[0])
+
+
+def load_samples(folder: str | Path) -> Samples:
+    """`samples.parquet` of a notebook's results, with images. Raises FileNotFoundError or
+    ValueError with what is missing."""
+    folder = Path(folder)
+    path, about = folder / "samples.parquet", folder / "images" / "about.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; give the folder of a notebook's results")
+    record = json.loads(about.read_text()) if about.is_file() else {}
+    return Samples(pd.read_parquet(path), folder, record)
+
+
+def merge_splits(tables: Mapping[str, pd.DataFrame], folder: str | Path) -> Samples:
+    """The samples of several splits, each evaluated with images into `folder`/SPLIT, as one
+    gallery, saved in `folder` like a run's."""
+    folder = Path(folder)
+    parts = [t.assign(split=split, image=f"{split}/" + t["image"]) for split, t in tables.items()]
+    about = folder / next(iter(tables)) / "images" / "about.json"
+    write_whole(folder / "images" / "about.json", about.read_text())
+    # every prompt once before any is repeated, as in one evaluation
+    table = pd.concat(parts).sort_values("repeat", kind="stable", ignore_index=True)
+    write_table(folder / "samples.parquet", table)
+    return load_samples(folder)
+
+
+def select(samples: Samples, query: Query, models: Sequence[str] | None = None) -> np.ndarray:
+    """(rows, models): the positions in `samples.table` to show, -1 for none; `models` are the
+    columns (None: all). Raises ValueError for an unknown model or reward."""
+    models = list(samples.models if models is None else models)
+    for model in (*models, query.model, query.minus):
+        choose("model", model, [*samples.models, TEACHER, ""])
+    for reward in (query.sort, query.range_of):
+        choose("reward", reward, [*samples.rewards, ""])
+    keep = np.ones(len(samples.rows), bool)
+    for name in ("task", "tag", "split", "prompt", "repeat"):
+        if (value := getattr(query, name)) not in ("", -1):
+            keep &= (samples.rows[name] == value).to_numpy()
+    for word in query.search.split():
+        keep &= samples.rows["prompt"].str.contains(word, case=False, regex=False).to_numpy()
+    if query.pinned is not None:
+        keep &= samples.grid.isin(query.pinned).any(axis=1).to_numpy()
+    if query.same_noise:
+        return samples.grid[models].to_numpy()[_order(samples, query, keep, query.model)]
+    columns = []
+    for model in models:
+        positions = samples.grid[model].to_numpy()
+        columns.append(positions[_order(samples, query, keep & (positions >= 0), model)])
+    ranked = pd.DataFrame({number: pd.Series(column) for number, column in enumerate(columns)})
+    return ranked.fillna(-1).to_numpy(int)
+
+
+def _order(samples: Samples, query: Query, keep: np.ndarray, model: str) -> np.ndarray:
+    """The rows to keep whose score is in the range, sorted, both by the scores of `model`."""
+    model = model or samples.models[-1]
+    if query.range_of:
+        scores, (low, high) = samples.scores(query.range_of, model), query.range
+        keep = keep & (scores >= low) & (scores <= high)  # False for NaN
+    rows = np.flatnonzero(keep)
+    if not query.sort:
+        return rows
+    scores = samples.scores(query.sort, model)[rows]
+    if query.minus:
+        scores = scores - samples.scores(query.sort, query.minus)[rows]
+    return rows[np.argsort(-scores if query.descending else scores, kind="stable")]
+
+
+def find_regressions(
+    samples: Samples, model: str, baseline: str, reward: str, task: str = "", n: int = 3
+) -> pd.DataFrame:
+    """Where `model` scores furthest below `baseline`: at most `n` rows, task, prompt, seed,
+    difference, the worst first."""
+    query = Query(task=task, model=model, sort=reward, minus=baseline, descending=False)
+    grid = select(samples, query, [model, baseline])[:n]
+    ours, theirs = (samples.table[reward].to_numpy(float)[column] for column in grid.T)
+    rows = samples.table.iloc[grid[:, 0]][KEYS].assign(difference=ours - theirs)
+    return rows[(rows["difference"] < 0) & (grid >= 0).all(axis=1)]
+
+
+# --- exports of a grid
+
+
+def export_rows(samples: Samples, grid: np.ndarray) -> pd.DataFrame:
+    """The samples of a grid, row by row, with the difference of each score to the base on the same
+    prompt and noise (`REWARD - base`)."""
+    table = samples.table.iloc[grid[grid >= 0]].reset_index(drop=True)
+    table.insert(0, "row", np.argwhere(grid >= 0)[:, 0])
+    base = samples.table[samples.table["model"] == "base"].set_index(KEYS)[samples.rewards]
+    if len(base):
+        base = base.reindex(pd.MultiIndex.from_frame(table[KEYS])).reset_index(drop=True)
+        table = table.join((table[samples.rewards] - base).add_suffix(" - base"))
+    return table
+
+
+def plot_contact_sheet(samples: Samples, grid: np.ndarray, models: Sequence[str]) -> Figure:
+    """A grid as one figure: a column per model, a row per prompt and noise, with each sample's
+    scores and their difference to the base."""
+    images = [
+        load_images(samples.table.iloc[[p]], samples.folder)[0] if p >= 0 else None
+        for p in grid.ravel()
+    ]
+    captions = [
+        "\n".join(samples.badges(p).values()) if p >= 0 else "no sample" for p in grid.ravel()
+    ]
+    labels = [samples.label(row, rank) for rank, row in enumerate(grid, 1)]
+    return plot_image_grid(images, captions, len(models), "", models, labels)
+
+
+def export_html(samples: Samples, grid: np.ndarray, models: Sequence[str]) -> str:
+    """A grid as an HTML page that needs no other file."""
+    cells = [label_html(""), *map(label_html, models)]
+    for rank, row in enumerate(grid, 1):
+        cells += [label_html(samples.label(row, rank)), *(sample_html(samples, p) for p in row)]
+    columns = f"grid-template-columns: 150px repeat({len(models)}, 168px)"
+    page = f'<div class="fo fo-page" style="{columns}">{"".join(cells)}</div>'
+    return f'<!doctype html><meta charset="utf-8">{STYLE}{page}'
+
+
+def label_html(label: str) -> str:
+    """The first line in bold, the rest dimmed."""
+    first, _, rest = escape(label).partition("\n")
+    return f'<div class="fo-row"><b>{first}</b><br><span class="fo-dim">{rest}</span></div>'
+
+
+def sample_html(samples: Samples, position: int, baseline: str = "base") -> str:
+    """An image with its scores and their differences to the baseline below."""
+    if position < 0:
+        return '<div class="fo-note fo-dim">no sample</div>'
+    image = image_html(samples.image(position), samples.describe(position), 128)
+    return tile_html(image, badges_html(samples.badges(position, baseline)))
+
+
+# --- reproduction
+
+
+def redraw(policy: FlowPolicy, samples: Samples, position: int) -> torch.Tensor:
+    """The sample (3, H, W) again, to the last bit on the machine that sampled it: in a batch with
+    the samples it was sampled with, because in bfloat16 the rounding of a product depends on the
+    size of its batch.
+
+    `policy` needs the adapter and dtype that `about.json` names. Raises ValueError if that file is
+    missing, or for another dtype.
+    """
+    row, about = samples.table.iloc[position], samples.about
+    adapter = find_adapter(samples, row["model"])
+    if str(policy.dtype) != about["dtype"]:
+        raise ValueError(f"these samples were made in {about['dtype']}; load the policy in it")
+    together = samples.table["model"] == row["model"]
+    if "split" in samples.table:  # each split is an evaluation of its own
+        together &= samples.table["split"] == row["split"]
+    positions, size = np.flatnonzero(together), about["batch"]
+    number = int(np.searchsorted(positions, position))
+    batch = samples.table.iloc[positions[number - number % size :][:size]]
+    prompts = [Prompt(r.prompt, r.task) for r in batch.itertuples()]
+    sampler = Sampler(**about["sampler"])
+    guidance = about.get("guidance", {}).get(adapter, sampler.guidance)
+    sampler = replace(sampler, guidance=guidance)
+    images = sample(policy, prompts, batch["seed"].tolist(), sampler, adapter, size)
+    return images[number % size]
+
+
+def find_adapter(samples: Samples, model: str) -> str | None:
+    """The adapter a model was sampled with (`student` may be recorded as `student#0`). Raises
+    ValueError where it is not recorded."""
+    adapters = samples.about.get("adapters", {})
+    for name in (model, f"{model}#0"):
+        if name in adapters:
+            return adapters[name]
+    path = samples.folder / "images" / "about.json"
+    raise ValueError(f"{path} does not record the adapter of {model}")
+
+
+def reproduction_code(samples: Samples, position: int, setup: str) -> str:
+    """A code cell that makes a sample again. `setup` is the code that makes `policy` with the
+    adapters that the run did not train itself."""
+    adapter = find_adapter(samples, samples.table["model"].iat[position])
+    lines = [
+        "from flowopd_lib.widgets.gallery import load_samples, redraw",
+        setup.strip(),
+        f"samples = load_samples({str(samples.folder)!r})",
+    ]
+    if adapter and (samples.folder / adapter / "adapter" / "adapter_config.json").is_file():
+        lines.append(f"policy.load_adapter({adapter!r}, samples.folder / {adapter + '/adapter'!r})")
+    lines.append(f"image = redraw(policy, samples, {position})  # {samples.describe(position)}")
+    return "\n".join(lines)
+
+
+# --- the widget
+
+
+class SampleGallery(Viewer):
+    """Models as columns, a prompt and its noise as a row; below every image its scores and their
+    differences to the base. Headless: a contact sheet of the first page and a table.
+
+    `models` are the columns at the start (None: the first and the last three), `query` what is
+    shown, `rows` the rows of a page. `setup` is the code that makes `policy` (see
+    `reproduction_code`); exports go to `folder`.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        models: Sequence[str] | None = None,
+        query: Query = Query(),
+        rows: int = 3,
+        setup: str = "",
+        folder: str | Path = ".",
+    ):
+        super().__init__()
+        self.samples, self.size, self.setup, self.folder = samples, rows, setup, Path(folder)
+        self.query = replace(query, model=query.model or samples.models[-1])
+        self.models = list(models or dict.fromkeys([samples.models[0], *samples.models[-3:]]))
+        self.grid = select(samples, query, self.models)
+        self.number, self.chosen, self.pins = 0, -1, []
+        if not is_headless():
+            self._build()
+            self._show_page(0)
+
+    @property
+    def page(self) -> np.ndarray:
+        return self.grid[self.number * self.size :][: self.size]
+
+    def contact_sheet(self) -> Figure:
+        return plot_contact_sheet(self.samples, self.page, self.models)
+
+    def table(self) -> pd.DataFrame:
+        """Every sample that passes the filter, in the gallery's order."""
+        return export_rows(self.samples, self.grid)
+
+    def still(self) -> list:
+        rows = export_rows(self.samples, self.page).drop(columns="image")
+        return [self.contact_sheet(), rows.round(3)]
+
+    def _build(self) -> None:
+        samples, query, update = self.samples, self.query, self._update
+        choice = partial(self.control, ipw.Dropdown, width="210px")
+        rewards, models = _pairs(samples.rewards), _pairs(samples.models)
+        tags = [("any", ""), *_pairs(samples.rows["tag"].unique())]
+        seeds = [(f"sample {n + 1} of each prompt", n) for n in sorted(set(samples.rows["repeat"]))]
+        minus = [(f"minus {name}", name) for name in (TEACHER, *samples.models)]
+        order = [("highest first", True), ("lowest first", False)]
+        # named by the fields of Query, whose values they hold
+        self.controls = {
+            "search": self.control(ipw.Text, "search", "270px", placeholder="words of a prompt"),
+            "tag": choice("tag", options=tags),
+            "repeat": choice("seeds", options=[("every seed", -1), *seeds]),
+            "model": choice("scores of", options=models),
+            "sort": choice("sort by", options=[("the run's order", ""), *rewards]),
+            "minus": choice(options=[("the score itself", ""), *minus]),
+            "descending": self.control(ipw.ToggleButtons, options=order),
+            "range_of": choice("range of", options=[("none", ""), *rewards]),
+            "same_noise": self.control(ipw.Checkbox, "the same noise in a row", "220px"),
+        }
+        for name, control in self.controls.items():
+            control.value = getattr(query, name)
+        self.controls["range"] = self.control(ipw.FloatRangeSlider, width="330px")
+        self._set_range(query.range)
+        self.prompt = self.control(ipw.Select, width="270px", rows=18)
+        self._list_prompts()
+        wanted = query.task, query.split, query.prompt
+        self.prompt.value = wanted if wanted in dict(self.prompt.options).values() else ("", "", "")
+        actions = {"search": self._search, "range_of": self._choose_range}
+        for name, control in {**self.controls, "prompt": self.prompt}.items():
+            control.observe(self.guard(actions.get(name, update)), "value")
+        options = {"options": samples.models, "value": self.models}
+        self.columns = self.control(ipw.SelectMultiple, "models", "270px", update, **options)
+        self.only_pinned = self.control(ipw.Checkbox, "pinned only", "180px", update)
+        self.previous = self.button("◀ page", lambda: self._show_page(self.number - 1))
+        self.next = self.button("page ▶", lambda: self._show_page(self.number + 1))
+        turn = lambda: self._show_page(self.page_number.value - 1)  # noqa: E731
+        self.page_number = self.control(ipw.BoundedIntText, "", "70px", turn, min=1, max=1)
+        self.cells, self.body = {}, ipw.GridBox()
+        self.count, self.status, self.zoom = ipw.HTML(), ipw.HTML(), ipw.HTML()
+        self.other = choice("swipe to", on_change=self._show_detail, options=models)
+        self.swipe = self.control(ipw.IntSlider, "A | B", "auto", self._show_detail, readout=False)
+        self.pin = self.button("pin", self._toggle_pin)
+        show_code = self.button("code of this sample", self._show_code)
+        self.code = ipw.Textarea(layout=ipw.Layout(width="640px", height="110px"))
+        tools = ipw.HBox([self.other, self.swipe, self.pin, show_code])
+        self.detail = ipw.VBox([self.zoom, tools, self.code], layout=ipw.Layout(display="none"))
+        exports = {
+            "contact sheet of the page": "gallery.png",
+            "HTML of the page": "gallery.html",
+            "CSV of the filtered rows": "gallery.csv",
+        }
+        self.exports = [self.button(k, partial(self._export, name)) for k, name in exports.items()]
+        c = self.controls
+        main = [
+            ipw.HBox([c["sort"], c["minus"], c["descending"]]),
+            ipw.HBox([c["model"], c["range_of"], c["range"]]),
+            ipw.HBox([c["tag"], c["repeat"], c["same_noise"], self.only_pinned]),
+            ipw.HBox([self.previous, self.page_number, self.next, self.count]),
+            self.guard.box,
+            self.body,
+        ]
+        side = ipw.VBox([c["search"], self.prompt, self.columns])
+        top, foot = ipw.HBox([side, ipw.VBox(main)]), ipw.HBox([*self.exports, self.status])
+        self.box = self.stack("gallery", top, self.detail, foot)
+
+    # --- callbacks
+
+    def _update(self) -> None:
+        """Select by the controls, and show the first page."""
+        if not self.columns.value:
+            raise ValueError(
+                "no models are chosen; choose one or more (Ctrl or Shift with a click)"
+            )
+        self.models = list(self.columns.value)
+        task, split, prompt = self.prompt.value or ("", "", "")
+        pinned = tuple(self.pins) if self.only_pinned.value else None
+        values = {name: control.value for name, control in self.controls.items()}
+        self.query = Query(**values, task=task, split=split, prompt=prompt, pinned=pinned)
+        self.grid = select(self.samples, self.query, self.models)
+        self._show_page(0)
+
+    def _search(self) -> None:
+        self._list_prompts()
+        self.prompt.value = ("", "", "")
+        self._update()
+
+    def _list_prompts(self, limit: int = 300) -> None:
+        """The prompts with the words searched for, below a line for all of their task and split."""
+        words = self.controls["search"].value.lower().split()
+        options = {"all prompts": ("", "", "")}
+        for (task, split), rows in self.samples.rows.groupby(["task", "split"], sort=False):
+            prompts = [p for p in rows["prompt"].unique() if all(w in p.lower() for w in words)]
+            name = f"{task}, {split}" if split else task
+            options[f"— {name}: {len(prompts)} —"] = (task, split, "")
+            options |= {prompt: (task, split, prompt) for prompt in prompts[:limit]}
+            if len(prompts) > limit:
+                options[f"… {len(prompts) - limit} more {name}: search"] = (task, split, "")
+        self.prompt.options = list(options.items())
+
+    def _choose_range(self) -> None:
+        self._set_range()
+        self._update()
+
+    def _set_range(self, value: tuple[float, float] = (-np.inf, np.inf)) -> None:
+        """Set the slider to the scores of the reward chosen, or hide it."""
+        slider, reward = self.controls["range"], self.controls["range_of"].value
+        slider.layout.visibility = "visible" if reward else "hidden"
+        if reward:
+            scores = self.samples.table[reward]
+            low, high = np.floor(scores.min() * 100) / 100, np.ceil(scores.max() * 100) / 100
+            slider.min, slider.max = min(low, slider.max), high  # never a minimum above the maximum
+            slider.min, slider.step = low, max((high - low) / 100, 0.01)
+            slider.value = np.clip(value, low, high)
+
+    def _show_page(self, number: int) -> None:
+        """Write a page into its cells, which are made once and then reused."""
+        last = max(0, -(-len(self.grid) // self.size) - 1)
+        self.number = min(max(number, 0), last)
+        self.page_number.max, self.page_number.value = last + 1, self.number + 1
+        self.previous.disabled, self.next.disabled = self.number == 0, self.number == last
+        shown, total = int((self.grid >= 0).sum()), len(self.samples.table)
+        hint = "" if shown else ": nothing passes; widen the filter"
+        text = f"of {last + 1}; {len(self.grid)} rows, {shown} of {total} samples{hint}"
+        self.count.value = note_html(text)
+        cells = [self._cell(-1, i, label_html(m)) for i, m in enumerate(["", *self.models], -1)]
+        for row, positions in enumerate(self.page):
+            label = self.samples.label(positions, self.number * self.size + row + 1)
+            cells.append(self._cell(row, -1, label_html(label)))
+            for column, position in enumerate(positions.tolist()):
+                html = sample_html(self.samples, position)
+                cells.append(self._cell(row, column, html, position))
+        if tuple(cells) != self.body.children:
+            columns = f"minmax(90px, 150px) repeat({len(self.models)}, minmax(84px, 168px))"
+            self.body.layout.grid_template_columns = columns
+            self.body.children = cells
+
+    def _cell(self, row: int, column: int, html: str, position: int | None = None) -> ipw.VBox:
+        """A cell of the page: HTML and, for a sample, the button that enlarges it."""
+        if (row, column) not in self.cells:
+            look = self.button("look", lambda: self._choose(int(self.page[row, column])))
+            children = [ipw.HTML(), look] if position is not None else [ipw.HTML()]
+            self.cells[row, column] = ipw.VBox(children)
+        cell = self.cells[row, column]
+        cell.children[0].value = html
+        if position is not None:
+            look = cell.children[1]
+            look.disabled = position < 0
+            look.description = "look ★" if position in self.pins else "look"
+        return cell
+
+    def _choose(self, position: int) -> None:
+        model = self.samples.table["model"].iat[position]
+        self.chosen, self.swipe.value, self.code.layout.display = position, 0, "none"
+        self.other.value = next((m for m in self.models if m != model), model)
+        self._show_detail()
+
+    def _show_detail(self) -> None:
+        """The chosen sample enlarged; over it, as far as the slider says, the same noise under
+        another model."""
+        if self.chosen < 0:
+            return
+        samples, label = self.samples, self.samples.label(np.array([self.chosen]), 0)
+        other = samples.counterpart(self.chosen, self.other.value)
+        clip = f"clip-path: inset(0 {100 - self.swipe.value}% 0 0)"
+        images = captions = ""
+        for name, position, style in (("A", self.chosen, ""), ("B", other, clip)):
+            if position >= 0:
+                text = samples.describe(position)
+                images += image_html(samples.image(position), text, 320, style)
+                model = escape(samples.table["model"].iat[position])
+                captions += f"<b>{name}: {model}</b>{badges_html(samples.badges(position))}<br>"
+        self.zoom.value = (
+            f'{label_html(label)}<div class="fo-images"><div class="fo-swipe">{images}</div>'
+            f'<div class="fo-row">{captions}</div></div>'
+        )
+        self.pin.description = "unpin" if self.chosen in self.pins else "pin"
+        self.detail.layout.display = "flex"
+
+    def _toggle_pin(self) -> None:
+        (self.pins.remove if self.chosen in self.pins else self.pins.append)(self.chosen)
+        self._show_detail()
+        self._update() if self.only_pinned.value else self._show_page(self.number)
+
+    def _show_code(self) -> None:
+        self.code.value = reproduction_code(self.samples, self.chosen, self.setup)
+        self.code.layout.display = "flex"
+
+    def _export(self, name: str) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("csv"):
+            self.table().to_csv(path, index=False)
+        elif name.endswith("html"):
+            path.write_text(export_html(self.samples, self.page, self.models), encoding="utf-8")
+        else:
+            path.write_bytes(encode_png(self.contact_sheet()))
+        self.status.value = note_html(f"written: {path}")
+
+
+def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Options of a control: ipywidgets takes names or (label, value) pairs, not both."""
+    return [(name, name) for name in names]
