@@ -1,300 +1,179 @@
-"""`python -m flowopd_lib.check BENCHMARK`: what a long run would trip over, told in a minute,
-before it begins.
-
-A table of what is right and what is wrong: every prompt file, every reward on one picture, every
-adapter's keys and whether it changes anything, memory, one update and one batch of an evaluation.
-"""
+"""What a long run would trip over, found in a minute before it begins: `python -m flowopd_lib check
+BENCHMARK`. Every prompt file, the memory, every expert's adapter, every reward on one image, one
+update of OPD and one batch of an evaluation."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
+import importlib
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
 
-from .benchmarks import Benchmark, load_benchmark
-from .data import Prompt
+from .benchmarks import Benchmark
+from .config import validate
 from .evaluate import evaluate
-from .hub import hub_fault
-from .jobs.recipes import build
-from .jobs.site import Site
-from .losses import Share
-from .quiet import quiet
-from .rewards import can_reward
-from .rollout import Sampler, initial_noise, sample
+from .hub import hub_fault, quiet
+from .lab.recipe import Recipe, build
+from .lab.workspace import Workspace
+from .policy import NETWORKS
+from .precision import resolve
+from .rewards import applies_to, score_images
+from .rollout import initial_noise
+from .train import train
 
 GIB = 1 << 30
 
 
-@dataclass(frozen=True)
-class Found:
-    """One line of the table: what was looked at, whether it is right, what is to be said of it,
-    seconds."""
+class Row(NamedTuple):
+    """What was checked, whether it passed, what was found, and the seconds it took."""
 
-    what: str
-    right: bool
-    told: str
+    check: str
+    passed: bool
+    message: str
     seconds: float
 
 
-class Check:
-    """The checks of one benchmark, in the order in which the later ones need the earlier."""
+def check(benchmark: Benchmark | str, precision: str = "auto") -> Iterator[Row]:
+    """A row per check, as soon as it is known. What a check raises becomes the message of its row,
+    and the others still run. Experts need the model; the update and the evaluation, which come
+    last, run only if all other checks have passed.
 
-    def __init__(self, benchmark: Benchmark, dtype: str = "auto"):
-        self.benchmark, self.site, self.found = benchmark, Site(benchmark, dtype), []
+    Raises ValueError or FileNotFoundError for a benchmark whose file cannot be read.
+    """
+    workspace, rows = Workspace(benchmark, precision), []
+    benchmark = workspace.benchmark
 
-    def look(self, what: str, at: Callable[[], str]) -> bool:
-        """Do one check. Whatever it raises is what the table tells: the others are asked all the
-        same."""
-        began = time.perf_counter()
+    def run(name: str, function: Callable[..., str], *arguments) -> Row:
+        start = time.perf_counter()
         try:
-            right, told = True, at()
-        except Exception as error:  # of any library's making; nothing is hidden, all of it is shown
-            right, told = False, " ".join(str(error).split()) or type(error).__name__
-        self.found.append(Found(what, right, told, time.perf_counter() - began))
-        return right
+            passed, message = True, function(workspace, *arguments)
+        except Exception as error:  # of any library: all of them are reported
+            passed, message = False, " ".join(str(error).split()) or type(error).__name__
+        rows.append(Row(name, passed, message, time.perf_counter() - start))
+        return rows[-1]
 
-    def run(self) -> Iterator[Found]:
-        """Every line as it is known."""
-        for step in (
-            self._hub,
-            self._prompts,
-            self._memory,
-            self._model,
-            self._adapters,
-            self._rewards,
-            self._work,
-        ):
-            told = len(self.found)
-            step()
-            yield from self.found[told:]
-
-    def _hub(self) -> None:
-        """Once, and not once a file: where the hub cannot be reached, only what is on this machine
-        counts."""
-        if Path(self.benchmark.base).is_dir():
-            return
-        import huggingface_hub
-
-        def reach() -> str:
-            try:
-                huggingface_hub.HfApi().model_info(self.benchmark.base, timeout=10)
-            except Exception as error:
-                if (told := hub_fault(self.benchmark.base, error)).startswith(
-                    f"{self.benchmark.base} is not on this"
-                ):
-                    huggingface_hub.constants.HF_HUB_OFFLINE = True
-                    return "cannot be reached: only what is on this machine is looked at"
-                raise PermissionError(told) from error
-            return "reached"
-
-        self.look("the hub", reach)
-
-    def _prompts(self) -> None:
-        for task in self.benchmark.own:
-
-            def count(task=task) -> str:
-                splits = self.benchmark.splits(task)
-                if not {"train", "test"} <= set(splits):
-                    raise FileNotFoundError(
-                        f"train and test are needed; there are {', '.join(splits) or 'none'} at "
-                        f"{', '.join(map(str, self.benchmark.tasks[task].files.values()))}"
-                    )
-                return ", ".join(
-                    f"{split} {len(self.benchmark.prompts(task, split))}" for split in splits
-                )
-
-            self.look(f"prompts of {task}", count)
-
-    def _memory(self) -> None:
-        def estimate() -> str:
-            need, have = self.needed(), memory_of(self.benchmark.device)
-            told = f"{need / GIB:.1f} GiB of weights; {have / GIB:.1f} GiB free on {self.benchmark.device}"
-            if need > have:
-                raise MemoryError(
-                    f"{told}: too little; take a larger device, or a smaller benchmark"
-                )
-            return told
-
-        self.look("memory", estimate)
-
-    def needed(self) -> float:
-        """Bytes of the model's weights in the run's precision."""
-        folder = Path(self.benchmark.base)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            try:
-                found = snapshot_download(
-                    self.benchmark.base, allow_patterns=["*/config.json", "*.json"]
-                )
-            except Exception as error:  # the hub's client has many kinds of its own
-                raise FileNotFoundError(hub_fault(self.benchmark.base, error)) from error
-            folder = Path(found)
-        with quiet():
-            from diffusers import SD3Transformer2DModel
-        with torch.device("meta"):
-            config = SD3Transformer2DModel.load_config(folder / "transformer")
-            count = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
-        others = sum(
-            file.stat().st_size
-            for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
-            for file in (folder / part).glob("*.safetensors")
-        )
-        return count * (2 if self.benchmark.device == "cuda" else 4) + others
-
-    def _model(self) -> None:
-        def load() -> str:
-            policy = self.site.policy
-            return f"{policy.device}, {policy.precision}, pictures of {8 * policy.latent_shape[-1]} pixels"
-
-        self.loaded = self.look(f"model {self.benchmark.base_name}", load)
-
-    def _prompt(self) -> Prompt:
-        return self.benchmark.prompts(self.benchmark.own[0], "train")[0]
-
-    def _adapters(self) -> None:
-        for name in self.benchmark.experts if self.loaded else ():
-
-            def load(name=name) -> str:
-                self.site.adapter(name)
-                policy, prompt = self.site.policy, self._prompt()
-                x, text = initial_noise(policy, [0]), policy.encode([prompt.text])
-                with torch.no_grad():
-                    base, ours = (policy.velocity(x, 0.9, text, adapter=a) for a in (None, name))
-                change = ((ours - base).norm() / base.norm()).item()
-                if not change:
-                    raise ValueError("it has the velocity of the base: its weights change nothing")
-                ranks = sorted(set(policy.adapter(name).ranks.values()))
-                return (
-                    f"{len(policy.adapter(name).ranks)} places, rank {ranks}, changes {change:.1%}"
-                )
-
-            self.look(f"expert {name}", load)
-
-    def _rewards(self) -> None:
-        """One picture each: of the model where there is one, or a grey one."""
-        side = (
-            8 * self.site.policy.latent_shape[-1]
-            if self.loaded
-            else self.benchmark.resolution or 512
-        )
-        for name in self.benchmark.specs:
-
-            def ask(name=name) -> str:
-                reward = self.benchmark.rewards_named([name])[name]
-                prompts = (
-                    p for t in self.benchmark.own for p in self.benchmark.prompts(t, "train")[:1]
-                )
-                prompt = next(p for p in prompts if can_reward(reward, p))
-                image = torch.full((1, 3, side, side), 0.5)
-                if self.loaded:
-                    image = sample(self.site.policy, [prompt], [0], Sampler(2))
-                score = float(reward(image, [prompt])[0])
-                low, high = reward.range
-                if not low <= score <= high:
-                    raise ValueError(f"it gave {score}, outside its range {low} to {high}")
-                kind = " (held_out)" if self.benchmark.reward_is(name, "held_out") else ""
-                detector = getattr(getattr(reward, "detector", None), "name", "")
-                return f"{score:.3f} in [{low:g}, {high:g}]{kind}{f', by {detector}' if detector else ''}"
-
-            self.look(f"reward {name}", ask)
-
-    def _work(self) -> None:
-        if not self.loaded or not all(f.right for f in self.found):
-            self.found.append(
-                Found("one update, one evaluation", False, "not tried: see above", 0.0)
-            )
-            return
-        teachers = {t: e for t, e in self.benchmark.teachers.items() if t in self.benchmark.own}
-
-        def update() -> str:
-            recipe = {
-                "schedule": {"tasks": list(teachers), "prompts_per_batch": len(teachers)},
-                "opd": {
-                    "steps": 1,
-                    "mar": 0.04 if self.benchmark.anchor else 0.0,
-                    "anchor": self.benchmark.anchor,
-                },
-                "train": {"iterations": 1},
-            }
-            policy, objective, _ = build(recipe, site=self.site)
-            parameters = policy.train_adapter("student")
-            data = objective.collect(policy, "student", 0, Share())
-            loss = sum(
-                part.item() for part in _stepped(objective.losses(policy, "student", data, 0))
-            )
-            gradient = (
-                torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
-            )
-            policy.train_adapter(None)
-            if not gradient > 0:
-                raise ValueError(f"loss {loss}, gradient {gradient}: it would learn nothing")
-            return f"loss {loss:.4g}, gradient {gradient:.4g}{peak_of(self.benchmark.device)}"
-
-        def scored() -> str:
-            prompts = self.benchmark.first_prompts("test", 1)
-            sampler, models = self.benchmark.sampler(2), {"base": None}
-            table = evaluate(
-                self.site.policy,
-                prompts,
-                self.benchmark.rewards(),
-                0,
-                sampler,
-                models,
-                progress=False,
-            )
-            return f"{len(table)} pictures scored"
-
-        if teachers:
-            self.look("one update of a distillation", update)
-        self.look("one batch of an evaluation", scored)
+    if not Path(benchmark.base).is_dir():
+        yield run("the hub", check_hub)
+    for task in benchmark.prompt_tasks:
+        yield run(f"prompts of {task}", check_prompts, task)
+    yield run("memory", check_memory)
+    yield run(f"model {benchmark.base_name}", lambda w: f"{w.policy.device}, {w.policy.precision}")
+    for name in benchmark.experts if rows[-1].passed else ():
+        yield run(f"expert {name}", check_expert, name)
+    for name in benchmark.reward_configs:
+        yield run(f"reward {name}", check_reward, name)
+    if all(row.passed for row in rows):
+        if benchmark.teachers:
+            yield run("one update of OPD", check_update)
+        yield run("one batch of an evaluation", check_evaluation)
 
 
-def _stepped(losses: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    for loss in losses:
-        loss.backward()
-        yield loss.detach()
+def print_rows(rows: Iterable[Row]) -> bool:
+    """Print the table, each row as soon as it is known; whether all checks passed."""
+    passed = True
+    for row in rows:
+        state = "ok    " if row.passed else "FAILED"
+        print(f"{state}  {row.check}: {row.message} ({row.seconds:.1f} s)", flush=True)
+        passed &= row.passed
+    return passed
 
 
-def memory_of(device: str) -> float:
-    """Bytes that are free."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+def check_hub(workspace: Workspace) -> str:
+    """Whether the model may be downloaded. Where the hub cannot be reached, only files on this
+    machine are used from here on, so that not every file waits for it."""
+    import huggingface_hub
 
-
-def peak_of(device: str) -> str:
-    return f", peak {torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if device == "cuda" else ""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m flowopd_lib.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("benchmark", help="a shipped benchmark's name, or a YAML file")
-    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
-    args = parser.parse_args()
-    torch.set_num_threads(os.cpu_count())
     try:
-        check = Check(load_benchmark(args.benchmark), args.precision)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    for line in check.run():
-        print(
-            f"{'ok   ' if line.right else 'WRONG'} {line.what}: {line.told} ({line.seconds:.1f} s)",
-            flush=True,
-        )
-    wrong = [line.what for line in check.found if not line.right]
-    print(f"{len(check.found) - len(wrong)} right, {len(wrong)} wrong")
-    sys.exit(f"error: {', '.join(wrong)}" if wrong else 0)
+        huggingface_hub.HfApi().model_info(workspace.benchmark.base, timeout=10)
+        return "reached"
+    except Exception as error:  # the hub's client has many kinds of its own
+        fault = hub_fault(workspace.benchmark.base, error)
+    if "cannot be reached" not in fault:
+        raise PermissionError(fault)
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    return "cannot be reached: only files on this machine are used"
 
 
-if __name__ == "__main__":
-    main()
+def check_prompts(workspace: Workspace, task: str) -> str:
+    """The splits that there are, train and test at least."""
+    benchmark = workspace.benchmark
+    splits = dict.fromkeys(["train", *benchmark.splits(task), "test"])
+    return ", ".join(f"{split} {len(benchmark.prompts(task, split))}" for split in splits)
+
+
+def check_memory(workspace: Workspace) -> str:
+    """The weights of all networks in the run's precision, by their configs, against the memory that
+    is free."""
+    base, device, count = workspace.benchmark.base, workspace.device, 0
+    with quiet(), torch.device("meta"):
+        from diffusers import DiffusionPipeline
+
+        index = DiffusionPipeline.load_config(base)
+        for name, (library, kind) in ((n, index[n]) for n in NETWORKS if index[n][0]):
+            kind = getattr(importlib.import_module(library), kind)
+            if library == "diffusers":
+                network = kind.from_config(kind.load_config(base, subfolder=name))
+            else:
+                network = kind(kind.config_class.from_pretrained(base, subfolder=name))
+            count += network.num_parameters()
+    need = count * resolve(workspace.dtype, device).itemsize
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    message = f"{need / GIB:.1f} GiB of weights, {free / GIB:.1f} GiB free on {device}"
+    if need > free:
+        raise MemoryError(f"{message}: use a device with more memory, or a smaller model")
+    return message
+
+
+def check_expert(workspace: Workspace, name: str) -> str:
+    """The adapter's keys, and how much it changes the velocity of one state."""
+    workspace.load_adapter(name)
+    policy, prompt = workspace.policy, workspace.benchmark.first_prompts("train", 1)[0]
+    x_t, text = initial_noise(policy, [0]), policy.encode([prompt.text])
+    with torch.no_grad():
+        v_base, v = (policy.velocity(x_t, 0.9, text, adapter=a) for a in (None, name))
+    change, ranks = ((v - v_base).norm() / v_base.norm()).item(), policy.adapter(name).ranks
+    if not change:
+        raise ValueError("it has the velocity of the base: its weights change nothing")
+    return f"{len(ranks)} modules, rank {sorted(set(ranks.values()))}, changes {change:.1%}"
+
+
+def check_reward(workspace: Workspace, name: str) -> str:
+    """Its score of a gray image."""
+    benchmark = workspace.benchmark
+    reward = benchmark.rewards_named([name], workspace.device)[name]
+    prompts = [p for p in benchmark.first_prompts("train", 1) if applies_to(reward, p)][:1]
+    if not prompts:
+        raise ValueError("it applies to the prompts of no task; correct its `tasks`")
+    side = benchmark.config.resolution or 8 * workspace.policy.latent_shape[-1]
+    score = float(score_images(reward, torch.full((1, 3, side, side), 0.5), prompts)[0])
+    held_out = ", held out" if benchmark.reward_is(name, "held_out") else ""
+    detector = getattr(getattr(reward, "detector", None), "name", "")
+    by = f", objects found by {detector}" if detector else ""
+    return f"{score:.3f} in [{reward.range[0]:g}, {reward.range[1]:g}]{held_out}{by}"
+
+
+def check_update(workspace: Workspace) -> str:
+    """With all teachers and the anchor, on one step of a trajectory per task."""
+    tasks = list(workspace.benchmark.teachers)
+    schedule = {"tasks": tasks, "prompts_per_batch": len(tasks)}
+    opd = {"trained_steps": 1, "anchor": workspace.benchmark.anchor}
+    recipe = {"schedule": schedule, "opd": opd, "train": {"iterations": 1}}
+    objective, config = build(validate(Recipe, recipe), workspace)
+    with tempfile.TemporaryDirectory() as folder:
+        (info,) = train(workspace.policy, objective, folder, config)
+    if not info.grad_norm > 0:
+        raise ValueError(f"loss {info.loss}, but no gradient: the student would learn nothing")
+    return f"loss {info.loss:.4g}, gradient norm {info.grad_norm:.4g}"
+
+
+def check_evaluation(workspace: Workspace) -> str:
+    benchmark = workspace.benchmark
+    prompts, sampler = benchmark.first_prompts("test", 1), benchmark.sampler(2)
+    rewards = benchmark.all_rewards(workspace.device)
+    table = evaluate(workspace.policy, prompts, rewards, 0, sampler, show_progress=False)
+    return f"{len(table)} images scored"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable
+from functools import cache
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from .fingerprint import PLUGIN
 
 T = TypeVar("T")
 CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -113,16 +120,42 @@ def load_plugin(name: str, folder: str | Path = ".") -> Any:
     try:
         if source.endswith(".py"):
             path = (Path(folder) / source).resolve()
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            module = _module_of(path, hashlib.sha256(path.read_bytes()).hexdigest())
         else:
             module = importlib.import_module(source)
         return getattr(module, attribute)
-    except (OSError, ImportError, AttributeError, ValueError, SyntaxError) as error:
+    except Exception as error:  # whatever the user's code raises
         raise ValueError(
             f"{name!r} cannot be loaded ({error}); write file.py:name or package.module:name"
         ) from error
+
+
+class _PluginLoader(SourceFileLoader):
+    """Without Python's cache of bytecode, which takes two versions of one second for the same."""
+
+    def get_code(self, fullname: str):
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+@cache
+def _module_of(path: Path, sha256: str) -> ModuleType:
+    """Each version of a file is run once. It is among Python's modules, for `inspect` finds the
+    source of a class by its module alone."""
+    name = f"{PLUGIN}{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
+    loader = _PluginLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def plugin_name(plugin: Callable) -> str:
+    """What `load_plugin` loads a function or class by; the name alone of one of a notebook."""
+    module = sys.modules.get(plugin.__module__)
+    if plugin.__module__ == "__main__" or module is None:
+        return plugin.__qualname__
+    of_file = plugin.__module__.startswith(PLUGIN)
+    return f"{module.__file__ if of_file else plugin.__module__}:{plugin.__qualname__}"
 
 
 def _plugin(value: Any) -> Any:

@@ -3,11 +3,14 @@ reused."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import inspect
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,8 @@ import torch
 
 # Where and in which portions something is computed changes rounding, not what is computed.
 NOT_COMPARED = ("device", "batch", "micro_batch_size")
+# What the names of modules begin with that `config.load_plugin` loads from a user's file.
+PLUGIN = "flowopd_plugin_"
 
 
 def sha256_of(node: Any) -> str:
@@ -96,15 +101,39 @@ def source_hash(node: Any) -> dict[str, str]:
     """The hash of the source of a user's function or class; nothing for this library's and other
     packages', whose version is part of a run's manifest."""
     module = inspect.getmodule(node)
-    file = getattr(module, "__file__", None) or ""
-    if (
-        module is not None and module.__name__.split(".")[0] == __package__
-    ) or "site-packages" in file:
+    name, file = getattr(module, "__name__", ""), getattr(module, "__file__", None) or ""
+    if name.split(".")[0] == __package__ or "site-packages" in file:
         return {}
     try:
-        return {"source": hashlib.sha256(inspect.getsource(node).encode()).hexdigest()}
+        # of a plugin's file all of it, for the function may call others that are there
+        source = Path(file).read_text() if name.startswith(PLUGIN) else inspect.getsource(node)
     except (OSError, TypeError):  # built in, or typed where no source is kept
         return {}
+    return {"source": sha256_of_code(source)}
+
+
+def sha256_of_code(source: str) -> str:
+    """Of what Python code does: without comments, docstrings and layout, and the same in every
+    version of Python."""
+    try:
+        tree = ast.parse(textwrap.dedent(source))
+    except SyntaxError:  # a lambda's lines are part of an expression
+        return hashlib.sha256(source.encode()).hexdigest()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(getattr(body[0].value, "value", None), str):
+                del body[0]
+    return hashlib.sha256(repr(_syntax(tree)).encode()).hexdigest()
+
+
+def _syntax(node: Any) -> Any:
+    """A syntax tree as lists. Empty fields are left out: later versions of Python have more of
+    them."""
+    if isinstance(node, ast.AST):
+        fields = [(k, _syntax(v)) for k, v in ast.iter_fields(node) if v not in (None, [])]
+        return [type(node).__name__, *fields]
+    return [_syntax(item) for item in node] if isinstance(node, list) else repr(node)
 
 
 def differences(before: Any, now: Any, where: str = "") -> Iterator[str]:

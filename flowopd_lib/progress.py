@@ -1,4 +1,4 @@
-"""How far a long computation is: a bar in JupyterLab or a terminal; headless, a line every few
+"""Progress of a long computation: a bar in JupyterLab or a terminal; headless, a line every few
 seconds with the time that is left."""
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator
 
 from tqdm.auto import tqdm
 
-# What a headless line begins with; the runner shows such lines and leaves them out of the finished
-# copy.
+# How a headless line begins; the runner shows such lines and removes them from the executed copy.
 MARK = "progress: "
-EVERY = 5.0  # seconds
+INTERVAL = 5.0  # seconds
 
 
 @contextlib.contextmanager
 def progress(total: float, what: str, shown: bool = True) -> Iterator[Callable[[float], None]]:
-    """Give a function to be told of every part that is done, in the units of `total`."""
+    """A function to call with every amount that is done, in the units of `total`."""
     if not shown or not os.environ.get("FLOWOPD_HEADLESS"):
         with tqdm(
             total=total,
@@ -29,18 +28,15 @@ def progress(total: float, what: str, shown: bool = True) -> Iterator[Callable[[
         ) as bar:
             yield bar.update
         return
-    began = said = time.monotonic()
+    start = last_line = time.monotonic()
     done = 0.0
 
     def advance(n: float = 1.0) -> None:
-        nonlocal done, said
+        nonlocal done, last_line
         done, now = done + n, time.monotonic()
-        if now - said >= EVERY and done < total:
-            said = now
-            print(
-                f"{MARK}{what} {done / total:.0%}, about {(now - began) * (total - done) / done:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+        if now - last_line >= INTERVAL and done < total:
+            last_line, seconds = now, (now - start) * (total - done) / done
+            line = f"{MARK}{what} {done / total:.0%}, about {seconds:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
 
     yield advance

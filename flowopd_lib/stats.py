@@ -1,17 +1,31 @@
-"""From a table of scores to means and differences with their uncertainty."""
+"""From a table of samples to means and differences with their uncertainty."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+# The columns of a table of samples that are no reward's scores.
+COLUMNS = "model task tag prompt repeat seed train_seed split image embedding".split()
+# The gold reward of a reward, which nothing is trained on, has its name and this.
+GOLD = " gold"
+# A reward, the task on whose prompts its score counts, and its full scale.
+Domain = tuple[str, str, float]
+# What the paper's Average adds up; a `Benchmark` has its own.
+AVERAGE: Sequence[Domain] = (
+    ("GenEval", "geneval", 1.0),
+    ("OCR", "ocr", 1.0),
+    ("DeQA", "pickscore", 5.0),
+    ("PickScore", "pickscore", 26.0),
+)
+Interval = tuple[float, float, float]  # mean, low, high (95 %)
 
-def mean_interval(
-    values: Sequence[float], resamples: int = 5000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean and 95 % interval over prompts: Wilson's for yes-or-no scores, else a percentile
+
+def mean_interval(values: Sequence[float], resamples: int = 5000, seed: int = 0) -> Interval:
+    """Mean and 95 % interval over prompts: Wilson's for yes-or-no scores, otherwise a percentile
     bootstrap.
 
     Raises ValueError below two values.
@@ -27,28 +41,22 @@ def mean_interval(
     return _bootstrap_mean(values, resamples, seed)
 
 
-# The columns of a table of samples that are no reward's.
-ABOUT = (
-    "model",
-    "task",
-    "tag",
-    "prompt",
-    "repeat",
-    "seed",
-    "train_seed",
-    "split",
-    "image",
-    "embedding",
-)
+def _bootstrap_mean(values: np.ndarray, resamples: int = 5000, seed: int = 0) -> Interval:
+    from scipy import stats  # takes a second to import
+
+    rng = np.random.default_rng(seed)
+    how = {"n_resamples": resamples, "method": "percentile", "batch": 500, "rng": rng}
+    interval = stats.bootstrap((values,), np.mean, **how).confidence_interval
+    return float(values.mean()), float(interval.low), float(interval.high)
 
 
-# A reward's gold, which nothing is trained on, has its name and this.
-GOLD = " gold"
+def _row(keys: Mapping[str, Any], interval: Sequence[float], n: int) -> dict[str, Any]:
+    return {**keys, **dict(zip(("mean", "low", "high"), interval)), "n": n}
 
 
 def rewards_in(table: pd.DataFrame) -> list[str]:
     """The rewards whose scores a table of samples has, without their gold rewards."""
-    scores = [c for c in table if c not in ABOUT and pd.api.types.is_numeric_dtype(table[c])]
+    scores = [c for c in table if c not in COLUMNS and pd.api.types.is_numeric_dtype(table[c])]
     return [c for c in scores if not c.endswith(GOLD)]
 
 
@@ -59,22 +67,12 @@ def summary(
     without scores in a group are left out."""
     rewards = rewards_in(table) if rewards is None else rewards
     rows = []
-    groups = table.groupby(list(by), sort=False) if by else [((), table)]
-    for key, group in groups:
-        for name in rewards:
-            values = group[name].dropna() if name in group else []
+    for key, group in table.groupby(list(by), sort=False) if by else [((), table)]:
+        for reward in rewards:
+            values = group[reward].dropna() if reward in group else []
             if len(values) >= 2:
-                mean, low, high = mean_interval(values)
-                rows.append(
-                    {
-                        **dict(zip(by, key)),
-                        "reward": name,
-                        "mean": mean,
-                        "low": low,
-                        "high": high,
-                        "n": len(values),
-                    }
-                )
+                keys = {**dict(zip(by, key)), "reward": reward}
+                rows.append(_row(keys, mean_interval(values), len(values)))
     return pd.DataFrame(rows)
 
 
@@ -103,43 +101,22 @@ def paired_differences(
             continue
         change = (scores.loc[model] - scores.loc[baseline]).reset_index()
         for key, group in change.groupby(list(by), sort=False) if by else [((), change)]:
-            for name in rewards:
-                values = group[name].dropna()
+            for reward in rewards:
+                values = group[reward].dropna().to_numpy()
                 if len(values) >= 2:
-                    # Differences of yes-or-no scores can all be 0 or 1 by chance; they are no
-                    # shares, so no Wilson here.
-                    mean, low, high = _bootstrap_mean(values.to_numpy())
-                    rows.append(
-                        {
-                            "model": model,
-                            **dict(zip(by, key)),
-                            "reward": name,
-                            "mean": mean,
-                            "low": low,
-                            "high": high,
-                            "n": len(values),
-                        }
-                    )
+                    # differences of yes-or-no scores are no fractions, so no Wilson here
+                    about = {"model": model, **dict(zip(by, key)), "reward": reward}
+                    rows.append(_row(about, _bootstrap_mean(values), len(values)))
     return pd.DataFrame(rows)
-
-
-# A reward, the task on whose prompts its score counts, and its full scale: what an Average adds up.
-Domain = tuple[str, str, float]
-# the paper's; a `Benchmark` has its own
-AVERAGE: Sequence[Domain] = (
-    ("GenEval", "geneval", 1.0),
-    ("OCR", "ocr", 1.0),
-    ("DeQA", "pickscore", 5.0),
-    ("PickScore", "pickscore", 26.0),
-)
 
 
 def paper_average(
     table: pd.DataFrame, domains: Sequence[Domain] = AVERAGE, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """The Average, each reward on its own prompts over its full scale, by model: mean, low, high
-    (95 %, prompts drawn within their task). Flow-OPD's is (GenEval + OCR + DeQA/5 + PickScore/26) /
-    4, DeQA and PickScore on the preference prompts. Raises ValueError if one is missing.
+    """The Average by model, each reward on its own prompts over its full scale: model, reward,
+    mean, low, high (95 %, prompts drawn within their task), n prompts. Flow-OPD's is (GenEval + OCR
+    + DeQA/5 + PickScore/26) / 4, DeQA and PickScore on the preference prompts. Raises ValueError if
+    one is missing.
     """
     rows = []
     for model, group in table.groupby("model", sort=False):
@@ -152,36 +129,21 @@ def paper_average(
                     f"the Average needs {reward} on the {task} prompts, which {model} does not have"
                 )
             values = part.groupby("prompt", sort=False)[reward].mean().to_numpy() / scale
-            if (
-                task not in drawn
-            ):  # DeQA and PickScore reward the same pictures: they are drawn together
+            if task not in drawn:  # rewards of the same images are drawn together
                 drawn[task] = rng.integers(len(values), size=(resamples, len(values)))
             total += values.mean() / len(domains)
             draws += values[drawn[task]].mean(1) / len(domains)
-        low, high = np.percentile(draws, (2.5, 97.5))
-        rows.append(
-            {
-                "model": model,
-                "reward": "Average",
-                "mean": total,
-                "low": low,
-                "high": high,
-                "n": group["prompt"].nunique(),
-            }
-        )
+        interval = (total, *np.percentile(draws, (2.5, 97.5)))
+        about = {"model": model, "reward": "Average"}
+        rows.append(_row(about, interval, group["prompt"].nunique()))
     return pd.DataFrame(rows)
 
 
 def in_domain_scores(table: pd.DataFrame, domains: Sequence[Domain] = AVERAGE) -> pd.DataFrame:
-    """The same table with each score on its own prompts only: PickScore and DeQA, which can reward
-    any, on the preference prompts."""
-    return table.assign(
-        **{
-            reward: table[reward].where(table["task"] == task)
-            for reward, task, _ in domains
-            if reward in table
-        }
-    )
+    """The same table with each score on its own prompts only, NaN elsewhere: PickScore and DeQA,
+    which can score any image, on the preference prompts."""
+    own = {r: table[r].where(table["task"] == task) for r, task, _ in domains if r in table}
+    return table.assign(**own)
 
 
 def model_scores(table: pd.DataFrame, domains: Sequence[Domain] = AVERAGE) -> pd.DataFrame:
@@ -191,35 +153,30 @@ def model_scores(table: pd.DataFrame, domains: Sequence[Domain] = AVERAGE) -> pd
     A prompt's repeats, and several trainings under one name, are averaged first: they are no new
     prompts.
     """
-    rewards = [reward for reward, _, _ in domains if reward in table]
-    by_prompt = (
-        in_domain_scores(table, domains)
-        .groupby(["model", "task", "prompt"], sort=False)[rewards]
-        .mean()
-        .reset_index()
-    )
-    return pd.concat(
-        [summary(by_prompt, ["model"], rewards), paper_average(table, domains)], ignore_index=True
-    )
+    rewards, keys = [r for r, _, _ in domains if r in table], ["model", "task", "prompt"]
+    own = in_domain_scores(table, domains).groupby(keys, sort=False)[rewards].mean().reset_index()
+    tables = [summary(own, ["model"], rewards), paper_average(table, domains)]
+    return pd.concat(tables, ignore_index=True)
 
 
-def gold_gains(table: pd.DataFrame, baseline: str = "base", domains: Sequence[Domain] = AVERAGE) -> pd.DataFrame:
-    """What every model gained over the baseline by a reward (`proxy`) and by its gold (`gold`), on
-    the same samples of the reward's own prompts, in full scales: model, reward, by (proxy, gold or
-    gap: proxy less gold), mean, low, high (95 %), n prompts. A gap above 0 is a gain that only the
-    reward sees. Empty where the table has no gold rewards."""
-    found = []
+def gold_gains(
+    table: pd.DataFrame, baseline: str = "base", domains: Sequence[Domain] = AVERAGE
+) -> pd.DataFrame:
+    """What every model gained over the baseline by a reward (`proxy`) and by its gold reward
+    (`gold`), on the same samples of the reward's own prompts, in full scales: model, reward, by
+    (proxy, gold or gap: proxy minus gold), mean, low, high (95 %), n prompts. A gap above 0 is
+    reward over-optimisation. Empty where the table has no gold rewards."""
+    columns = ["model", "reward", "by", "mean", "low", "high", "n"]
+    gains = [pd.DataFrame(columns=columns)]
     for reward, task, scale in domains:
         if reward + GOLD in table:
-            here = table[table["task"] == task]
-            proxy, gold = here[reward] / scale, here[reward + GOLD] / scale
-            here = here[["model", "task", "prompt"]].assign(
-                proxy=proxy, gold=gold, gap=proxy - gold
-            )
-            rows = paired_differences(here, baseline, ["proxy", "gold", "gap"], by=())
-            found.append(rows.rename(columns={"reward": "by"}).assign(reward=reward))
-    columns = ["model", "reward", "by", "mean", "low", "high", "n"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+            rows = table[table["task"] == task]
+            proxy, gold = rows[reward] / scale, rows[reward + GOLD] / scale
+            scores = {"proxy": proxy, "gold": gold, "gap": proxy - gold}
+            scored = rows[["model", "task", "prompt"]].assign(**scores)
+            change = paired_differences(scored, baseline, list(scores), by=())
+            gains.append(change.rename(columns={"reward": "by"}).assign(reward=reward)[columns])
+    return pd.concat(gains[1:] or gains, ignore_index=True)
 
 
 def fraction_kept(
@@ -231,12 +188,12 @@ def fraction_kept(
     resamples: int = 5000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The share of each expert's gain over the base that a student keeps, (student - base) /
-    (expert - base): reward, gains, mean, low, high (95 %), n.
+    """The fraction of each expert's gain over the base that a student keeps, (student - base) /
+    (expert - base): reward, expert, both gains, mean, low, high (95 %), n prompts.
 
     `experts` maps a reward to the model trained for it; prompts are those of the Average. The
     bootstrap draws prompts for all three models together. NaN where the expert's own gain is not
-    above 0 with its interval: there is no share of nothing.
+    above 0 with its interval.
     """
     rows = []
     for reward, task, _ in domains:
@@ -246,57 +203,29 @@ def fraction_kept(
         scores = part.groupby(["prompt", "model"], sort=False)[reward].mean().unstack("model")
         ours, theirs = ((scores[m] - scores[base]).to_numpy() for m in (student, experts[reward]))
         drawn = np.random.default_rng(seed).integers(len(ours), size=(resamples, len(ours)))
-        gained = theirs[drawn].mean(1)
-        kept, low, high = np.nan, np.nan, np.nan
-        if np.percentile(gained, 2.5) > 0:
-            kept = ours.mean() / theirs.mean()
-            low, high = np.percentile(
-                ours[drawn].mean(1)[gained > 0] / gained[gained > 0], (2.5, 97.5)
-            )
-        rows.append(
-            {
-                "reward": reward,
-                "expert": experts[reward],
-                "expert's gain": theirs.mean(),
-                "student's gain": ours.mean(),
-                "mean": kept,
-                "low": low,
-                "high": high,
-                "n": len(ours),
-            }
-        )
+        gain, interval = theirs[drawn].mean(1), (np.nan,) * 3
+        if np.percentile(gain, 2.5) > 0:
+            fractions = ours[drawn].mean(1)[gain > 0] / gain[gain > 0]
+            interval = (ours.mean() / theirs.mean(), *np.percentile(fractions, (2.5, 97.5)))
+        gains = {"expert's gain": theirs.mean(), "student's gain": ours.mean()}
+        about = {"reward": reward, "expert": experts[reward], **gains}
+        rows.append(_row(about, interval, len(ours)))
     return pd.DataFrame(rows)
-
-
-def _bootstrap_mean(
-    values: np.ndarray, resamples: int = 5000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean and its 95 % percentile interval."""
-    from scipy import stats  # takes a second, and an evaluation may not come to it
-
-    interval = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=resamples,
-        method="percentile",
-        batch=500,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(values.mean()), float(interval.low), float(interval.high)
 
 
 def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.DataFrame:
     """How different a prompt's samples are: mean of 1 - cosine over pairs of its repeats'
     embeddings (within a training), with a 95 % interval over prompts.
 
-    A model that collapsed to one picture a prompt has 0. Raises ValueError for a table without
+    A model that collapsed to one image a prompt has 0. Raises ValueError for a table without
     embeddings or repeats.
     """
     prompt, keys = ["task", "prompt"], ["task", "prompt", "train_seed"]
     table = table if "train_seed" in table else table.assign(train_seed=0)
     if "embedding" not in table or table.groupby(["model", *keys]).size().min() < 2:
         raise ValueError(
-            "diversity compares samples of one prompt: evaluate with embed= and repeats of at least 2"
+            "diversity compares samples of one prompt: evaluate with embed= and repeats of at "
+            "least 2"
         )
 
     def spread(embeddings: pd.Series) -> float:
@@ -308,32 +237,29 @@ def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.
     for key, group in table.groupby(list(by), sort=False):
         trainings = group.groupby(keys, sort=False)["embedding"].agg(spread)
         spreads = trainings.groupby(prompt, sort=False).mean().to_numpy()
-        mean, low, high = _bootstrap_mean(spreads)
-        rows.append(
-            {**dict(zip(by, key)), "mean": mean, "low": low, "high": high, "n": len(spreads)}
-        )
+        rows.append(_row(dict(zip(by, key)), _bootstrap_mean(spreads), len(spreads)))
     return pd.DataFrame(rows)
 
 
-def kernel_distance(embeddings: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+def kernel_distance(embeddings: np.ndarray, reference: np.ndarray) -> Interval:
     """Squared MMD of two samples (n, D) of the same prompts in the same order, with the cubic
     kernel of KID (1801.01401), and its 95 % interval.
 
-    The U-statistic is unbiased, so that it is about 0, and may be negative, for two samples of one
+    The U-statistic is unbiased: it is about 0, and may be negative, for two samples of one
     distribution.
     """
     x, y = np.asarray(embeddings, float), np.asarray(reference, float)
     if x.shape != y.shape or len(x) < 3:
         raise ValueError(
-            f"two samples of the same shape, at least three rows each, are needed, not {x.shape} and "
-            f"{y.shape}"
+            f"two samples of the same shape, at least three rows each, are needed, not {x.shape} "
+            f"and {y.shape}"
         )
 
-    def kernel(a, b):
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
     h = kernel(x, x) + kernel(y, y) - kernel(x, y) - kernel(y, x)
     np.fill_diagonal(h, 0)
     rows = h.sum(1) / (len(x) - 1)
-    error = 2 * rows.std(ddof=1) / np.sqrt(len(x))
-    return float(rows.mean()), float(rows.mean() - 1.96 * error), float(rows.mean() + 1.96 * error)
+    half = 1.96 * 2 * rows.std(ddof=1) / np.sqrt(len(x))
+    return float(rows.mean()), float(rows.mean() - half), float(rows.mean() + half)

@@ -115,27 +115,10 @@ class _Run:
         )
         self.iteration = self.updates = 0
         self.seconds = 0.0
-        may_change = set(MAY_CHANGE) - ({"iterations"} if config.cooldown else set())
-        self.fingerprint = {
-            "objective": describe(objective),
-            "train": {k: v for k, v in describe(config).items() if k not in may_change},
-            "base": policy.base_hash,
-            "precision": policy.precision,
-            "start": policy.start_hash(adapter, folder),
-            "adapters": {name: policy.adapter(name).sha256 for name in sorted(objective.adapters)},
-            "ranks": describe(policy.adapter(adapter).ranks),
-            "scales": describe(policy.adapter(adapter).alpha),
-        }
+        self.fingerprint = fingerprint(policy, objective, folder, config, adapter)
 
     def resume(self) -> None:
         state = load_state(self.state)
-        changed = list(differences(state.get("fingerprint", {}), self.fingerprint))
-        if changed:
-            more = f" (and {len(changed) - 6} more)" if len(changed) > 6 else ""
-            raise ValueError(
-                f"{self.folder} holds another training: {'; '.join(changed[:6])}{more}. Give a new "
-                "folder, or the settings it was begun with"
-            )
         own, saved = [*self.parameters, *self.average], [*state["parameters"], *state["average"]]
         with torch.no_grad():
             for p, value in zip(own, saved, strict=True):
@@ -177,6 +160,51 @@ class _Run:
         with torch.no_grad():
             torch._foreach_lerp_(self.average, [p.data for p in self.parameters], 1 - decay)
         return norm
+
+
+def fingerprint(
+    policy: FlowPolicy, objective: Objective, folder: Path, config: TrainConfig, adapter: str
+) -> dict:
+    """What a training follows from, compared before it is resumed."""
+    may_change = set(MAY_CHANGE) - ({"iterations"} if config.cooldown else set())
+    return {
+        "objective": describe(objective),
+        "train": {k: v for k, v in describe(config).items() if k not in may_change},
+        "base": policy.base_hash,
+        "precision": policy.precision,
+        "start": policy.start_hash(adapter, folder),
+        "adapters": {name: policy.adapter(name).sha256 for name in sorted(objective.adapters)},
+        "ranks": describe(policy.adapter(adapter).ranks),
+        "scales": describe(policy.adapter(adapter).alpha),
+    }
+
+
+def check_folder(
+    policy: FlowPolicy,
+    objective: Objective,
+    folder: str | Path,
+    config: TrainConfig,
+    adapter: str = "student",
+) -> None:
+    """Raises ValueError for a folder that holds a training of something else, or of more
+    iterations."""
+    folder = Path(folder)
+    here = fingerprint(policy, objective, folder, config, adapter)
+    if not (folder / STATE).exists():
+        return
+    state = load_state(folder / STATE)
+    changed = list(differences(state.get("fingerprint", {}), here))
+    if changed:
+        more = f" (and {len(changed) - 6} more)" if len(changed) > 6 else ""
+        raise ValueError(
+            f"{folder} holds another training: {'; '.join(changed[:6])}{more}. Give a new folder, "
+            "or the settings it was begun with"
+        )
+    if state["iteration"] > config.iterations:
+        raise ValueError(
+            f"{folder} holds {state['iteration']} iterations already, more than "
+            f"{config.iterations}; give a new folder"
+        )
 
 
 class _Metrics:
@@ -246,6 +274,7 @@ def train(
     objective.check(policy, adapter)
     main = accelerator.is_main_process
     with locked(folder, f"a training of {adapter}") if main else contextlib.nullcontext():
+        check_folder(policy, objective, folder, config, adapter)
         if accelerator.log_with:
             accelerator.init_trackers(
                 "flow-opd", init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
@@ -364,6 +393,7 @@ def fit(
     every iteration and ends the training there, with a checkpoint, by returning True.
     """
     folder = Path(folder)
+    check_folder(policy, objective, folder, config, adapter)
     log, main = folder / VALIDATION, accelerator is None or accelerator.is_main_process
     done = set(read_lines(log).get("iteration", []))
 
@@ -386,7 +416,7 @@ def fit(
         before = 0
         for info in updates:
             iteration = info.iteration + 1
-            if not info.metrics:
+            if info.update < objective.updates - 1:
                 continue
             advance(iteration - before)
             before = iteration

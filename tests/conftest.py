@@ -12,11 +12,14 @@ os.environ.setdefault(
 # threads that wait by spinning starve those of the processes that tests start
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch  # noqa: E402
+
 from flowopd_lib import load_benchmark  # noqa: E402
+from flowopd_lib.lab.workspace import Workspace  # noqa: E402
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores: tests wait, too, for a browser, a kernel, a server, a process."""
+    """One more than there are cores: tests also wait for a browser, a kernel, a server."""
     return (os.cpu_count() or 1) + 1
 
 
@@ -27,7 +30,19 @@ def benchmark():
 
 @pytest.fixture(scope="session")
 def policy(benchmark):
+    """The shipped model. A test that adds adapters to it takes `workspace`, which removes them."""
     return benchmark.policy(device="cpu")
+
+
+@pytest.fixture
+def workspace(policy):
+    """A workspace of the shipped model, without adapters, in one thread, as processes of a launcher."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    policy.remove_adapters()
+    yield Workspace("tiny", policy=policy)
+    policy.remove_adapters()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -37,4 +52,4 @@ def rewards(benchmark):
 
 @pytest.fixture(scope="session")
 def test_prompts(benchmark):
-    return {task: benchmark.prompts(task, "test") for task in benchmark.own}
+    return {task: benchmark.prompts(task, "test") for task in benchmark.prompt_tasks}

@@ -1,16 +1,11 @@
 """Checkpoints keep everything, and the build goes on where it was cut off."""
 
-import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 
 from flowopd_lib.benchmarks.tiny import train_base as base
-from flowopd_lib.benchmarks.tiny import train_guidance as guidance
-from flowopd_lib.benchmarks.tiny.text import new_text_modules
 from flowopd_lib.benchmarks.tiny.train_vae import new_vae
 from flowopd_lib.checkpoint import load_state, save_state
 
@@ -68,49 +63,6 @@ def test_a_base_cut_off_and_restarted_is_the_base_trained_in_one_go(tmp_path, mo
     monkeypatch.setattr(base, "finish", finish)
     resumed = train("cut")
     assert len(calls) == 1 and all(torch.equal(resumed[k], whole[k]) for k in whole)
-
-
-def test_guidance_is_distilled_and_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, policy):
-    vae, state = new_vae().eval(), tmp_path / "state"
-    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    monkeypatch.setattr(guidance, "SAVE_EVERY", 2)
-    state.mkdir()
-    base.build_pool(
-        vae, state / "pool-1.safetensors", new_text_modules(8), 12, 1, base.DATA[1], print
-    )
-
-    def train(name):
-        shutil.copytree(state, tmp_path / name, dirs_exist_ok=True)
-        out, how = tmp_path / name / "out", {"steps": 4, "batch": 4, "log": lambda message: None}
-        guidance.distil_guidance(
-            vae, Path(policy.pipeline.config._name_or_path), out, tmp_path / name, **how
-        )
-        return SD3Transformer2DModel.from_pretrained(out / "transformer")
-
-    whole = train("whole")
-    save, calls = guidance.save_state, []
-
-    def power_cut(*args):
-        save(*args)
-        calls.append(args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(guidance, "save_state", power_cut)
-    with pytest.raises(KeyboardInterrupt):
-        train("cut")
-    monkeypatch.setattr(guidance, "save_state", save)
-    resumed = train("cut").state_dict()
-    assert len(calls) == 1 and all(
-        torch.equal(resumed[k], v) for k, v in whole.state_dict().items()
-    )
-
-    # nearer to the guided velocity than the base is, for a caption without a word in quotes
-    with torch.no_grad():
-        text, x = policy.encode(["two red circles"] * 4), torch.randn(4, *policy.latent_shape)
-        asked, told = policy.velocity(x, 0.9, text), torch.full((4,), 900.0)
-        guided = policy.velocity(x, 0.9, text, guidance=guidance.GUIDANCE["things"])
-        learned = whole(x, text.tokens, text.pooled, told).sample
-    assert (learned - guided).square().mean() < (asked - guided).square().mean()
 
 
 def test_muons_steps_in_float32_are_muons_but_for_bfloat16s_rounding():

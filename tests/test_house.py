@@ -1,119 +1,134 @@
-"""Which part of the library may use which: lower rows use upper ones, never the other way. And how long the
-method may be."""
+"""Which part of the library may import which, and how it is written."""
 
 import ast
-import io
+import re
 import subprocess
 import sys
-import tokenize
 
+import nbformat
 import pytest
 
 from flowopd_lib.files import ROOT
 
 LIBRARY = ROOT / "flowopd_lib"
-ROWS = (
-    {
-        "files",
-        "hub",
-        "inputs",
-        "identity",
-        "precision",
-        "progress",
-        "prompts",
-        "quiet",
-        "parts",
-        "records",
-        "thumbnails",
-    },
-    {"sde", "adapters", "pipelines", "texts", "policy", "rollout", "schedule"},
-    {"rewards"},
-    {"objectives"},
-    {"train", "checkpoint", "fit", "merge"},
-    {"evaluate", "stats"},
-    {"benchmarks"},
-    {"export", "jobs", "studies"},  # studies have jobs of their own, and jobs know them
-    {"check"},
-    {"plots"},
-    {"runs"},
-    {"bench"},
-)
-# What is done once, to make the small benchmark, uses what is below it.
-BUILDERS = {"benchmarks.tiny.train_experts"}
-# What a stranger reads in one sitting.
-METHOD = [
-    LIBRARY / f"{name}.py" for name in ("sde", "policy", "rollout", "prompts", "schedule", "train")
-]
-METHOD += sorted((LIBRARY / "objectives").glob("*.py"))
+# A module imports from its own row and those above. A name stands for all modules that begin with
+# it, the longest one counts.
+ROWS = """
+config files fingerprint hub precision progress thumbnails plots.style
+sde
+text lora data
+policy
+rollout
+stats
+rewards.base rewards
+losses
+merge checkpoint
+train evaluate
+benchmarks
+lab
+check export benchmarks.tiny.build benchmarks.tiny.train_experts
+experiments
+plots
+widgets
+lab.notebook
+runs
+bench
+cli __main__
+"""
+ROW = {name: number for number, row in enumerate(ROWS.splitlines()) for name in row.split()}
 
 
-def modules():
-    return {
-        ".".join(p.relative_to(LIBRARY).with_suffix("").parts)
-        .removesuffix("__init__")
-        .rstrip("."): p
-        for p in LIBRARY.rglob("*.py")
-    }
+def module_name(path):
+    name = ".".join(path.relative_to(LIBRARY).with_suffix("").parts)
+    return name.removesuffix("__init__").rstrip(".")
 
 
-def imported(module: str, path, every) -> set[str]:
+MODULES = {module_name(path): path for path in LIBRARY.rglob("*.py")}
+
+
+def row_of(module):
+    """That of the longest name that the module begins with. Raises ValueError for a module that has
+    none."""
+    names = [name for name in ROW if f"{module}.".startswith(f"{name}.")]
+    if not names:
+        raise ValueError(f"{module} has no place in ROWS")
+    return ROW[max(names, key=len)]
+
+
+def imports_of(module):
+    """The modules of the library that one imports, at its top or inside a function."""
+    path = MODULES[module]
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
-            base = ".".join(part for part in base if part)
-            found |= {
-                name if (name := f"{base}.{a.name}".lstrip(".")) in every else base
-                for a in node.names
-            }
-    return found
+            parts = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            base = ".".join(part for part in parts if part)
+            for alias in node.names:
+                name = f"{base}.{alias.name}".lstrip(".")
+                yield name if name in MODULES else base
 
 
-EVERY = modules()
-ROW = {part: number for number, row in enumerate(ROWS) for part in row}
-
-
-@pytest.mark.parametrize("module", sorted(set(EVERY) - {""} - BUILDERS))
-def test_a_module_uses_its_own_row_and_those_above(module):
-    mine = ROW[module.split(".")[0]]
-    below = {
-        other for other in imported(module, EVERY[module], EVERY) if ROW[other.split(".")[0]] > mine
-    }
+@pytest.mark.fast
+@pytest.mark.parametrize("module", sorted({*MODULES} - {""}))
+def test_a_module_imports_from_its_own_row_and_those_above(module):
+    below = {other for other in imports_of(module) if other and row_of(other) > row_of(module)}
     assert not below
 
 
-def lines_of_code(source: str) -> int:
-    """How many lines hold code: blanks, comments and docstrings do not."""
-    lines = {
-        line
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type != tokenize.COMMENT and token.string.strip()
-        for line in range(token.start[0], token.end[0] + 1)
-    }
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if ast.get_docstring(node) is not None:
-                lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
-
-
-def test_lines_of_code_are_those_that_hold_any():
-    source = '"""Two\nlines."""\n\n# none\ndef f():\n    "What."\n    return """\n# a text\n"""  # said\n'
-    assert lines_of_code(source) == 4
-
-
-def test_the_method_is_read_in_one_sitting():
-    lengths = {str(path.relative_to(LIBRARY)): lines_of_code(path.read_text()) for path in METHOD}
-    assert len(lengths) > 9 and sum(lengths.values()) <= 1600, lengths
-
-
 @pytest.mark.parametrize("command", (["check"], ["format", "--check"]), ids=" ".join)
-def test_the_code_is_formatted_and_clean(command):
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", *command, "--no-cache"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+def test_the_code_is_formatted_and_has_no_lint(command):
+    words = [sys.executable, "-m", "ruff", *command, "--no-cache"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Words for which the field has a standard term, and the expressions in which they are right.
+WORDS = {"stands still", "whole number"} | {
+    *"""judge judges twin twins walk walks pull pulls arm arms told tells heard asked looks noises
+    foretold begun abroad ledger beside nats stand-in upto drill apart nearer picture
+    pictures""".split()
+}
+ALLOWED = ("pull request", "git pull", "ast.walk", "os.walk", "llm-as-a-judge")
+
+
+def words_in(text):
+    """Those of WORDS that a text has, whole; names are split at underscores and capitals."""
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).replace("_", " ").lower()
+    for allowed in ALLOWED:
+        text = text.replace(allowed, "")
+    return {word for word in WORDS if re.search(rf"(?<![\w-]){word}(?![\w-])", text)}
+
+
+def public_names(path):
+    """Of modules, classes, functions, their arguments and constants."""
+    yield path.stem
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        if isinstance(node, ast.arg):
+            yield node.arg
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper():
+            yield node.id
+
+
+def texts():
+    """By path: what readers read."""
+    found = {path: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        found[path] = "\n\n".join(cell.source for cell in nbformat.read(path, 4).cells)
+    for path in (ROOT / "papermill_runs").glob("*/*.yaml"):
+        found[path] = path.read_text()
+    names = {path: "\n".join(public_names(path)) for path in MODULES.values()}
+    return {path.relative_to(ROOT).as_posix(): text for path, text in (found | names).items()}
+
+
+def test_words_are_found_in_texts_and_names():
+    assert words_in("A pull request: make_pictures(upto=3) stands still, told.") == {
+        "pictures", "upto", "stands still", "told"
+    }  # fmt: skip
+    assert words_in("GoldTwin, walking, standalone, drill-down") == {"twin"}
+
+
+@pytest.mark.xfail(strict=False, reason="notebooks, docs and some modules are being rewritten")
+def test_readers_meet_standard_words():
+    assert not {path: sorted(words) for path, text in texts().items() if (words := words_in(text))}

@@ -1,195 +1,213 @@
-"""The pure parts of the trajectory explorer and the playground."""
+"""The figures and tables, on made-up numbers whose answer is known."""
 
-import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.colors import to_rgb
-from small_policy import SmallPolicy
 
-from flowopd_lib import (
-    OPD,
-    FlowPolicy,
-    Prompt,
-    Sampler,
-    Schedule,
-    load_benchmark,
-    trajectory,
-    walk_figure,
-)
-from flowopd_lib.plots.figures import model_colors
-from flowopd_lib.plots.playground import (
-    Trial,
-    draw_findings,
-    known_prompts,
-    prompt_of,
-    table_of,
-    try_prompt,
-)
-from flowopd_lib.plots.trajectories import heat, step_weight, walk_through
-from flowopd_lib.rewards import Detection
+from flowopd_lib.plots import interference, results, scores, style, training
+from flowopd_lib.thumbnails import encode_webp, write_thumbnails
 
-BENCHMARK = load_benchmark()
-
-PROMPT = Prompt("a photo of one red star", "geneval")
+REWARDS, MODELS = ["GenEval", "OCR", "DeQA"], ["base", "ocr expert", "student"]
 
 
-@pytest.mark.parametrize("kind", ["ode", "sde", "cps"])
-def test_a_walks_kl_is_what_opd_minimises_at_the_same_states(kind):
-    teacher = torch.tensor([[0.3, -0.2], [0.1, 0.4]])
-    policy, sampler = SmallPolicy(2, teacher=teacher), Sampler(5, kind, 0.6)
-    walk = walk_through(
-        policy, PROMPT, 3, sampler, {"base": None, "expert": "teacher"}, "base", ["expert"]
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def made_up_summary(models=MODELS, rewards=REWARDS, **columns):
+    rows = [(m, r, 0.1 * i + 0.2 * j) for i, m in enumerate(models) for j, r in enumerate(rewards)]
+    table = pd.DataFrame(rows, columns=["model", "reward", "mean"])
+    return table.assign(low=table["mean"] - 0.15, high=table["mean"] + 0.15, n=50, **columns)
+
+
+def legend_of(owner):
+    return [text.get_text() for text in owner.get_texts()]
+
+
+def test_a_reward_its_gold_and_its_expert_share_a_colour_and_other_names_get_their_own():
+    assert style.color_of("OCR") == style.color_of("OCR gold") == style.color_of("ocr expert")
+    colors = {
+        name: style.color_of(name)
+        for name in ["base", "student", *(f"training {i}" for i in range(10))]
+    }
+    assert len(set(colors.values())) == 12
+    assert style.color_of("training 3") == colors["training 3"], "the same in the next figure"
+
+
+def test_a_figure_of_another_thread_does_not_use_pyplot():
+    with ThreadPoolExecutor() as threads:
+        figure, _ = threads.submit(style.make_panels, 3, columns=2).result()
+    assert len(figure.axes) == 3 and not plt.get_fignums()
+
+
+def test_a_matrix_is_bold_where_the_interval_excludes_0_and_blank_where_nothing_is_known():
+    table = made_up_summary(MODELS[:2], REWARDS[:2])  # means 0, .2, .1, .3
+    table.loc[2, ["mean", "low", "high"]] = np.nan
+    axis = scores.plot_gain_matrix(table, "title", {"GenEval": 1.0, "OCR": 2.0}).axes[0]
+    cells = {text.get_text().split("\n")[0]: text.get_fontweight() for text in axis.texts}
+    assert cells == {"+0.000": "normal", "+0.200": "bold", "+0.300": "bold"}
+    assert axis.get_xticklabels()[0].get_text() == "GenEval (n=50)"
+
+
+def test_scores_have_a_panel_per_reward_with_n_and_a_line_at_the_first_model():
+    summary = made_up_summary().iloc[:-1]  # the last model lacks the last reward
+    axes = scores.plot_scores(summary, "title").axes
+    assert [axis.get_title() for axis in axes] == [f"{reward} (n=50)" for reward in REWARDS]
+    assert [axis.lines[-1].get_xdata()[0] for axis in axes] == pytest.approx([0.0, 0.2, 0.4])
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == MODELS
+    kinds = [made_up_summary(by=by) for by in ("proxy", "gold", "gap")]
+    figure = scores.plot_gold_gains(pd.concat(kinds), "title")
+    assert legend_of(figure.legends[0]) == ["reward", "gold reward"]
+
+
+def test_an_image_grid_shows_thumbnails_with_prompt_and_scores(tmp_path):
+    thumbnails = [encode_webp(torch.full((3, 8, 8), value)) for value in (0.2, 0.6)]
+    paths = write_thumbnails(tmp_path / "images", 0, "base", thumbnails)
+    table = pd.DataFrame({"prompt": ["a", "b"], "image": paths, "OCR": [0.5, np.nan], "DeQA": 3.0})
+    images = scores.load_images(table, tmp_path)
+    assert images.shape == (2, 3, 8, 8) and images[1].mean() == pytest.approx(0.6, abs=0.02)
+    captions = scores.format_captions(table)
+    assert captions == ["a\nOCR 0.50\nDeQA 3.00", "b\nDeQA 3.00"]
+    figure = scores.plot_image_grid([*images, None], [*captions, "none"], 2, "title", ["A", "B"])
+    assert [len(axis.images) for axis in figure.axes] == [1, 1, 0]
+
+
+def test_tables_for_readers_have_mean_interval_and_n_in_a_cell():
+    paper = {"base": {"paper's name": "SD-3.5-M", "OCR": 0.59}}
+    table = scores.tabulate_scores(made_up_summary(), paper)
+    assert table.loc["student", "OCR"] == "0.400 [0.250, 0.550] n=50"
+    assert table.loc["base", "paper: OCR"] == 0.59 and table.loc["student", "paper: OCR"] == "–"
+    small = pd.DataFrame({"mean": [0.02], "low": [0.01], "high": [0.03]})
+    assert scores.format_intervals(small).iloc[0, 0] == "0.0200 [0.0100, 0.0300]"
+
+
+def test_training_curves_take_a_metric_that_only_some_trainings_have():
+    curve = pd.DataFrame({"iteration": range(30), "kl": np.geomspace(1, 1e-3, 30)})
+    curves = {"a": curve, "b": curve.assign(mar=1.0)}
+    axes = training.plot_training_curves(curves, ["kl", "mar"], "title").axes
+    assert [len(axis.lines) for axis in axes] == [4, 2]
+    assert [axis.get_yscale() for axis in axes] == ["log", "linear"]
+
+
+def test_score_curves_and_paths_have_a_line_per_training():
+    rows = pd.concat([made_up_summary(["x"], iteration=i, seconds=i / 2) for i in range(4)])
+    probes = {"a": rows, "b": rows}
+    figure = training.plot_score_curves(probes, "seconds", "title")
+    assert len(figure.axes) == 3 and legend_of(figure.legends[0]) == ["a", "b"]
+    axes = training.plot_score_paths(probes, REWARDS, "title").axes
+    labels = [(axis.get_xlabel(), axis.get_ylabel()) for axis in axes]
+    assert labels[0] == ("GenEval, mean score", "OCR, mean score") and len(labels) == 3
+
+
+def test_distillation_is_shown_by_task_and_by_step_where_steps_are_drawn_at_random():
+    metrics = pd.DataFrame(
+        {"iteration": range(30), "velocity_mse_ocr": 0.1, "velocity_mse_deqa": 1}
     )
-    assert (
-        walk.noisy.shape == walk.clean.shape == (5, 3, 1, 1)
-        and walk.difference["expert"].shape == (5, 1, 1)
-        and walk.sigmas[0] == 1
-    )
-    objective = OPD(Schedule({"geneval": [PROMPT]}, 1), {"geneval": "teacher"}, sampler, mar=0.0)
-    for step, kl in zip(trajectory(policy, [PROMPT], [3], sampler), walk.kl["expert"]):
-        if step.sigma_next == 0:
-            assert np.isnan(kl), "the last step has no noise"
-            continue
-        target = policy.velocity(step.x, step.sigma, None, adapter="teacher")
-        assert kl == pytest.approx(objective._distance(step, step.v, target).item(), rel=1e-5)
-        assert walk.difference["expert"][step.index] == pytest.approx(
-            (step.v - target)[0].square().mean(0).sqrt().numpy()
-        )
-    assert (
-        "step 2 of 5" in walk.alt(1)
-        and "expert" in walk.alt(1)
-        and "none at this step" in walk.alt(4)
-    )
-    assert np.isnan(step_weight(Sampler(5, "sde", 0.0), 0.8, 0.6))
-    with pytest.raises(ValueError, match="no model 'expert 2'.*base, expert"):
-        walk_through(
-            policy, PROMPT, 3, sampler, {"base": None, "expert": "teacher"}, "expert 2", []
-        )
+    for step in range(3):
+        metrics[f"kl_step_{step}"] = np.where(metrics["iteration"] % 3 == step, 10.0**step, np.nan)
+    left, right = training.plot_distillation(metrics, "title").axes
+    assert legend_of(left.get_legend()) == ["ocr", "deqa"]
+    assert legend_of(right.get_legend()) == ["1", "2", "3"]
 
 
-def test_two_threads_that_ask_one_policy_do_not_mix_its_adapters():
-    policy = FlowPolicy(BENCHMARK.base)
-    models = {name: name for name in BENCHMARK.load_experts(policy)}
-
-    def kl(_):
-        return walk_through(
-            policy, PROMPT, 0, Sampler(6, "sde"), models, "ocr", ["geneval", "deqa"]
-        ).kl
-
-    alone = kl(0)
-    with ThreadPoolExecutor(3) as threads:
-        for table in threads.map(kl, range(3)):
-            pd.testing.assert_frame_equal(table, alone)
+def test_directions_start_at_no_change():
+    changes = [made_up_summary(["x"], along=a, size=s) for a in "pq" for s in (-0.5, 1.0)]
+    figure = interference.plot_directions(pd.concat(changes), "title")
+    line = figure.axes[0].containers[0].lines[0]
+    assert line.get_xdata() == pytest.approx([-0.5, 0, 1], abs=0.02) and line.get_ydata()[1] == 0
 
 
-def test_a_walks_figure_has_every_picture_and_a_curve_per_teacher():
-    policy = SmallPolicy(2, teacher=torch.ones(2, 2))
-    models = {"base": None, "expert": "teacher"}
-    figure = walk_figure(
-        walk_through(policy, PROMPT, 0, Sampler(4, "sde"), models, "base", ["expert"]), "title", 4
-    )
-    assert len(figure.axes) == 4 * 3 + 1 and len(figure.axes[-1].lines) == 1
-    assert (
-        len(
-            walk_figure(
-                walk_through(policy, PROMPT, 0, Sampler(4), models, "base", []), "title", 4
-            ).axes
-        )
-        == 8
-    )
-    field = np.array([[0.0, 1.0], [2.0, 4.0]])
-    assert (
-        np.asarray(heat(field, 4.0, 2))[0, 0].sum()
-        < 20
-        < 600
-        < np.asarray(heat(field, 4.0, 2))[1, 1].sum()
-    )
+def test_a_cosine_below_the_noise_is_left_out():
+    table = pd.DataFrame([(task, on) for task in "pqr" for on in "pqr"], columns=["task", "on"])
+    for name, value in (("cosine", 0.9), ("inner", 2e6)):
+        table[name], table[f"{name}_low"], table[f"{name}_high"] = value, value * 0.9, value * 1.1
+    table.loc[1, ["cosine_low", "cosine_high"]] = np.nan
+    figure = interference.plot_gradient_interference(table.assign(batches=8), "title", "nats")
+    cosines, products = figure.axes
+    assert len(cosines.texts) == 8 and len(products.texts) == 9
+    assert products.texts[0].get_text() == "+2.00\n[+1.80, +2.20]"
+    assert products.get_title() == "inner product, $10^{6}$ nats², n=8 batches"
 
 
-def test_a_typed_prompt_is_rewardd_by_those_who_can(rewards):
-    known = known_prompts(BENCHMARK, ["test"])
-    geneval = next(p for p in known if p.task == "geneval")
-    prompt, told = prompt_of(f"  {geneval.text.upper()} ", rewards, known)
-    assert prompt is geneval and prompt.metadata["include"] and "GenEval, PickScore, DeQA" in told
-    prompt, told = prompt_of('a sign that says "HELLO"', rewards, known)
-    assert (
-        prompt.task == "ocr" and "“HELLO” has to be read" in told and "OCR, PickScore, DeQA" in told
-    )
-    prompt, told = prompt_of('nothing between ""', rewards, known)
-    assert prompt.task == "own" and told == (
-        "Rewardd by PickScore, DeQA only; OCR needs a text in double quotes; GenEval a prompt of its file."
-    )
-    with pytest.raises(ValueError, match="there is no prompt"):
-        prompt_of("  ", rewards, known)
+def test_reward_checks_and_the_ablation_by_timestep_name_what_they_compare():
+    checks = pd.DataFrame({"reward": ["OCR", "OCR gold"], "test": "reads signs", "value": 0.95})
+    graded = pd.DataFrame({"kind": ["blur", "noise"] * 10, "level": [1, 2] * 10, "score": 2.0})
+    checks = checks.assign(low=0.9, high=0.99, aim=0.9, n=300)
+    left, right = scores.plot_reward_checks(checks, graded).axes
+    assert left.get_yticklabels()[1].get_text() == "OCR gold reads signs (n=300)"
+    steps = {"step": [0, 1], "sigma": [1.0, 0.3], "share kl": 0.5, "share ode": 0.5, "n": 72}
+    table = pd.DataFrame(steps).assign(distance_reduction=0.05, low=0.04, high=0.06)
+    left, right = interference.plot_timestep_ablation(table, "title").axes
+    assert legend_of(left.get_legend()) == ["kl", "ode"] and "n=72" in right.get_title()
 
 
-def test_every_reward_says_what_it_saw(policy, rewards):
-    models = {"base": None, "again": None}
-    known = known_prompts(BENCHMARK, ["test"])
-    red = next(p for p in known if p.tag == "single_object")
-    trials = try_prompt(policy, red, rewards, models, Sampler(8), 1)
-    assert [t.model for t in trials] == ["base", "again"] and torch.equal(
-        trials[0].image, trials[1].image
-    )
-    assert set(trials[0].scores) == {"GenEval", "PickScore", "DeQA"} and bool(
-        trials[0].scores["GenEval"]
-    ) == (trials[0].verdict == "")
-    assert all(d.score > rewards["GenEval"].detector.threshold for d in trials[0].seen)
-    typed = prompt_of('a sign that says "GWEN"', rewards)[0]
-    sign = try_prompt(policy, typed, rewards, {"base": None}, Sampler(8), 1)[0]
-    assert (
-        set(sign.scores) == {"OCR", "PickScore", "DeQA"}
-        and sign.region
-        and f"read: {sign.read or 'nothing'}" in sign.alt
-    )
-    assert list(table_of([sign]).columns) == [
-        "model",
-        "OCR",
-        "PickScore",
-        "DeQA",
-        "read",
-        "seen",
-        "wrong",
-    ]
-    only = try_prompt(policy, red, {"DeQA": rewards["DeQA"]}, {"base": None}, Sampler(2))[0]
-    assert set(only.scores) == {"DeQA"} and only.seen == () and only.read == ""
-    with pytest.raises(ValueError, match="no models are chosen"):
-        try_prompt(policy, red, rewards, {})
+# --- results
 
 
-def test_findings_are_drawn_where_they_are():
-    trial = Trial(
-        "base",
-        PROMPT,
-        0,
-        torch.full((3, 64, 64), 0.5),
-        {"DeQA": 3.0},
-        "GWEN",
-        (8, 40, 56, 60),
-        (Detection("star", "red", 0.91, (10.0, 12.0, 30.0, 32.0)),),
-    )
-    plain, drawn = (
-        np.asarray(draw_findings(trial, 256, findings)).astype(int) for findings in (False, True)
-    )
-    changed = np.abs(drawn - plain).sum(2) > 0
-    assert not np.ptp(plain) and plain.shape == (256, 256, 3)
-    assert changed[50:126, 39:41].all() and changed[162:238, 31:33].all(), "the boxes' left edges"
-    assert changed[36:46, 40:100].any() and not changed[60:110, 60:110].any(), (
-        "a label above, and what is inside left as it is"
-    )
-    assert (
-        trial.alt == "base, seed 0: a photo of one red star; DeQA 3.00; read: GWEN; seen: red star"
+@pytest.fixture
+def benchmark(tmp_path):
+    """Two rewards whose experts trained for 100 and 200 s."""
+    for name, seconds in (("geneval", 100), ("ocr", 200)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"seconds": seconds}))
+    return SimpleNamespace(
+        domains=[("GenEval", "geneval", 1.0), ("OCR", "ocr", 1.0)],
+        experts={"geneval": None, "ocr": None},
+        experts_of={"GenEval": "geneval", "OCR": "ocr"},
+        adapter=lambda name: tmp_path / name,
     )
 
 
-def test_no_two_models_have_colours_that_are_hardly_told_apart():
-    experts = [f"{name} expert" for name in ("geneval", "ocr", "pickscore", "deqa")]
-    colors = model_colors(["base", *experts, "merged", "student", "GRPO-Mix", "student from sft"])
-    rgb = [np.array(to_rgb(c)) for c in colors.values()]
-    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(rgb, 2)) > 0.2
-    assert colors["base"] == "#666666"
-    assert len(set(model_colors([f"training {i}" for i in range(12)]).values())) == 12
+def test_a_student_is_compared_with_the_teacher_of_each_task(benchmark):
+    rows = []  # of ten prompts the student is above on two, equal on four, below on four
+    for task, reward in (("geneval", "GenEval"), ("ocr", "OCR")):
+        for i in range(10):
+            row = {"task": task, "prompt": str(i)}
+            rows.append({**row, "model": f"{task} expert", reward: 0.5})
+            rows.append({**row, "model": "student", reward: 0.5 + 0.2 * (i < 2) - 0.2 * (i > 5)})
+    table = results.compare_with_teachers(pd.DataFrame(rows), benchmark)
+    shares = table.pivot(index="reward", columns="student is", values="mean")
+    assert shares.loc["OCR"].to_dict() == {"above": 0.2, "below": 0.4, "equal": 0.4}
+    assert (table["n"] == 10).all() and table["teacher"].iloc[-1] == "ocr expert"
+    scores.plot_scores(table, "title", rows="student is", reference=0.5)
+    with pytest.raises(LookupError, match="no scores of 'pupil' or 'geneval expert'"):
+        results.compare_with_teachers(pd.DataFrame(rows), benchmark, "pupil")
+
+
+def test_a_students_training_time_counts_that_of_its_experts(benchmark):
+    total = results.sum_training_seconds(benchmark, {"student": 60.0, "GRPO-Mix": 61.0})
+    assert total[["base", "ocr expert", "merged", "student"]].tolist() == [0, 200, 300, 360]
+    benchmark.experts["deqa"] = None  # which others trained
+    total = results.sum_training_seconds(benchmark, {"student": 60.0, "GRPO-Mix": 61.0})
+    assert np.isnan(total["merged"]) and np.isnan(total["student"]) and total["GRPO-Mix"] == 61
+
+
+def test_claims_are_summarized_by_verdict_and_drawn_so_that_the_claim_is_right_of_0():
+    nan, rows = np.nan, [("a", "reproduced", "> 0", 0.2, 0.1, 0.3, 40, "")]
+    rows += [("b", "contradicted", "< 0", 0.2, 0.1, 0.3, 40, "the other sign")]
+    rows += [("c", "undecided", "> 0", nan, nan, nan, 40, "nothing above the noise")]
+    rows += [("d", "true by construction", "> 0", 0.5, 0.5 - 1e-7, 0.5 + 1e-7, 40, "made so")]
+    rows += [(k, "not testable here", "", nan, nan, nan, None, "needs SD-3.5-M") for k in "ef"]
+    columns = ["claim", "verdict", "claimed", "effect", "low", "high", "n", "note"]
+    claims = pd.DataFrame(rows, columns=columns).assign(where="4.2", measured="OCR", seeds=1)
+    claims["statement"] = "statement " + claims["claim"]
+    text = results.summarize_claims(claims)
+    assert "Of 6 claims 3 are tested here: 1 reproduced, 0 effect excluded, 1 undecided, 1 " in text
+    assert "- statement a (`a`): +0.200 [+0.100, +0.300], n=40" in text
+    assert "- statement c (`c`): nothing above the noise" in text and "- none" in text
+    assert "- e, f: needs SD-3.5-M" in text and "about 0.1 would still" in text
+    table = results.format_claims(claims)
+    assert table["effect [95 % interval]"].tolist()[:3] == ["+0.200 [+0.100, +0.300]"] * 2 + [""]
+    assert table.notna().all(axis=None)
+    (axis,) = results.plot_claims(claims, "a run").axes
+    drawn = [points.lines[0].get_xdata()[0] for points in axis.containers]
+    assert drawn == pytest.approx([2.0, -2.0, 30.0]), "reproduced, contradicted, cut off"
+    results.plot_claims(claims.iloc[4:], "an empty run")

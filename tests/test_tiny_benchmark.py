@@ -41,7 +41,7 @@ from flowopd_lib.benchmarks.tiny.specs import (
     split_of,
 )
 from flowopd_lib.benchmarks.tiny.text import clip_tokenizer, letter_tokenizer, vocabulary
-from flowopd_lib.prompts import read_prompts, write_prompts
+from flowopd_lib.data import read_prompts, write_prompts
 
 BENCHMARK = load_benchmark()
 

@@ -372,9 +372,7 @@ class Benchmark:
 
     def held_out_rewards(self, device: str = "") -> dict[str, Reward]:
         """Those that nothing may be trained on, gold rewards among them."""
-        return self.rewards_named(
-            set(self.reward_configs) - set(self._without("held_out")), device
-        )
+        return self.rewards_named(set(self.reward_configs) - set(self._without("held_out")), device)
 
     def all_rewards(self, device: str = "") -> dict[str, Reward]:
         """What evaluations report: the rewards and the held-out ones."""
@@ -459,18 +457,18 @@ class Benchmark:
             shipped_rewards, choose((f"class ({where}.class)"), name, shipped_rewards.__all__)
         )
 
-    def reward_weights(self, auxiliary: bool = False) -> dict[str, dict[str, float]]:
-        """By task with prompts of its own, what GRPO trains it on; with `auxiliary`, GRPO-Mix's sum
-        (4.3)."""
+    def reward_weights(
+        self, auxiliary: bool = False, tasks: Iterable[str] = ()
+    ) -> dict[str, dict[str, float]]:
+        """By task (those with prompts of their own, unless some are named), what GRPO trains it on;
+        with `auxiliary`, GRPO-Mix's sum (4.3)."""
         added = self.config.grpo_mix.auxiliary_rewards if auxiliary else {}
         rest = 1 - sum(added.values())
+        of = {name: self.tasks[name] for name in tasks or self.prompt_tasks}
+        weights = {name: t.reward_weights or {t.reward: 1.0} for name, t in of.items()}
         return {
-            name: {
-                **{r: rest * w for r, w in (of.reward_weights or {of.reward: 1.0}).items()},
-                **added,
-            }
-            for name, of in self.tasks.items()
-            if not of.prompts_of
+            name: {**{r: rest * w for r, w in own.items()}, **added}
+            for name, own in weights.items()
         }
 
     @cached_property

@@ -8,11 +8,12 @@ and would never find each other's.
 
 from __future__ import annotations
 
-import ast
 import datetime
 import hashlib
+import importlib.util
 import json
 import shutil
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save
 
 from ..benchmarks import Benchmark
 from ..files import RUNS, locked, read_lines, write_json, write_whole
-from ..fingerprint import describe, sha256_of_json
+from ..fingerprint import describe, sha256_of_code, sha256_of_json
 from ..train import MAY_CHANGE, METRICS, STATE, VALIDATION
 
 PLACE, RECORD = RUNS / "trainings", "training.json"
@@ -41,14 +42,14 @@ def fingerprint(config, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, A
     recipe[("train")] = {
         k: v for k, v in recipe["train"].items() if k == "iterations" or k not in MAY_CHANGE
     }
-    sources = {name: _source(name, benchmark, config) for name in config.adapters}
+    sources = {name: _source(name, benchmark, config.adapters) for name in config.adapters}
     reference = config.grpo.reference if config.grpo else None
     experts = [e for e in benchmark.experts if not config.grpo or e == reference]
     follows_from = {
-        "recipe": {**recipe, "student": _source(config.student, benchmark, config)},
+        "recipe": {**recipe, "student": _source(config.student, benchmark, config.adapters)},
         "adapters": sources,
         "benchmark": _benchmark(benchmark),
-        "experts": {e: [_source(e, benchmark, config), benchmark.guidance[e]] for e in experts},
+        "experts": {e: [_source(e, benchmark, {}), benchmark.guidance[e]] for e in experts},
         "precision": str(dtype).removeprefix("torch."),
         "code": _code(),
     }
@@ -56,12 +57,13 @@ def fingerprint(config, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, A
     return {"key": sha256_of_json(follows_from)[:16], "follows_from": follows_from}
 
 
-def _source(source: Any, benchmark: Benchmark, config) -> Any:
-    """What an adapter comes from, with the files' hashes for the names of experts and folders."""
+def _source(source: Any, benchmark: Benchmark, sources: Mapping[str, Any]) -> Any:
+    """What an adapter comes from, with the files' hashes for the names of experts and folders.
+    `sources`: of other adapters that it names."""
     if isinstance(source, str):
-        named = config.adapters.get(source)
-        if named is not None and named != source:
-            return _source(named, benchmark, config)
+        if source in sources:
+            others = {k: v for k, v in sources.items() if k != source}
+            return _source(sources[source], benchmark, others)
         path = Path(benchmark.adapter(source) if source in benchmark.experts else source)
         record = path.parent / RECORD
         if record.is_file():  # another training, whose adapter may be there as it was cached
@@ -71,9 +73,9 @@ def _source(source: Any, benchmark: Benchmark, config) -> Any:
         return None
     plain = source.model_dump(mode="json")
     if "load" in plain:
-        plain["load"] = _source(source.load, benchmark, config)
+        plain["load"] = _source(source.load, benchmark, {})
     if "adapters" in plain:
-        plain["adapters"] = [_source(name, benchmark, config) for name in source.adapters]
+        plain["adapters"] = [_source(name, benchmark, sources) for name in source.adapters]
     return plain
 
 
@@ -83,6 +85,7 @@ def _benchmark(benchmark: Benchmark) -> dict[str, Any]:
     held_out = [name for name in benchmark.reward_configs if benchmark.reward_is(name, "held_out")]
     config = benchmark.config.model_dump(
         mode="json",
+        by_alias=True,
         exclude={"about", "experts", "throughput", "true_by_construction", "renderer"},
         fallback=describe,
     )
@@ -103,17 +106,26 @@ def _benchmark(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _with_files(node: Any, folder: Path) -> Any:
-    """Settings with hashes for the files and folders that they name, and for `file.py:Class`."""
+    """Settings with hashes for the files and folders that they name, and for the code of a class
+    that is not among the library's own rewards."""
     if isinstance(node, dict):
         return {
-            k: _with_files(v, folder)
+            k: _class(v, folder) if k == "class" else _with_files(v, folder)
             for k, v in node.items()
-            if k not in (("folder"), "model", "prompts")
+            if k not in ("folder", "model", "prompts")
         }
-    if isinstance(node, str) and node:
-        path = folder / node.partition(":")[0] if ".py:" in node else folder / node
-        return [node, _file_hash(path)] if path.exists() else node
+    if isinstance(node, str) and node and (folder / node).exists():
+        return [node, _file_hash(folder / node)]
     return node
+
+
+def _class(name: str, folder: Path) -> list[str]:
+    """`Name`, `file.py:Name` or `package.module:Name`, with the hash of its file."""
+    source, _, own = name.rpartition(":")
+    if not source:
+        return [own]
+    file = source if source.endswith(".py") else importlib.util.find_spec(source).origin
+    return [own, _code_hash(folder / file)]
 
 
 def _file_hash(path: Path) -> str:
@@ -139,7 +151,7 @@ def _sha256(path: Path, changed: int) -> str:
 
 @cache
 def _code() -> str:
-    """Of the syntax trees of `CODE` without docstrings, the same for every version of Python."""
+    """Of what `CODE` does."""
     library = Path(__file__).parents[1]
     files = sorted(
         p
@@ -151,19 +163,11 @@ def _code() -> str:
         )
         if p.name != "server.py"
     )
-    return sha256_of_json({p.relative_to(library).as_posix(): _syntax(p) for p in files})
+    return sha256_of_json({p.relative_to(library).as_posix(): _code_hash(p) for p in files})
 
 
-def _syntax(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                del body[0]
-        if hasattr(node, "type_params"):  # later versions of Python write it
-            node._fields = tuple(f for f in node._fields if f != "type_params")
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+def _code_hash(path: Path) -> str:
+    return sha256_of_code(path.read_text(encoding="utf-8"))
 
 
 def fetch(fingerprint: dict[str, Any], folder: Path) -> None:

@@ -22,17 +22,27 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..benchmarks import DEFAULT
 from ..benchmarks.benchmark import Split
-from ..config import Config, Count, Index, NonNegative, Seed, choose, load_plugin, validate
+from ..config import (
+    Config,
+    Count,
+    Index,
+    NonNegative,
+    Seed,
+    choose,
+    load_plugin,
+    plugin_name,
+    validate,
+)
 from ..evaluate import evaluate
 from ..files import read_lines, write_whole
 from ..losses import Shard
 from ..precision import decide
 from ..stats import model_scores
-from ..train import VALIDATION, StepInfo, TrainConfig, fit
+from ..train import VALIDATION, StepInfo, TrainConfig, check_folder, fit
 from . import cache
 from .recipe import Recipe, Source, build
 from .workspace import Workspace
@@ -80,6 +90,21 @@ class TrainJob(Recipe):
     validation: ValidationConfig | None = None
     continue_from: str | None = None
 
+    @model_validator(mode="after")
+    def _can_stop(self):
+        stop = self.validation and self.validation.stop
+        if stop and self.train.cooldown:
+            raise ValueError(
+                "validation.stop ends a training at an iteration that is not known before, so it "
+                "needs train.cooldown 0"
+            )
+        if stop and stop.patience * self.validation.every >= self.train.iterations:
+            raise ValueError(
+                f"validation.stop ends no training of {self.train.iterations} iterations with a "
+                f"patience of {stop.patience} probes, one every {self.validation.every} iterations"
+            )
+        return self
+
 
 def train_job(config: TrainJob, folder: Path, workspace: Workspace) -> None:
     """The adapter `name` trained by a recipe into a folder, or copied there from the cache."""
@@ -118,6 +143,8 @@ def train_job(config: TrainJob, folder: Path, workspace: Workspace) -> None:
         workspace.shard.wait()
         return plateaued(read_lines(folder / VALIDATION), iteration, validation, config, workspace)
 
+    check_folder(workspace.policy, objective, folder, train, config.name)
+    workspace.shard.wait()  # all have read the state before the first changes the folder
     if workspace.main:
         cache.forget(folder)
     # a training that early stopping has ended is finished in a second call, with so many iterations
@@ -150,9 +177,9 @@ def _with_iterations(train: TrainConfig, iterations: int) -> TrainConfig:
 
 
 def recipe_dict(config: Recipe) -> dict[str, Any]:
-    """What was given, as YAML can hold it."""
-    given = config.model_dump(mode="json", exclude_unset=True, fallback=lambda f: f.__qualname__)
-    return {k: v for k, v in given.items() if k in Recipe.model_fields}
+    """The recipe as YAML can hold it, without defaults."""
+    sections = config.model_dump(mode="json", exclude_unset=True, fallback=plugin_name)
+    return {k: v for k, v in sections.items() if k in Recipe.model_fields}
 
 
 def validator(
@@ -197,12 +224,12 @@ def plateaued(
     """Whether the mean of the rewards that are trained on, over their scales, has not improved for
     `patience` probes up to an iteration."""
     benchmark = workspace.benchmark
-    weights = (config.grpo.reward_weights if config.grpo else {}) or benchmark.reward_weights()
+    tasks = (config.schedule or config.sft).tasks or benchmark.prompt_tasks
+    weights = config.grpo.reward_weights if config.grpo else {}
+    weights = weights or benchmark.reward_weights(tasks=tasks)
     names = {n for v in weights.values() if isinstance(v, Mapping) for n in v} or set(weights)
     names &= set(samples)  # what is for training only is not reported
-    if not names:
-        tasks = (config.schedule.tasks if config.schedule else None) or benchmark.prompt_tasks
-        names = {benchmark.tasks[t].reward for t in tasks}
+    names = names or {benchmark.tasks[t].reward for t in tasks}
     tasks = [d for d in benchmark.domains if d[0] in names]
     means = []
     for i in sorted(set(samples["iteration"])):

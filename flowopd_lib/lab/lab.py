@@ -84,8 +84,7 @@ class Lab:
         for one that is none."""
         plain = {k: _plain(v) for k, v in config.items() if v is not None}
         spec = {"job": job, "benchmark": self.benchmark.source, **plain}
-        names = [*spec.get("models", {}).values(), spec.get("adapter")]
-        if sources := self._sources(names):
+        if sources := self._sources(adapters_in(spec)):
             spec["adapters"] = sources | spec.get("adapters", {})
         job_of(spec)
         functions = [
@@ -223,13 +222,18 @@ class Lab:
         a launcher computes."""
         if self.launcher:
             print(
-
-                    "Sampled by a model in the notebook's own process: leave launcher empty to see "
-                    "it."
-
+                "Sampled by a model in the notebook's own process: leave launcher empty to see it."
             )
             return None
         return make()
+
+
+def adapters_in(spec: Mapping[str, Any]) -> list[str | None]:
+    """The adapters that a job names."""
+    student, grpo, opd = (spec.get(key) or {} for key in ("student", "grpo", "opd"))
+    named = student.get("adapters", ()) if isinstance(student, Mapping) else [student]
+    teachers = [*opd.get("teachers", {}).values(), opd.get("anchor"), grpo.get("reference")]
+    return [*spec.get("models", {}).values(), spec.get("adapter"), *named, *teachers]
 
 
 def _plain(value: Any) -> Any:

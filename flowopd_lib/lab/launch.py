@@ -189,9 +189,7 @@ class Processes:
 
     def raise_error(self, what: str) -> None:
         if self.state == "failed":
-            raise RuntimeError(
-                f"{what} failed: {self.error} (all of it: {self.notes / 'log.txt'})"
-            )
+            raise RuntimeError(f"{what} failed: {self.error} (all of it: {self.notes / 'log.txt'})")
 
 
 class LaunchedJob(Processes):

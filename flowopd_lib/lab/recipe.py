@@ -93,9 +93,9 @@ def build_objective(
         opd = recipe.opd
         teachers = opd.teachers or {t: benchmark.teachers.get(t) for t in tasks}
         used = {*teachers.values()} | ({opd.anchor} if opd.mar else set())
-        guidance = {name: g for name, g in benchmark.guidance.items() if name in used and g != 1.0}
-        if None in used and sampler.guidance != 1.0:  # the base, guided as the student
-            guidance[None] = sampler.guidance
+        # an expert's is the benchmark's; the base and other adapters are guided as the student
+        guidance = {name: benchmark.guidance.get(name, sampler.guidance) for name in used}
+        guidance = {name: g for name, g in guidance.items() if g != 1.0}
         return OPD(
             schedule,
             opd.model_copy(
@@ -104,10 +104,7 @@ def build_objective(
             sampler,
         )
     grpo = recipe.grpo
-    default_weights = benchmark.reward_weights()
-    weights = grpo.reward_weights or {
-        t: default_weights[benchmark.tasks[t].prompts_of or t] for t in tasks
-    }
+    weights = grpo.reward_weights or benchmark.reward_weights(tasks=tasks)
     grpo = grpo.model_copy(update={"reward_weights": weights})
     nested = [w if isinstance(w, Mapping) else {k: w} for k, w in weights.items()]
     names = {name for group in nested for name in group}

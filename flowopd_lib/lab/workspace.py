@@ -75,9 +75,9 @@ class Workspace:
     ) -> None:
         """See that the policy has this adapter, made from `source` (None: the benchmark's expert of
         that name). One of the same name that was made from something else, or with `fresh` from
-        anything, is replaced. `sources`: of those that it is merged from."""
-        source = validate(Source, name if source is None else source, f"the adapter {name}")
-        made_from = self._describe(name, source, sources)
+        anything, is replaced. `sources`: of other adapters that it names."""
+        source, sources = self._resolve(name, source, sources)
+        made_from = self._describe(source, sources)
         if name in self.policy.adapters:
             if not fresh and self._sources.get(name) == made_from:
                 return
@@ -98,25 +98,33 @@ class Workspace:
         for name in names:
             self.load_adapter(name, sources.get(name), sources)
 
+    def _resolve(
+        self, name: str, source: Any, sources: Mapping[str, Any]
+    ) -> tuple[Source, dict[str, Any]]:
+        """The checked source of an adapter, which may be the name of another, and the sources of
+        those that are left to be named by it."""
+        source = validate(Source, name if source is None else source, f"the adapter {name}")
+        sources = {k: v for k, v in sources.items() if k != name}
+        if isinstance(source, str) and source in sources:
+            return self._resolve(source, sources[source], sources)
+        return source, sources
+
     def _path(self, source: str | LoadAdapter) -> str:
         name = source.load if isinstance(source, LoadAdapter) else source
         return self.benchmark.adapter(name) if name in self.benchmark.experts else name
 
-    def _describe(self, name: str, source: Source, sources: Mapping[str, Any]) -> str:
+    def _describe(self, source: Source, sources: Mapping[str, Any]) -> str:
         """What an adapter is made from, files by their time and size."""
         if isinstance(source, (str, LoadAdapter)):
             path = Path(self._path(source))
-            files = (
-                sorted(path.glob("*.safetensors")) if path.is_dir() else [path] * path.is_file()
-            )
+            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] * path.is_file()
             return json.dumps(
                 [str(path), *((f.stat().st_mtime_ns, f.stat().st_size) for f in files)]
             )
         described = source.model_dump(mode="json")
         if isinstance(source, MergeConfig):
             described["parts"] = [
-                self._describe(n, validate(Source, sources.get(n, n), f"the adapter {n}"), sources)
-                for n in source.adapters
+                self._describe(*self._resolve(n, sources.get(n), sources)) for n in source.adapters
             ]
         return json.dumps(described)
 

@@ -155,10 +155,10 @@ class GRPO:
             raise ValueError(
                 "GRPO compares the images of a prompt: images_per_prompt must be at least 2"
             )
-        trained_steps(sampler.at(0, 0), config.trained_steps, 0, 0)
         first, last = sampler.window_range
         if first != last and isinstance(config.trained_steps, list):
             raise ValueError("the window of noisy steps moves: leave trained_steps out")
+        trained_steps(sampler.at(0, 0), config.trained_steps, 0, 0)
         for task in schedule.prompts:
             weights = self.weights_of(task)
             unknown = set(weights) - set(rewards)

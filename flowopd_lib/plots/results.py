@@ -6,18 +6,14 @@ import json
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..stats import GOLD, mean_interval, model_scores
-from .scores import tabulate_scores
+from ..benchmarks import Benchmark
+from ..stats import mean_interval
 from .style import draw_intervals, finish, make_panels
-
-if TYPE_CHECKING:
-    from ..benchmarks import Benchmark
 
 # The verdicts on a claim that was tested: title and colour.
 VERDICTS = {
@@ -39,25 +35,11 @@ def sum_training_seconds(benchmark: Benchmark, seconds: Mapping[str, float]) -> 
     experts = {}
     for name in benchmark.experts:
         path = Path(benchmark.adapter(name)) / "manifest.json"
-        experts[f"{name} expert"] = (
-            json.loads(path.read_text())["seconds"] if path.is_file() else np.nan
-        )
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        experts[f"{name} expert"] = record.get("seconds", np.nan)
     total = sum(experts.values())
-    own = {name: s + total * name.startswith("student") for name, s in seconds.items()}
+    own = {name: s + (total if name.startswith("student") else 0) for name, s in seconds.items()}
     return pd.Series({"base": 0.0, **experts, "merged": total, **own}, name="training, s")
-
-
-def tabulate_scores_and_time(
-    samples: pd.DataFrame, benchmark: Benchmark, seconds: Mapping[str, float]
-) -> pd.DataFrame:
-    """A row per model: each score and the Average, the scores of the gold rewards, and the total
-    seconds of training (see `sum_training_seconds`)."""
-    scores = [model_scores(samples, benchmark.domains)]
-    gold = [(r + GOLD, task, scale) for r, task, scale in benchmark.domains if r + GOLD in samples]
-    if gold:
-        scores.append(model_scores(samples, gold).query("reward != 'Average'"))
-    table = tabulate_scores(pd.concat(scores))
-    return table.join(sum_training_seconds(benchmark, seconds))
 
 
 def compare_with_teachers(
@@ -68,6 +50,8 @@ def compare_with_teachers(
     rows="student is")`. Raises LookupError where `samples` lack one of them."""
     rows = []
     for reward, task, _ in benchmark.domains:
+        if reward not in benchmark.experts_of:
+            continue
         teacher = f"{benchmark.experts_of[reward]} expert"
         scores = samples[samples["task"] == task].pivot_table(reward, "prompt", "model")
         if not {student, teacher} <= set(scores):

@@ -16,9 +16,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..stats import rewards_in
+from ..stats import GOLD, rewards_in
 from ..thumbnails import read_thumbnail
-from .style import color_of, colors_of, draw_intervals, draw_matrix, finish, make_panels, spread
+from .style import color_of, draw_intervals, draw_matrix, finish, make_panels, spread
 
 # --- images
 
@@ -56,7 +56,7 @@ def plot_image_grid(
     figure, axes = make_panels(len(images), columns, size=(1.8, height))
     for axis, image, caption in zip(axes, images, captions):
         if image is not None:
-            axis.imshow(image.permute(1, 2, 0).float().cpu().numpy())
+            axis.imshow(image.permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.set_xlabel(caption, fontsize=8)
         sns.despine(ax=axis, left=True, bottom=True)
@@ -73,14 +73,11 @@ def plot_image_grid(
 
 def format_intervals(summary: pd.DataFrame) -> pd.DataFrame:
     """A summary with mean, low and high in one column, for a reader."""
-
-    def text(mean: float, low: float, high: float) -> str:
+    ends, cells = ["mean", "low", "high"], []
+    for mean, low, high in summary[ends].to_numpy():
         digits = 3 if max(-low, high) >= 0.1 else 4  # distances are small
-        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-    ends = summary[["mean", "low", "high"]]
-    cells = [text(*values) for values in ends.to_numpy()]
-    return summary.drop(columns=list(ends)).assign(**{"mean [95 % interval]": cells})
+        cells.append(f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+    return summary.drop(columns=ends).assign(**{"mean [95 % interval]": cells})
 
 
 def tabulate_scores(
@@ -131,7 +128,7 @@ def plot_scores(
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
         axis.set(ylim=(len(labels) - 0.5, -0.5), xlabel=xlabel)
         axis.set_title(f"{reward} (n={panel['n'].max():.0f})")
-    for name, face in zip(names, (".3", "white")):
+    for name, face in zip(names if series else (), (".3", "white")):
         axes[0].plot([], [], "o", color=".3", markerfacecolor=face, label=name)
     return finish(figure, title)
 
@@ -168,25 +165,25 @@ def plot_gold_gains(gains: pd.DataFrame, title: str) -> Figure:
 
 
 def plot_reward_checks(checks: pd.DataFrame, graded: pd.DataFrame) -> Figure:
-    """Left: each check of a reward on rendered images with its 95 % interval and its target
-    (reward, test, value, low, high, aim, n). Right: the DeQA score by true quality level (kind,
-    level, score)."""
+    """Left: each check of a reward on rendered images with its 95 % interval and its target, hollow
+    for a gold reward (reward, test, value, low, high, aim, n). Right: the DeQA score by true
+    quality level (kind, level, score)."""
     size = (5.6, max(3.2, 0.5 * len(checks)))
     figure, (left, right) = make_panels(2, size=size, width_ratios=(1.3, 1))
     rows = checks.rename(columns={"value": "mean"})
     names = [textwrap.fill(f"{r.reward} {r.test} (n={r.n})", 40) for r in checks.itertuples()]
     draw_intervals(left, rows, names, horizontal=True, fmt="none", ecolor=".25")
-    left.scatter(rows["mean"], names, s=60, c=[*map(color_of, rows["reward"])], zorder=3)
+    colors = [*map(color_of, rows["reward"])]
+    faces = ["white" if r.endswith(GOLD) else c for r, c in zip(rows["reward"], colors)]
+    left.scatter(rows["mean"], names, s=60, c=faces, edgecolors=colors, linewidths=2, zorder=3)
     left.scatter(rows["aim"], names, s=250, c="k", marker="|", label="target")
-    left.set(
-        xlim=(min(0.8, rows["low"].min() - 0.02), 1.005),
-        xlabel="share scored correctly, or rank correlation, 95 % interval",
-        title="Rewards on images whose truth is known",
-    )
+    left.set_xlim(min(0.8, rows["low"].min() - 0.02), 1.005)
+    left.set_xlabel("share scored correctly, or rank correlation, 95 % interval")
+    left.set_title("Rewards on images whose truth is known")
     left.invert_yaxis()
     left.legend(loc="lower left")
     style = {"dodge": 0.3, "linewidth": 1.5, "markersize": 5, "seed": 0}
-    palette = colors_of(graded["kind"].unique())
+    palette = [*map(color_of, graded["kind"].unique())]
     sns.pointplot(graded, x="level", y="score", hue="kind", palette=palette, ax=right, **style)
     right.set(xlabel="true quality level", ylabel="DeQA score, 95 % interval", ylim=(0.8, 5.2))
     right.set_title(f"DeQA on degraded images (n={len(graded)})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import matplotlib.pyplot as plt
@@ -36,14 +36,11 @@ def use_style() -> None:
     """Set matplotlib's defaults; call once per notebook."""
     settings = {
         "figure.dpi": 110,
-        "savefig.dpi": 110,
         "savefig.bbox": "tight",
-        "figure.constrained_layout.use": True,
         "axes.titlesize": 11,
         "axes.titleweight": "bold",
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "image.interpolation": "nearest",
     }
     sns.set_theme(context="paper", style="whitegrid", font="DejaVu Sans", rc=settings)
 
@@ -56,10 +53,6 @@ def color_of(name: str) -> str:
     return COLORS[key] if key in COLORS else next(OTHER_COLORS)
 
 
-def colors_of(names: Iterable[str]) -> dict[str, str]:
-    return {name: color_of(name) for name in names}
-
-
 def make_panels(
     count: int, columns: int | None = None, size: tuple[float, float] = (3.6, 3.3), **options
 ) -> tuple[Figure, list[Axes]]:
@@ -69,35 +62,28 @@ def make_panels(
     columns = min(count, columns or count)
     rows = -(-count // columns)
     make = plt.figure if threading.current_thread() is threading.main_thread() else Figure
-    shape = (columns * size[0] + 0.6, rows * size[1] + 0.6)
-    figure = make(figsize=shape, layout="constrained")
+    figure = make(figsize=(columns * size[0] + 0.6, rows * size[1] + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
     for axis in axes[count:]:
         axis.remove()
     return figure, list(axes[:count])
 
 
-def finish(figure: Figure, title: str, legend: bool = True, legend_title: str = "") -> Figure:
+def finish(figure: Figure, title: str, legend: bool = True) -> Figure:
     """Add the title and, below, where it covers nothing, one legend for all axes."""
     entries = {}
     for axis in figure.axes:
         handles, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, handles))
     if legend and len(entries) > 1:
-        columns = int(figure.get_figwidth() / (0.08 * max(map(len, entries)) + 0.5))
-        figure.legend(
-            entries.values(),
-            entries,
-            loc="outside lower center",
-            ncols=min(len(entries), max(columns, 1)),
-            title=legend_title or None,
-        )
+        columns = int(figure.get_figwidth() / (0.08 * max(map(len, entries)) + 0.5)) or 1
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
     figure.suptitle(title, fontweight="bold", fontsize=12)
     return figure
 
 
 def spread(count: int, width: float) -> np.ndarray:
-    """(count,): offsets around 0, `width` apart, so that intervals at one position do not hide each
+    """(count,): offsets around 0 in steps of `width`: intervals at one position, next to each
     other."""
     return (np.arange(count) - (count - 1) / 2) * width
 
@@ -116,28 +102,19 @@ def draw_intervals(
 
 
 def draw_matrix(
-    axis: Axes,
-    table: pd.DataFrame,
-    row: str,
-    column: str,
-    scale: pd.Series | float = 1.0,
-    number: str = "+.3f",
-    **options,
+    axis: Axes, table: pd.DataFrame, row: str, column: str, scale=1.0, number="+.3f", **options
 ) -> None:
     """A heatmap of the means in `table` (columns `row`, `column`, mean, low, high), coloured by
-    mean / `scale`.
+    mean / `scale` (a number or a series).
 
     Each cell shows its mean and 95 % interval, in bold where the interval excludes 0; one whose
-    mean is NaN is blank. `options` as `seaborn.heatmap` takes them.
+    mean is NaN is blank. `number` is the format of the numbers; `options` as `seaborn.heatmap`
+    takes them.
     """
     text = f"{{mean:{number}}}\n[{{low:{number}}}, {{high:{number}}}]"
-    cells = table[[row, column]].assign(
-        share=table["mean"] / scale,
-        text=[
-            text.format(**values) for values in table[["mean", "low", "high"]].to_dict("records")
-        ],
-        bold=(table["low"] > 0) | (table["high"] < 0),
-    )
+    texts = [text.format(**values) for values in table[["mean", "low", "high"]].to_dict("records")]
+    bold = (table["low"] > 0) | (table["high"] < 0)
+    cells = table[[row, column]].assign(share=table["mean"] / scale, text=texts, bold=bold)
     order = {"index": table[row].unique(), "columns": table[column].unique()}
     share, texts, bold = (
         cells.pivot(index=row, columns=column, values=values).reindex(**order)

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .style import color_of, colors_of, draw_intervals, finish, make_panels, spread
+from .style import color_of, draw_intervals, finish, make_panels, spread
 
 
 def smooth(values, window: int = 10):
@@ -39,17 +39,9 @@ def plot_training_curves(
     return finish(figure, title)
 
 
-def plot_score_curves(
-    curves: Mapping[str, pd.DataFrame],
-    x: str,
-    title: str,
-    xlabel: str = "",
-    ylabel: str = "mean score, 95 % interval",
-    legend_title: str = "",
-    **panels,
-) -> Figure:
+def plot_score_curves(curves: Mapping[str, pd.DataFrame], x: str, title: str, **panels) -> Figure:
     """A panel per reward and a line per entry of `curves` (reward, mean, low, high, n and the
-    column `x`, such as `iteration` or `seconds`), with 95 % intervals. Lines are moved apart a
+    column `x`, such as `iteration` or `seconds`), with 95 % intervals. Lines are shifted a
     little, so that intervals do not hide each other."""
     table = pd.concat(curves, names=["name"]).reset_index("name").sort_values(x)
     offsets = dict(zip(curves, spread(len(curves), 0.012 * np.ptp(table[x]))))
@@ -61,9 +53,9 @@ def plot_score_curves(
             rows = panel[panel["name"] == name]
             style = {"color": color_of(name), "label": name, "markersize": 4, "capsize": 0}
             draw_intervals(axis, rows, rows[x] + offset, fmt="o-", elinewidth=1, **style)
-        axis.set(xlabel=xlabel or x, title=f"{reward} (n={panel['n'].max():.0f})")
-    axes[0].set_ylabel(ylabel)
-    return finish(figure, title, legend_title=legend_title)
+        axis.set(xlabel=x, title=f"{reward} (n={panel['n'].max():.0f})")
+    axes[0].set_ylabel("mean score, 95 % interval")
+    return finish(figure, title)
 
 
 def plot_score_paths(
@@ -96,7 +88,7 @@ def plot_distillation(metrics: pd.DataFrame, title: str) -> Figure:
     figure, (left, right) = make_panels(2, size=(5.2, 3.4))
     tasks, steps = _melt(metrics, "velocity_mse_"), _melt(metrics, "kl_step_")
     steps["key"] = steps["key"].astype(int) + 1
-    colors = colors_of(tasks["key"].unique())
+    colors = [*map(color_of, tasks["key"].unique())]
     style = {"x": "iteration", "y": "value", "hue": "key", "legend": "full"}
     sns.lineplot(tasks, palette=colors, ax=left, **style)
     sns.lineplot(steps, palette="viridis", ax=right, **style)

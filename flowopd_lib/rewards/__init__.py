@@ -1,31 +1,17 @@
-"""The rewards: one class each, the same for small and for full models."""
+"""The rewards: one class each, for small and for full models alike."""
 
 from .aesthetic import Aesthetic
-from .base import Reward, attribute, can_reward
+from .base import FunctionReward, Reward, applies_to, as_reward, attribute, score_images
 from .compbench import BLIPVQA, load_compbench
 from .deqa import DeQA
-from .geneval import Detection, Detector, GenEval
+from .geneval import Detection, GenEval
 from .mask2former import Mask2FormerDetector
 from .ocr import OCR
 from .pickscore import PickScore
 from .remote import ChatReward, RemoteDetector, RemoteReward, RewardUnavailable
 
-__all__ = [
-    "Aesthetic",
-    "BLIPVQA",
-    "ChatReward",
-    "DeQA",
-    "Detection",
-    "Detector",
-    "GenEval",
-    "RewardUnavailable",
-    "Mask2FormerDetector",
-    "OCR",
-    "PickScore",
-    "RemoteDetector",
-    "RemoteReward",
-    "Reward",
-    "attribute",
-    "can_reward",
-    "load_compbench",
-]
+__all__ = ["Aesthetic", "BLIPVQA", "DeQA", "GenEval", "OCR", "PickScore"]
+__all__ += ["ChatReward", "RemoteReward", "RewardUnavailable"]
+__all__ += ["Detection", "Mask2FormerDetector", "RemoteDetector"]
+__all__ += ["FunctionReward", "Reward", "applies_to", "as_reward", "attribute", "score_images"]
+__all__ += ["load_compbench"]

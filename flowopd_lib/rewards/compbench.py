@@ -1,9 +1,11 @@
-r"""T2I-CompBench (Huang et al. 2023): attributes bound to the right objects, asked of BLIP object by object.
+r"""T2I-CompBench (Huang et al. 2023): attributes bound to the right objects, by questions to BLIP
+about each object.
 
-Its prompt files (`color_val.txt`, `shape_val.txt`, `texture_val.txt`) hold one prompt a line. The benchmark
-asks about the noun chunks spaCy finds in a prompt. Four fifths of these prompts (720 of the 900) are lists
-like "a green bench and a blue bowl", whose chunks `chunks_of` finds without spaCy. For whole sentences it
-finds none and says so: write the chunks beside the prompts once, wherever spaCy is installed, and load that:
+Its prompt files (`color_val.txt`, `shape_val.txt`, `texture_val.txt`) hold one prompt a line. The
+benchmark asks about the noun chunks that spaCy finds in a prompt. Four fifths of these prompts (720
+of the 900) are lists like "a green bench and a blue bowl", whose chunks `chunks_of` finds without
+spaCy. For whole sentences, write the chunks to a file once, wherever spaCy is installed, and load
+that:
 
     python -c "import json, spacy, sys; nlp = spacy.load('en_core_web_sm')
     for p in filter(None, map(str.strip, sys.stdin)):
@@ -13,95 +15,98 @@ finds none and says so: write the chunks beside the prompts once, wherever spaCy
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field, ValidationError
 
-from ..prompts import Prompt
-from ..quiet import quiet
-from .base import as_uint8, finite, load_frozen
+from ..config import sentence
+from ..data import Prompt
+from .base import as_uint8, batches, load_frozen, loading
 
 TASK = "compbench"
-MAX_CHUNKS = 8  # T2I-CompBench's np_num: what it asks about a picture at most
-NO_THINGS = {"top", "the side", "the left", "the right"}  # chunks T2I-CompBench does not ask about
-# Words that no name of a thing holds after its first word: where one stands, the prompt is a sentence.
-SENTENCE = set(
-    "a an the and or in on at by with for from to near next beside under above behind between while which "
-    "that one other is are was were has have sit sits".split()
+MAX_CHUNKS = 8  # T2I-CompBench's np_num: questions about an image, at most
+NO_OBJECTS = {"top", "the side", "the left", "the right"}  # chunks that it asks nothing about
+# Words that no name of an object has after its first word: a prompt with one is a sentence
+SENTENCE_WORDS = set(
+    "a an the and or in on at by with for from to near next beside under above behind between "
+    "while which that one other is are was were has have sit sits".split()
 )
+Phrase = Annotated[str, Field(pattern=r"\S")]
+
+
+class Record(BaseModel):
+    """A line of a .jsonl file of prompts."""
+
+    prompt: Phrase
+    chunks: list[Phrase]
 
 
 def chunks_of(prompt: str) -> list[str] | None:
-    """The noun chunks of a list of things ("a slice of pie and a dish": a slice, pie, a dish), as spaCy finds
-    them; None for any other prompt."""
+    """The noun chunks of a list of objects ("a slice of pie and a dish": a slice, pie, a dish), as
+    spaCy finds them; None for any other prompt."""
     chunks = re.split(r",\s*(?:and\s+)?|\s+(?:and|of)\s+", prompt.strip().rstrip("."))
     for chunk in chunks:
         words = chunk.lower().split()
-        if not 1 <= len(words) <= 5 or SENTENCE & set(words[1:]):
+        if not 1 <= len(words) <= 5 or SENTENCE_WORDS & set(words[1:]):
             return None
     return chunks
 
 
 def load_compbench(path: str | Path) -> list[Prompt]:
-    """Prompts, tagged by the first word of the file's name, with their noun chunks as metadata: from a .txt
-    of lists of things, or a .jsonl of records with prompt and chunks (see above).
+    """Prompts, tagged by the first word of the file's name, with their noun chunks as metadata:
+    from a .txt of lists of objects, or a .jsonl of records with prompt and chunks (see above).
 
     Raises FileNotFoundError, and ValueError, with file and line, for a prompt without chunks.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no T2I-CompBench prompts at {path}; give a .txt or .jsonl file")
-    prompts, tag = [], path.stem.split("_")[0]
+    path, prompts = Path(path), []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
+        where, text, chunks = f"{path}, line {number}", line.strip(), None
+        if not text:
             continue
-        where, record = f"{path}, line {number}", {"prompt": line.strip()}
         if path.suffix == ".jsonl":
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error}") from error
-            if not isinstance(record, dict) or not {"prompt", "chunks"} <= set(record):
-                raise ValueError(f"{where} is no record with prompt and chunks")
-        text = record["prompt"]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: prompt must be a text, not {text!r}")
-        prompts.append(Prompt(text, TASK, {"tag": tag, "chunks": _chunks(text, record, where)}))
+                record = Record.model_validate_json(line)
+            except ValidationError as error:
+                raise ValueError(sentence(error, where)) from None
+            text, chunks = record.prompt, record.chunks
+        metadata = {"tag": path.stem.split("_")[0], "chunks": _questions(text, chunks, where)}
+        prompts.append(Prompt(text, TASK, metadata))
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts
 
 
-def _chunks(text: str, metadata: dict, where: str) -> list[str]:
-    """What to ask about a prompt; ValueError if that cannot be told."""
-    chunks = metadata["chunks"] if "chunks" in metadata else chunks_of(text)
+def _questions(prompt: str, chunks: list[str] | None, where: str) -> list[str]:
+    """The chunks that BLIP is asked about: those given, or else those of the prompt."""
+    chunks = chunks_of(prompt) if chunks is None else chunks
     if chunks is None:
         raise ValueError(
-            f"{where}: {text!r} is no list of things like 'a green bench and a blue bowl'; give its noun "
-            "chunks in a .jsonl of prompt and chunks (flowopd_lib/rewards/compbench.py says how to make it)"
+            f"{where}: {prompt!r} is not a list of objects like 'a green bench and a blue bowl'; "
+            "give its noun chunks in a .jsonl file, as flowopd_lib/rewards/compbench.py says"
         )
-    if not isinstance(chunks, list) or not all(isinstance(c, str) and c.strip() for c in chunks):
-        raise ValueError(f"{where}: chunks must be a list of texts, not {chunks!r}")
-    asked = [chunk for chunk in chunks if chunk not in NO_THINGS][:MAX_CHUNKS]
-    if not asked:
-        raise ValueError(f"{where}: {text!r} has no noun chunk to ask about; leave the prompt out")
-    return asked
+    chunks = [chunk for chunk in chunks if chunk not in NO_OBJECTS][:MAX_CHUNKS]
+    if not chunks:
+        raise ValueError(f"{where}: {prompt!r} has no noun chunk to ask about; leave it out")
+    return chunks
 
 
 class BLIPVQA:
-    """The product, over the noun chunks of a prompt, of how sure BLIP is that the picture shows them. Never
-    trained on.
+    """The product, over the noun chunks of a prompt, of BLIP's probability that the image shows
+    them. Held out.
 
-    For each chunk the question is "{chunk}?", and the answer p(yes) / (p(yes) + p(no)), of the first word the
-    decoder would say. Chunks come from the prompt's metadata (`load_compbench`), else from `chunks_of`.
+    For each chunk the question is "{chunk}?", and the answer p(yes) / (p(yes) + p(no)) of the
+    decoder's first word. Chunks come from the prompt's metadata (`load_compbench`), else from
+    `chunks_of`.
 
-    `model_id`: a folder or hub id of a transformers `BlipForQuestionAnswering`; T2I-CompBench's weights are
-    `Salesforce/blip-vqa-capfilt-large`. It shows BLIP pictures of 480 pixels; transformers' copy, whose
-    position embeddings are resampled, takes 384: compare scores of this reward with one another.
+    `model_id`: a folder or hub id of a transformers `BlipForQuestionAnswering`; T2I-CompBench's
+    weights are `Salesforce/blip-vqa-capfilt-large`. It shows BLIP images of 480 pixels;
+    transformers' copy, whose position embeddings are resampled, takes 384: compare scores of this
+    reward with one another.
     """
 
     name, range, held_out = "BLIPVQA", (0.0, 1.0), True
@@ -109,61 +114,52 @@ class BLIPVQA:
     def __init__(self, model_id: str | Path, device: str = "cpu", batch: int = 16):
         from transformers import AutoTokenizer, BlipForQuestionAnswering, BlipImageProcessorPil
 
-        self.device, self.batch = device, batch
+        self.batch = batch
         self.model = load_frozen(BlipForQuestionAnswering, model_id, self.name, device)
-        with quiet():
+        with loading(f"processor of {self.name}", model_id):
             self.processor = BlipImageProcessorPil.from_pretrained(model_id)
             self.tokenizer = AutoTokenizer.from_pretrained(model_id)
         self.yes_no = self.tokenizer.convert_tokens_to_ids(["yes", "no"])
-        if None in self.yes_no or self.tokenizer.unk_token_id in self.yes_no:
-            raise ValueError(
-                f"the tokenizer at {model_id} has no tokens for yes and no; give BLIP's own"
-            )
+        if {None, self.tokenizer.unk_token_id} & set(self.yes_no):
+            raise ValueError(f"the tokenizer at {model_id} lacks yes and no; give BLIP's own")
 
     @torch.no_grad()
-    def yes(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[list[float]]:
-        """The sureness of each chunk of each picture's prompt."""
+    def probabilities(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """For each image, the probability of yes for each chunk of its prompt."""
         pixels = as_uint8(images, prompts, self.name)
         chunks = [
-            _chunks(p.text, p.metadata, f"{self.name} cannot reward a prompt") for p in prompts
+            _questions(p.text, p.metadata.get("chunks"), f"{self.name} cannot score a prompt")
+            for p in prompts
         ]
-        found: list[list[float]] = []
-        for i in range(0, len(pixels), self.batch):
-            some = chunks[i : i + self.batch]
-            owners = torch.tensor(
-                [k for k, one in enumerate(some) for _ in one], device=self.device
-            )
-            inputs = self.processor(list(pixels[i : i + self.batch]), return_tensors="pt").to(
-                self.device
-            )
-            seen = self.model.vision_model(**inputs).last_hidden_state
-            sure = iter(
-                finite(self._sure(seen[owners], [c for one in some for c in one]), self.name)
-            )
-            found += [[float(next(sure)) for _ in one] for one in some]
-        return found
+        probabilities = []
+        for some, questions in batches(self.batch, pixels, chunks):
+            inputs = self.processor(list(some), return_tensors="pt").to(self.model.device)
+            states = self.model.vision_model(**inputs).last_hidden_state
+            counts = [len(one) for one in questions]
+            rows = torch.repeat_interleave(torch.tensor(counts, device=states.device))
+            yes = self._answer(states[rows], [chunk for one in questions for chunk in one])
+            probabilities += [one.tolist() for one in yes.split(counts)]
+        return probabilities
 
-    def _sure(self, seen: torch.Tensor, chunks: Sequence[str]) -> torch.Tensor:
-        """(N,) p(yes) against no, from N pictures' embeddings (N, tokens, D) and as many chunks."""
+    def _answer(self, states: torch.Tensor, chunks: Sequence[str]) -> torch.Tensor:
+        """(N,) p(yes) against no, from N images' embeddings (N, tokens, D) and as many chunks."""
         questions = [re.sub(r'[.!"()*#:;~]', "", f"{chunk}?".lower()) for chunk in chunks]
-        asked = self.tokenizer(questions, truncation=True, max_length=35).input_ids
-        # BLIP's decoder starts with [DEC] and its questions with [ENC], the token after it, which
-        # transformers' own processor forgets (it leaves [CLS])
-        start, sure = self.model.config.text_config.bos_token_id, seen.new_zeros(len(asked))
-        # Questions of one length at a time, without padding: the cross-attention of transformers' BLIP
-        # ignores its mask (seen in 5.24), and padding would change the answers.
-        for length in {len(ids) for ids in asked}:
-            rows = [i for i, ids in enumerate(asked) if len(ids) == length]
-            ids = torch.tensor([[start + 1, *asked[i][1:]] for i in rows], device=seen.device)
-            states = self.model.text_encoder(
-                input_ids=ids, encoder_hidden_states=seen[rows]
-            ).last_hidden_state
+        ids = self.tokenizer(questions, truncation=True, max_length=35).input_ids
+        # BLIP's decoder starts with [DEC] and its questions with [ENC], the token after it, where
+        # transformers' own processor leaves [CLS].
+        start, yes = self.model.config.text_config.bos_token_id, states.new_zeros(len(ids))
+        # Questions of one length at a time, without padding: the cross-attention of transformers'
+        # BLIP ignores its mask (seen in 5.24), and padding would change the answers.
+        for length in {len(one) for one in ids}:
+            rows = [i for i, one in enumerate(ids) if len(one) == length]
+            question = torch.tensor([[start + 1, *ids[i][1:]] for i in rows], device=yes.device)
+            encoded = self.model.text_encoder(question, encoder_hidden_states=states[rows])
             logits = self.model.text_decoder(
-                input_ids=torch.full((len(rows), 1), start, device=seen.device),
-                encoder_hidden_states=states,
+                torch.full((len(rows), 1), start, device=yes.device),
+                encoder_hidden_states=encoded.last_hidden_state,
             ).logits[:, 0]
-            sure[rows] = logits[:, self.yes_no].softmax(-1)[:, 0]
-        return sure
+            yes[rows] = logits[:, self.yes_no].softmax(-1)[:, 0]
+        return yes
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        return np.array([np.prod(one) for one in self.yes(images, prompts)], np.float32)
+        return np.array([np.prod(p) for p in self.probabilities(images, prompts)], np.float32)

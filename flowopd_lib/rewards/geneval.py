@@ -1,30 +1,26 @@
-"""GenEval's rule (Ghosh et al. 2023, evaluation/evaluate_images.py) over the detections of any detector.
-
-All or nothing per prompt: every included object must be there in its number, colour and relative position,
-and no excluded number of objects may be reached.
-"""
+"""GenEval's rule (Ghosh et al. 2023, evaluation/evaluate_images.py) over the detections of any
+detector."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 
-from ..prompts import Prompt
+from ..data import Prompt
 from .base import as_uint8
 
-POSITION_MARGIN = (
-    0.1  # GenEval's POSITION_THRESHOLD: how far apart, in object sizes, "left of" begins
-)
+POSITION_MARGIN = 0.1  # GenEval's POSITION_THRESHOLD, in object sizes: "left of" starts beyond it
+MAX_OBJECTS = 16  # of a class in an image; the rule ignores further ones
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object: its class, colour name (None: no colour told), confidence, and box
-    (left, top, right, bottom)."""
+    """One object: its class, colour (None: unknown), confidence, and box (left, top, right,
+    bottom)."""
 
     label: str
     color: str | None
@@ -32,23 +28,9 @@ class Detection:
     box: tuple[float, float, float, float]
 
 
-class Detector(Protocol):
-    """Finds objects. `threshold` and `counting_threshold` are the confidences GenEval's rule takes from it;
-    `name` is what a table of GenEval scores says they were found by."""
-
-    name: str
-    threshold: float
-    counting_threshold: float
-    labels: Sequence[str]
-    colors: Sequence[str]
-    size: tuple[int, int] | None
-
-    def __call__(self, images: np.ndarray) -> list[list[Detection]]: ...
-
-
 def relations(a: Detection, b: Detection) -> set[str]:
-    """Where `a` lies as seen from `b`: GenEval's margin first, then more than half of the (normalised)
-    offset."""
+    """Where `a` lies as seen from `b`: GenEval's margin first, then more than half of the
+    normalised offset."""
     box_a, box_b = (np.reshape(d.box, (2, 2)) for d in (a, b))
     offset = box_a.mean(0) - box_b.mean(0)
     margin = POSITION_MARGIN * (np.ptp(box_a, axis=0) + np.ptp(box_b, axis=0))
@@ -56,175 +38,138 @@ def relations(a: Detection, b: Detection) -> set[str]:
     if np.all(np.abs(revised) < 1e-3):
         return set()
     dx, dy = revised / np.linalg.norm(offset)
-    return {
-        name
-        for name, holds in {
-            "left of": dx < -0.5,
-            "right of": dx > 0.5,
-            "above": dy < -0.5,
-            "below": dy > 0.5,
-        }.items()
-        if holds
-    }
+    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, value in holds.items() if value}
 
 
-def _by_class(
-    record, detections, threshold, counting_threshold, max_objects
-) -> dict[str, list[Detection]]:
-    """The detections that count, the surest first."""
-    least = counting_threshold if record["tag"] == "counting" else threshold
-    found: dict[str, list[Detection]] = {}
+def in_relation(group: Sequence[Detection], relation: str, others: Sequence[Detection]) -> bool:
+    return all(relation in relations(a, b) for a in group for b in others)
+
+
+def counted_objects(record: dict, detections: Sequence[Detection], detector) -> dict[str, list]:
+    """The detections that the rule counts for a GenEval record, by class, by falling confidence."""
+    counting = record["tag"] == "counting"
+    threshold = detector.counting_threshold if counting else detector.threshold
+    objects: dict[str, list[Detection]] = {}
     for d in sorted(detections, key=lambda d: -d.score):
-        if d.score > least and len(found.setdefault(d.label, [])) < max_objects:
-            found[d.label].append(d)
-    return found
+        if d.score > threshold and len(objects.setdefault(d.label, [])) < MAX_OBJECTS:
+            objects[d.label].append(d)
+    return objects
 
 
-def reward(
-    record: dict,
-    detections: Sequence[Detection],
-    threshold: float,
-    counting_threshold: float,
-    max_objects: int = 16,
-    exact: bool = False,
-) -> tuple[bool, str]:
-    """GenEval's verdict on one picture and, if wrong, why. `exact`: nothing may be there beside what is asked
-    for."""
-    found = _by_class(record, detections, threshold, counting_threshold, max_objects)
-    reasons, groups = [], []
+def verdict(record: dict, objects: dict[str, list], exact: bool = False) -> tuple[bool, str]:
+    """Whether an image with these `counted_objects` is correct by GenEval and, if not, why.
+
+    All or nothing: every included object must be there in its number, colour and relative position,
+    and no excluded number of objects may be reached; with `exact`, there may be no objects beyond
+    the included ones.
+    """
+    reasons: list[str] = []
+    groups: list[list[Detection] | None] = []  # None: the requirement is not met
     for wanted in record["include"]:
-        name, count = wanted["class"], wanted["count"]
-        group = found.get(name, [])[:count]
-        matched = len(group) == count
-        if not matched:
+        name, count, faults = wanted["class"], wanted["count"], len(reasons)
+        group = objects.get(name, [])[:count]
+        colors = [d.color for d in group]
+        if len(group) < count:
             reasons.append(f"expected {count} {name}, found {len(group)}")
-        elif "color" in wanted and sum(d.color == wanted["color"] for d in group) < count:
-            matched = False
-            reasons.append(
-                f"expected {wanted['color']} {name}, found {', '.join(str(d.color) for d in group)}"
-            )
+        elif "color" in wanted and colors.count(wanted["color"]) < count:
+            found = ", ".join(map(str, colors))
+            reasons.append(f"expected {wanted['color']} {name}, found {found}")
         elif "position" in wanted:
             relation, target = wanted["position"]
             if groups[target] is None:
-                matched = False
                 reasons.append(f"no target for {name} to be {relation}")
-            elif any(relation not in relations(a, b) for a in group for b in groups[target]):
-                matched = False
+            elif not in_relation(group, relation, groups[target]):
                 reasons.append(f"expected {name} {relation} the other, found it elsewhere")
-        groups.append(group if matched else None)
-    for unwanted in record.get("exclude", []):
-        number = len(found.get(unwanted["class"], []))
-        if number >= unwanted["count"]:
-            reasons.append(
-                f"expected fewer than {unwanted['count']} {unwanted['class']}, found {number}"
-            )
-    if exact:
-        asked, there = sum(w["count"] for w in record["include"]), sum(map(len, found.values()))
-        if there > asked:
-            reasons.append(f"expected {asked} in all, found {there}")
+        groups.append(group if len(reasons) == faults else None)
+    for excluded in record.get("exclude", []):
+        name, count = excluded["class"], excluded["count"]
+        number = len(objects.get(name, []))
+        if number >= count:
+            reasons.append(f"expected fewer than {count} {name}, found {number}")
+    count, number = sum(w["count"] for w in record["include"]), sum(map(len, objects.values()))
+    if exact and number > count:
+        reasons.append(f"expected {count} in all, found {number}")
     return not reasons, "; ".join(reasons)
 
 
-def score(
-    record: dict,
-    detections: Sequence[Detection],
-    threshold: float,
-    counting_threshold: float,
-    max_objects: int = 16,
-) -> float:
-    """Flow-GRPO's training reward (yifan123/reward-server, `evaluate_reward`): the mean of terms, 1 at most.
+def score(record: dict, objects: dict[str, list]) -> float:
+    """Flow-GRPO's training reward (yifan123/reward-server, `evaluate_reward`): the mean of terms,
+    at most 1.
 
-    Every included class adds `1 - |asked - found| / asked` with all of that class found, in every tag: one
-    object too many costs as much as one too few. Its colour and its position add a term each, which count
-    only if the number is exact; otherwise both together add one 0. A wrong position adds a 0 and, by a slip of
-    that code, a 1.
+    Every included class adds `1 - |expected - found| / expected` with all objects of that class, in
+    every tag: one object too many costs as much as one too few. Its colour and its position add a
+    term each, which count only if the number is exact; otherwise both together add one 0. A wrong
+    position adds a 0 and, by a bug of that code, a 1.
     """
-    found = _by_class(record, detections, threshold, counting_threshold, max_objects)
-    terms, groups = [], []
+    terms: list[float] = []
+    groups: list[list[Detection] | None] = []
     for wanted in record["include"]:
-        group, count = found.get(wanted["class"], []), wanted["count"]
+        group, count = objects.get(wanted["class"], []), wanted["count"]
         terms.append(1 - abs(count - len(group)) / count)
         matched = len(group) == count
         if not matched and ("color" in wanted or "position" in wanted):
             terms.append(0.0)
         if matched and "color" in wanted:
-            right = sum(d.color == wanted["color"] for d in group)
-            terms.append(1 - abs(count - right) / count)
-            matched = right == count
+            number = sum(d.color == wanted["color"] for d in group)
+            terms.append(1 - abs(count - number) / count)
+            matched = number == count
         if matched and "position" in wanted:
             relation, target = wanted["position"]
-            if groups[target] is None:
-                matched = False
-                terms.append(0.0)
-            else:
-                matched = all(relation in relations(a, b) for a in group for b in groups[target])
-                terms += [1.0] if matched else [0.0, 1.0]
+            others = groups[target]
+            matched = others is not None and in_relation(group, relation, others)
+            terms += [1.0] if matched else [0.0] if others is None else [0.0, 1.0]
         groups.append(group if matched else None)
     return sum(terms) / len(terms)
 
 
-RULES = ("correct", "score", "exact")
-
-
 class GenEval:
-    """GenEval over the detections of any detector; scores are comparable with those of the same detector only
-    (`detector.name`). `rule` is one of
+    """GenEval over the detections of any detector. `rule` is one of
 
-    correct  GenEval's: 1 if the image shows what the prompt's metadata asks for, else 0
-    score    Flow-GRPO's training reward (see `score`), to train on, never to report
-    exact    the gold reward: `correct`, and nothing in the image that the prompt does not ask for. GenEval forbids
-             surplus objects only where a prompt counts, so a model trained on it can draw more of them
+    correct  GenEval's: 1 if the image shows what the prompt's metadata requires, else 0
+    score    Flow-GRPO's training reward (`score`): to train on, never to report
+    exact    the gold reward: `correct`, and no object beyond what the prompt includes. GenEval
+             forbids surplus objects only where a prompt counts, so a model trained on it can draw
+             more of them
+
+    `detector` turns images (B, H, W, 3) uint8 into a list of detections per image. It has the
+    attributes `name`, for tables (scores of different detectors cannot be compared); `labels` and
+    `colors`, all that it knows; `threshold` and `counting_threshold`, the confidences above which
+    objects count; and `size`, the (H, W) of images that it needs, or None.
     """
 
-    name, range, tasks = "GenEval", (0.0, 1.0), ("geneval",)
+    name, range = "GenEval", (0.0, 1.0)
 
-    def __init__(self, detector: Detector, rule: str = "correct"):
-        if rule not in RULES:
-            raise ValueError(f"unknown rule {rule!r} of GenEval: choose one of {', '.join(RULES)}")
-        self.detector, self.rule, self.training = detector, rule, rule == "score"
-        if self.training:
-            self.range = (-14.0, 1.0)  # 16 objects of a class where one was asked for
+    def __init__(self, detector: Callable, rule: Literal["correct", "score", "exact"] = "correct"):
+        if rule not in ("correct", "score", "exact"):
+            raise ValueError(f"GenEval has no rule {rule!r}; choose correct, score or exact")
+        self.detector, self.rule, self.training_only = detector, rule, rule == "score"
+        if self.training_only:
+            self.range = (2.0 - MAX_OBJECTS, 1.0)  # 16 objects of a class where one is expected
+
+    def applies(self, prompt: Prompt) -> bool:
+        return {"tag", "include"} <= prompt.metadata.keys()
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         if self.rule == "score":
-            thresholds = self.detector.threshold, self.detector.counting_threshold
-            found = self._detect(images, prompts)
-            return np.array(
-                [score(p.metadata, f, *thresholds) for p, f in zip(prompts, found)], np.float32
-            )
-        return np.array([right for right, _ in self.explain(images, prompts)], np.float32)
+            return np.array([score(*one) for one in self._detect(images, prompts)], np.float32)
+        return np.array([correct for correct, _ in self.explain(images, prompts)], np.float32)
 
     def explain(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[tuple[bool, str]]:
-        """The verdict on each picture and what was wrong. Raises ValueError for a prompt without GenEval
-        metadata."""
-        return [
-            reward(
-                prompt.metadata,
-                found,
-                self.detector.threshold,
-                self.detector.counting_threshold,
-                exact=self.rule == "exact",
-            )
-            for prompt, found in zip(prompts, self._detect(images, prompts))
-        ]
+        """The verdict on each image, and what is wrong with it. Raises ValueError for a prompt
+        without GenEval metadata, or with a class or colour that the detector does not know."""
+        return [verdict(*one, self.rule == "exact") for one in self._detect(images, prompts)]
 
-    def _detect(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
+    def _detect(self, images, prompts) -> Iterator[tuple[dict, dict[str, list]]]:
+        """The record and the counted objects of each image."""
         pixels = as_uint8(images, prompts, self.name, self.detector.size)
-        for prompt in prompts:
-            if not {"tag", "include"} <= set(prompt.metadata):
-                raise ValueError(
-                    f"GenEval needs metadata (tag, include) with the prompt {prompt.text!r}; load it from a "
-                    "GenEval .jsonl file"
-                )
-            for wanted in prompt.metadata["include"]:
-                if wanted["class"] not in self.detector.labels:
-                    raise ValueError(
-                        f"the detector does not know {wanted['class']!r}, asked for by {prompt.text!r}; it "
-                        f"knows {', '.join(self.detector.labels)}"
-                    )
-                if wanted.get("color", self.detector.colors[0]) not in self.detector.colors:
-                    raise ValueError(
-                        f"the detector does not know the colour {wanted['color']!r}, asked for by "
-                        f"{prompt.text!r}; it knows {', '.join(self.detector.colors)}"
-                    )
-        return self.detector(pixels)
+        known = {"class": self.detector.labels, "color": self.detector.colors}
+        for text, record in ((prompt.text, prompt.metadata) for prompt in prompts):
+            if not {"tag", "include"} <= set(record):
+                raise ValueError(f"GenEval needs the record (tag, include) of {text!r} as metadata")
+            for wanted, key in ((w, key) for w in record["include"] for key in known if key in w):
+                if wanted[key] not in known[key]:
+                    fault = f"does not know the {key} {wanted[key]!r} of {text!r}"
+                    raise ValueError(f"the detector {fault}; it knows {', '.join(known[key])}")
+        for prompt, detections in zip(prompts, self.detector(pixels)):
+            yield prompt.metadata, counted_objects(prompt.metadata, detections, self.detector)

@@ -1,1 +1,1 @@
-"""Headless runs of the notebooks."""
+"""Headless runs of the notebooks: profiles, the runner, its report, publishing, comparison."""

@@ -1,188 +1,75 @@
-"""`python -m flowopd_lib.runs.diff RUN_A RUN_B`: what differs between two runs: parameters, scores, the
-notebooks' text."""
+"""Two runs compared: parameters and scores in tables, the notebooks' text by nbdime."""
 
 from __future__ import annotations
 
-import argparse
-import io
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-import nbdime
-import nbformat
-from nbdime.prettyprint import PrettyPrintConfig, pretty_print_diff
+import pandas as pd
+from nbdime import nbdiffapp
 
-from .profiles import parameters_of
 from .runner import read_status
 
-
-def parameters(folder: Path, notebook: str, given: dict) -> dict:
-    """Every parameter a notebook ran with, its defaults included, but for where its results went."""
-    executed = folder / f"{notebook}.ipynb"
-    return {
-        k: v
-        for k, v in {**(parameters_of(executed) if executed.is_file() else {}), **given}.items()
-        if k not in ("out_dir", "run_dir")
-    }
+VALUES = ["mean", "low", "high", "n"]  # of a score
 
 
-def scores(folder: Path, notebook: str) -> dict[str, dict]:
-    """The records with a mean in a notebook's `results.json`, by what identifies them: the key of their list
-    and their text fields."""
-    path, found = folder / notebook / "results.json", {}
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    for key, records in results.items():
-        for record in records if isinstance(records, list) else []:
-            if isinstance(record, dict) and "mean" in record:
-                label = base = " ".join(
-                    [key, *(f"{k}={v}" for k, v in sorted(record.items()) if isinstance(v, str))]
-                )
-                count = 1
-                # records that differ by numbers only, such as points on a curve, match by their order
-                while label in found:
-                    count += 1
-                    label = f"{base} #{count}"
-                found[label] = record
-    return found
-
-
-def told(record: dict | None) -> str:
-    if record is None or record["mean"] is None:
-        return "none"
-    interval = (
-        f" [{record['low']:.4g}, {record['high']:.4g}]"
-        if record.get("low") is not None and record.get("high") is not None
-        else ""
-    )
-    return f"{record['mean']:.4g}{interval}" + (f" n={record['n']}" if "n" in record else "")
-
-
-def verdict(a: dict | None, b: dict | None) -> str:
-    """Whether the intervals of two scores overlap."""
-    ends = [r.get(k) if r else None for r in (a, b) for k in ("low", "high")]
-    if None in ends:
-        return "no intervals"
-    return "apart" if ends[0] > ends[3] or ends[2] > ends[1] else "overlap"
-
-
-def source(folder: Path, notebook: str) -> nbformat.NotebookNode | None:
-    """The executed copy's own cells, without outputs, metadata and ids; None where there is none."""
-    path = folder / f"{notebook}.ipynb"
-    if not path.is_file():
-        return None
-    cells = [
-        c
-        for c in nbformat.read(path, 4).cells
-        if not {"injected-parameters", "papermill-error-cell-tag"} & set(c.metadata.get("tags", []))
-    ]
-    bare = [
-        {
-            "cell_type": c.cell_type,
-            "metadata": {},
-            "source": c.source,
-            **({"outputs": [], "execution_count": None} if c.cell_type == "code" else {}),
-        }
-        for c in cells
-    ]
-    return nbformat.from_dict({"cells": bare, "metadata": {}, "nbformat": 4, "nbformat_minor": 4})
-
-
-def _table(rows: list[tuple[str, str, str, str]]) -> Iterator[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(3)] if rows else []
-    for name, a, b, remark in rows:
-        yield f"  {name:{widths[0]}}   {a:{widths[1]}} | {b:{widths[2]}}   {remark}".rstrip()
-
-
-def compare(a: Path, b: Path, notebooks: bool = False) -> Iterator[str]:
-    """Lines that say what differs, notebook by notebook; with `notebooks` also how their text does. Raises
-    ValueError if a folder is no run."""
-    runs = {folder: read_status(folder) for folder in (a, b)}
-    for folder, status in runs.items():
-        if not status:
+def compare(a: Path, b: Path, notebooks: bool = False) -> None:
+    """Print what differs between two runs; with `notebooks` also how the text of their notebooks
+    does. Raises ValueError if a folder is no run."""
+    runs = (a, b)
+    for folder in runs:
+        if not (status := read_status(folder)):
             raise ValueError(f"{folder} is no run: it has no status.json")
-    yield f"A: {a}\nB: {b}"
-    for side, there, here in (("A", runs[a], runs[b]), ("B", runs[b], runs[a])):
-        missing = [n for n in there if n not in here]
-        if missing:
-            yield f"only in {side}: {', '.join(missing)}"
-    for notebook in (n for n in runs[a] if n in runs[b]):
-        yield f"\n{notebook}"
-        entries = [runs[folder][notebook] for folder in (a, b)]
-        if any(e["state"] != "done" for e in entries):
-            yield f"  state: {entries[0]['state']} | {entries[1]['state']}"
-        ours, theirs = (
-            parameters(folder, notebook, e.get("parameters", {}))
-            for folder, e in zip((a, b), entries)
-        )
-        changed = [
-            (k, *(repr(p[k]) if k in p else "none" for p in (ours, theirs)), "")
-            for k in ours | theirs
-            if k not in ours or k not in theirs or ours[k] != theirs[k]
-        ]
-        yield "  parameters: " + (f"{len(changed)} differ" if changed else "the same")
-        yield from _table(changed)
-        ours, theirs = scores(a, notebook), scores(b, notebook)
-        pairs = {k: (ours.get(k), theirs.get(k)) for k in ours | theirs}
-        changed = [
-            (k, told(x), told(y), verdict(x, y))
-            for k, (x, y) in pairs.items()
-            if x is None
-            or y is None
-            or any(x.get(f) != y.get(f) for f in ("mean", "low", "high", "n"))
-        ]
-        if pairs:
-            yield (
-                f"  scores: {len(changed)} of {len(pairs)} differ, "
-                f"{sum(row[3] == 'apart' for row in changed)} with intervals apart"
-            )
-        yield from _table(changed)
-        texts = [source(folder, notebook) for folder in (a, b)]
-        if None in texts:
-            yield (
-                "  text: no executed copy in "
-                f"{' and '.join(side for side, text in zip('AB', texts) if text is None)}"
-            )
-            continue
-        difference = nbdime.diff_notebooks(*texts)
-        yield "  text: " + (
-            "the same"
-            if not difference
-            else "differs" + ("" if notebooks else " (--notebooks shows it)")
-        )
-        if difference and notebooks:
-            out = io.StringIO()
-            pretty_print_diff(
-                texts[0],
-                difference,
-                "",
-                PrettyPrintConfig(
-                    out, use_git=False, use_diff=False, use_color=sys.stdout.isatty()
-                ),
-            )
-            yield out.getvalue().rstrip()
+        print(f"{'A' if folder == a else 'B'}: {folder}, {len(status)} notebooks")
+    common = [name for name in read_status(a) if name in read_status(b)]
+    for what, table in (
+        ("parameters and states", parameter_differences(runs, common)),
+        ("scores", score_differences(runs, common)),
+    ):
+        print(f"\n{what}: {len(table)} differ")
+        if len(table):
+            print(table.to_string(na_rep="", float_format="{:.4g}".format))
+    for name in common if notebooks else ():
+        print(f"\n{name}")
+        nbdiffapp.main(["--sources", *(str(folder / f"{name}.ipynb") for folder in runs)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flowopd_lib.runs.diff", description=__doc__)
-    parser.add_argument(
-        "a",
-        type=Path,
-        metavar="RUN_A",
-        help="a folder that flowopd_lib.runs.run wrote, such as papermill_runs/demo",
-    )
-    parser.add_argument("b", type=Path, metavar="RUN_B")
-    parser.add_argument(
-        "--notebooks", action="store_true", help="also show how the notebooks' text differs"
-    )
-    args = parser.parse_args()
-    try:
-        for line in compare(args.a, args.b, args.notebooks):
-            print(line)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def parameter_differences(runs: Sequence[Path], notebooks: Sequence[str]) -> pd.DataFrame:
+    """The parameters and states in which two runs differ, A and B by notebook and name."""
+    columns = {}
+    for column, folder in zip("AB", runs):
+        entries = {name: read_status(folder)[name] for name in notebooks}
+        states = {(n, "state"): e["state"] for n, e in entries.items()}
+        given = ((n, *item) for n, e in entries.items() for item in e.get("parameters", {}).items())
+        columns[column] = pd.Series(states | {(n, k): repr(value) for n, k, value in given})
+    table = pd.DataFrame(columns).drop(index="run_dir", level=1, errors="ignore")
+    return table[table["A"].fillna("") != table["B"].fillna("")]
 
 
-if __name__ == "__main__":
-    main()
+def score_differences(runs: Sequence[Path], notebooks: Sequence[str]) -> pd.DataFrame:
+    """The scores in which two runs differ, with mean, low, high (95 %) and n of A and B, and
+    whether the intervals overlap."""
+    columns = {c: pd.concat([_scores(f, n) for n in notebooks]) for c, f in zip("AB", runs)}
+    table = pd.concat(columns, axis=1)
+    a, b = table["A"], table["B"]
+    overlap = (a["low"] <= b["high"]) & (b["low"] <= a["high"])
+    overlap = overlap.map({True: "overlap", False: "disjoint"})
+    table["intervals", ""] = overlap.where(a["low"].notna() & b["low"].notna(), "")
+    return table[~((a == b) | (a.isna() & b.isna())).all(axis=1)]
+
+
+def _scores(run: Path, notebook: str) -> pd.DataFrame:
+    """The records with a mean in a notebook's results, by notebook, their list's key and strings,
+    and their number among those that differ by numbers only, such as points of a curve."""
+    path = run / notebook / "results.json"
+    lists = json.loads(path.read_text()).items() if path.is_file() else ()
+    rows = [
+        {"score": " ".join([key, *(v for v in record.values() if isinstance(v, str))]), **record}
+        for key, records in lists
+        for record in (records if isinstance(records, list) else ())
+        if isinstance(record, dict) and "mean" in record
+    ]
+    table = pd.DataFrame(rows, columns=["score", *VALUES]).assign(notebook=notebook)
+    table[VALUES] = table[VALUES].astype(float)
+    return table.set_index(["notebook", "score", table.groupby("score").cumcount().rename("#")])

@@ -1,354 +1,218 @@
-"""Headless runs: notebooks executed by papermill with the parameters of a profile, results in one folder."""
+"""The runner: a profile's notebooks executed into one folder, each again only if what its results
+depend on has changed."""
 
 from __future__ import annotations
 
-import hashlib
-import html
-import json
-import re
 import time
-import urllib.parse
-from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
+from typing import Any
 
 import nbformat
-import papermill
-from jupyter_client.kernelspec import NoSuchKernel
-from papermill.exceptions import PapermillExecutionError
 
+from ..config import read_yaml, validate
 from ..files import ROOT, RUNS, locked, set_aside, write_json, write_whole
+from ..fingerprint import sha256_of_json
 from . import report
-from .kernels import Progress, environment, forget_progress, stop_kernels
-from .profiles import NOTEBOOKS, choose, load_profile, parameters_of
+from .execute import execute, kernel_environment, scrub, stop_kernels
+from .fingerprints import benchmark_hash, library_inputs
+from .profiles import NOTEBOOKS, choose_notebooks, notebook_path, profile_path
+
+Status = dict[str, dict[str, Any]]  # by notebook: state, parameters, fingerprint, seconds, ...
 
 
-def read_status(folder: Path) -> dict[str, dict]:
-    """A run's `status.json`, by notebook; empty where there is none. Raises ValueError, naming the file, if
-    it is not one."""
-    path = folder / "status.json"
-    try:
-        status = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete it to start over") from error
-    if not isinstance(status, dict) or not all(
-        isinstance(s, dict) and "state" in s for s in status.values()
-    ):
-        raise ValueError(f"{path} is not the status of a run; delete it to start over")
-    return status
+def run_profile(
+    profile: str,
+    only: str = "",
+    overrides: Mapping[str, Any] = {},
+    folder: Path | None = None,
+    resume: bool = False,
+    jobs: int = 1,
+    log: Callable = print,
+) -> Path:
+    """Execute a profile's notebooks in order into `folder` (default `papermill_runs/PROFILE`), with
+    `status.json`, `manifest.json` and `report.html`; the folder.
+
+    Every parameter, benchmark and need is checked before the first notebook starts. `resume` leaves
+    out notebooks that are done with the same fingerprint, and keeps the folders of interrupted
+    ones, so that their trainings resume. What lies there of anything else is moved into
+    `folder/earlier/`, never removed. `jobs`: notebooks at once, each with its part of the cores and
+    after those it needs. Raises FolderInUse while another run writes to the folder.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs, the number of notebooks at once, must be at least 1, not {jobs}")
+    chosen, name = choose_notebooks(profile, only, overrides), profile_path(profile).stem
+    folder = (folder or RUNS / name).resolve()
+    if folder.is_file() or folder == NOTEBOOKS.resolve():
+        raise ValueError(f"{folder} cannot be the folder of a run; give another --folder")
+    check_needs(chosen, read_status(folder) if only or resume else {}, folder)
+    for benchmark in {p["benchmark"] for p in chosen.values() if "benchmark" in p}:
+        benchmark_hash(benchmark)
+    with locked(folder, f"a run of the profile {name}"):
+        before = read_status(folder)
+        runs = (read_status(RUNS / "reference"), read_status(RUNS / name), before)
+        # seconds of other parameters, or of the rest of a notebook, predict nothing
+        seconds = {
+            n: s["seconds"]
+            for status in runs
+            for n, s in status.items()
+            if s["state"] == "done" and s["parameters"] == chosen.get(n) and not s.get("resumed")
+        }
+        status = before if only or resume else {}
+        for notebook in chosen:
+            if not resume or notebook not in status:
+                status[notebook] = {"state": "waiting"}
+        run = _Run(name, chosen, folder, resume, jobs, log, dict(sorted(status.items())), seconds)
+        try:
+            run.execute_all()
+        finally:
+            run.write_report()
+    return folder
 
 
-def inputs() -> dict[str, str]:
-    """sha256 of what any notebook may read beside its own text: the library's source, its benchmarks, the assets'
-    manifests, the recipes."""
-    library = ROOT / "flowopd_lib"
-    files = {
-        p.relative_to(ROOT).as_posix(): p
-        for p in (
-            *library.rglob("*.py"),
-            *(library / "benchmarks").rglob("*.yaml"),
-            *(library / "assets").rglob("manifest.json"),
-        )
-    }
-    files |= {f"papermill_runs/recipes/{p.name}": p for p in (RUNS / "recipes").glob("*.yaml")}
-    return {name: report.sha256(files[name]) for name in sorted(files)}
+def read_status(folder: Path) -> Status:
+    """A run's `status.json`; empty where there is none. Raises ValueError, naming the file, if it
+    is not one."""
+    path = folder / "status.json"  # JSON is YAML
+    return validate(Status, read_yaml(path), str(path)) if path.is_file() else {}
 
 
 def needs_of(notebook: str) -> list[str]:
     """The notebooks whose results a notebook reads, as its metadata say: `{"flowopd": {"needs":
     ["05_opd"]}}`."""
-    return (
-        nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4)
-        .metadata.get("flowopd", {})
-        .get("needs", [])
-    )
+    metadata = nbformat.read(notebook_path(notebook), 4).metadata
+    return metadata.get("flowopd", {}).get("needs", [])
 
 
-def check_needs(chosen: Mapping[str, dict], status: Mapping[str, dict], folder: Path) -> None:
-    """Raises ValueError if a notebook needs one that neither comes before it nor is done in `folder`. Given a
-    `run_dir`, it reads another run."""
-    there = {n for n, s in status.items() if s["state"] == "done" and (folder / n).is_dir()} - set(
-        chosen
-    )
+def check_needs(chosen: Mapping[str, dict], status: Status, folder: Path) -> None:
+    """Raises ValueError if a notebook needs one that neither comes before it nor is done in
+    `folder`. With a `run_dir` it reads another run."""
+    done = {n for n, s in status.items() if s["state"] == "done" and (folder / n).is_dir()}
+    done -= set(chosen)
     for notebook, parameters in chosen.items():
-        missing = (
-            [] if parameters.get("run_dir") else [n for n in needs_of(notebook) if n not in there]
-        )
-        if missing:
+        missing = [n for n in needs_of(notebook) if n not in done]
+        if missing and not parameters.get("run_dir"):
             raise ValueError(
                 f"{notebook} needs {', '.join(missing)}, neither before it in this run nor done in "
                 f"{folder}; run first: --only {missing[0]}"
             )
-        there.add(notebook)
+        done.add(notebook)
 
 
-def fingerprints(chosen: Mapping[str, dict], status: Mapping[str, dict]) -> dict[str, str]:
-    """What each notebook's results follow from, hashed: its cells, its parameters, `inputs`, and the
-    fingerprints of what it needs.
+@dataclass
+class _Run:
+    profile: str
+    chosen: Mapping[str, dict]
+    folder: Path
+    resume: bool
+    jobs: int
+    log: Callable
+    status: Status
+    seconds: Mapping[str, float]  # of earlier runs, by notebook
 
-    Those are `status`'s for what is not among `chosen`, for that is what lies there.
-    """
-    read, made = inputs(), {n: s.get("fingerprint") for n, s in status.items()}
-    for notebook, parameters in chosen.items():
-        cells = [
-            (c.cell_type, c.source) for c in nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", 4).cells
-        ]
-        there = made
-        if parameters.get("run_dir"):  # the results of another run
-            there = {
-                n: s.get("fingerprint")
-                for n, s in read_status(NOTEBOOKS / parameters["run_dir"]).items()
-            }
-        needed = {n: there.get(n) for n in needs_of(notebook)}
-        benchmark = NOTEBOOKS / str(parameters.get("benchmark", ""))
-        needed["benchmark"] = (
-            report.sha256(benchmark) if benchmark.is_file() else None
-        )  # one of the user's own
-        made[notebook] = hashlib.sha256(
-            json.dumps([cells, parameters, read, needed], sort_keys=True).encode()
-        ).hexdigest()
-    return {n: made[n] for n in chosen}
+    def __post_init__(self):
+        self.waiting, self.git = list(self.chosen), report.checkout(ROOT, self.folder)
+        self.label = {n: f"[{i}/{len(self.chosen)}] {n}" for i, n in enumerate(self.chosen, 1)}
+        self.futures: dict[str, Future] = {}
+        self.lock, self.stopping, self.interrupted = RLock(), False, False
 
+    def execute_all(self) -> None:
+        """Raises what the first notebook failed by, once those running have ended."""
+        with kernel_environment(self.folder, self.jobs), ThreadPoolExecutor(self.jobs) as pool:
+            for notebook in self.chosen:  # those it needs have been submitted before it
+                self.futures[notebook] = pool.submit(self.run, notebook)
+            try:
+                for future in as_completed(self.futures.values()):
+                    future.result()
+            except KeyboardInterrupt:
+                self.stopping = self.interrupted = True
+                stop_kernels()
+                raise
 
-def scrub(node, folder: Path):
-    """No path of this machine, for runs are published: `folder` becomes ".", the repository and the home a
-    name, however they are written: as they are, escaped as Python or JSON do it (papermill's parameters), or
-    as in a web address. Pictures stay as they are."""
-    if isinstance(node, dict):
-        return {k: v if k.startswith("image/") else scrub(v, folder) for k, v in node.items()}
-    if isinstance(node, list):
-        return [scrub(v, folder) for v in node]
-    if isinstance(node, str):
-        for path, name in ((folder, "."), (ROOT, "flowopd-lab"), (Path.home(), "~")):
-            if len(path.parts) > 1:  # a home of "/" is no home
-                text = str(path)
-                ways = {
-                    text,
-                    text.encode("unicode_escape").decode(),
-                    json.dumps(text)[1:-1],
-                    urllib.parse.quote(text),
-                    html.escape(text),
-                }
-                for way in sorted(ways, key=len, reverse=True):
-                    node = re.sub(re.escape(way) + r"(?![\w.-])", name, node)
-    return node
+    def run(self, notebook: str) -> None:
+        for needed in needs_of(notebook):
+            if needed in self.futures:
+                self.futures[needed].result()
+        with self.lock:
+            if self.stopping or not self.prepare(notebook):
+                return
 
+        def log(line: str) -> None:
+            self.log(line if self.jobs == 1 else f"    {notebook[:2]}{line[3:]}")
 
-def execute(name: str, parameters: dict, folder: Path, log=print) -> float:
-    """Run one notebook into `folder` and return its seconds. Raises RuntimeError that shows the failing cell.
+        start = time.monotonic()
+        try:
+            execute(notebook, self.chosen[notebook], self.folder, log)
+        except Exception as error:
+            self.stopping, state = True, "interrupted" if self.interrupted else "failed"
+            message = scrub(str(error), self.folder) or type(error).__name__
+            self.update(notebook, state=state, error=message)
+            raise
+        seconds = time.monotonic() - start
+        self.update(notebook, state="done", seconds=round(seconds, 1))
+        path = self.folder / f"{notebook}.ipynb"
+        self.log(f"{self.label[notebook]} done in {report.duration(seconds)}: {path}")
 
-    The notebook must take `out_dir`, `folder/name` here, and writes its results there. Where it takes
-    `run_dir` and is given none, that is
-    `folder`, with the results of others. While it runs, its executed copy is saved every few seconds and
-    `log` is told how far it is; widget state, paths and those lines are then dropped from the copy.
-    """
-    source, target, out = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", folder / name
-    out.mkdir(parents=True, exist_ok=True)
-    places = {"out_dir": str(out)}
-    if "run_dir" in parameters_of(source) and not parameters.get("run_dir"):
-        places["run_dir"] = str(folder)
-    began = time.time()
-    try:
-        papermill.execute_notebook(
-            str(source),
-            str(target),
-            {**parameters, **places},
-            cwd=str(NOTEBOOKS),
-            progress_bar=False,
-            log_output=False,
-            stderr_file=Progress(log),
-            autosave_cell_every=5,
-            # it warns of TCP each time, and of its own end
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )
-    except PapermillExecutionError as error:
-        raise RuntimeError(
-            f"{name} failed in cell {error.exec_count}:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n"
-            f"(executed up to there: {target})"
-        ) from error
-    except NoSuchKernel as error:
-        raise ValueError(
-            f"{source.name} asks for the kernel {error.name!r}, which is not installed here; the notebooks "
-            "of this project ask for python3"
-        ) from error
-    except RuntimeError as error:  # of nbclient: the kernel died
-        raise RuntimeError(f"{name} was not executed to its end: {error}") from error
-    finally:
-        if target.exists():
-            executed = nbformat.read(target, 4)
-            executed.metadata.pop("widgets", None)
-            for cell in executed.cells:
-                forget_progress(cell.get("outputs", []))
-            for key in ("input_path", "output_path"):
-                executed.metadata.get("papermill", {}).pop(key, None)
-            write_whole(target, nbformat.writes(nbformat.from_dict(scrub(executed, folder))) + "\n")
-    return time.time() - began
+    def prepare(self, notebook: str) -> bool:
+        """Whether to execute it; then its status says so, and its folder holds nothing else."""
+        left = [n for n in self.waiting if not self.is_done(n)]
+        self.waiting.remove(notebook)
+        if notebook not in left:
+            self.log(f"{self.label[notebook]} is done and unchanged")
+            return False
+        before, fingerprint = self.status[notebook], self.fingerprint(notebook)
+        unfinished = self.resume and before["state"] not in ("done", "waiting")
+        resumed, time_left = unfinished and before["fingerprint"] == fingerprint, ""
+        if set(left) <= set(self.seconds):
+            seconds = sum(self.seconds[n] for n in left) / self.jobs
+            time_left = f" (about {report.duration(seconds)} left)"
+        self.log(f"{self.label[notebook]} ...{time_left}")
+        if not resumed:  # before the status is written, which says whose checkpoints lie there
+            files = (self.folder / notebook, self.folder / f"{notebook}.ipynb")
+            if moved := set_aside(self.folder, *files):
+                self.log(
+                    f"    earlier results are now in {moved}; --resume keeps what is unchanged"
+                )
+        self.status[notebook] = {"resumed": True} if resumed else {}
+        about = {"git": self.git, "machine": report.machine(), "fingerprint": fingerprint}
+        self.update(notebook, state="running", parameters=self.chosen[notebook], **about)
+        return True
 
-
-def run_profile(
-    name: str,
-    only: str = "",
-    overrides: Mapping | None = None,
-    folder: Path | None = None,
-    log=print,
-    resume: bool = False,
-    jobs: int = 1,
-) -> Path:
-    """Execute a profile's notebooks in order into `folder` (default `papermill_runs/NAME`), with
-    `status.json`, `manifest.json`, `report.html`.
-
-    Every parameter and every need is checked before the first notebook starts. `resume` leaves out what is
-    done with the same fingerprint, and keeps the folder of what was cut off with the same, so that trainings
-    go on in it. What lies there of anything else is moved into
-    `folder/earlier/`, never removed. With `jobs`, so many notebooks run beside one another, each with its
-    share of the cores and after what it needs. Raises FolderInUse while another run writes to the folder.
-    """
-    if jobs < 1:
-        raise ValueError(
-            f"jobs, the notebooks that run beside one another, must be at least 1, not {jobs}"
-        )
-    chosen = choose(name, only, overrides or {})
-    folder = (folder or RUNS / name).resolve()
-    if folder.is_file() or folder == NOTEBOOKS.resolve():
-        raise ValueError(f"{folder} is no folder for a run")
-    # before the folder is made
-    check_needs(chosen, read_status(folder) if only or resume else {}, folder)
-    with locked(folder, f"a run of the profile {name}"):
-        return _run(name, only, chosen, folder, log, resume, jobs)
-
-
-def _run(
-    name: str, only: str, chosen: dict[str, dict], folder: Path, log, resume: bool, jobs: int
-) -> Path:
-    old = read_status(folder)
-    kept = old if only or resume else {}
-    earlier = [
-        (n, s)
-        for record in (read_status(RUNS / "reference"), read_status(RUNS / name), old)
-        for n, s in record.items()
-    ]
-    # Seconds of other parameters, or of the rest of a notebook, say nothing.
-    seconds = {
-        n: s["seconds"]
-        for n, s in earlier
-        if s["state"] == "done" and s["parameters"] == chosen.get(n) and not s.get("resumed")
-    }
-    order = dict.fromkeys([n for n in load_profile(name) if n in chosen or n in kept] + list(kept))
-    status = {
-        n: kept[n] if n in kept and (resume or n not in chosen) else {"state": "waiting"}
-        for n in order
-    }
-
-    def finished(notebook: str, fingerprint: str) -> bool:
+    def is_done(self, notebook: str) -> bool:
+        """Whether there are results of the same fingerprint, which a resumed run leaves as they
+        are."""
+        status, files = self.status[notebook], (notebook, f"{notebook}.ipynb")
         return (
-            resume
-            and status[notebook]["state"] == "done"
-            and status[notebook].get("fingerprint") == fingerprint
-            and (folder / notebook).is_dir()
-            and (folder / f"{notebook}.ipynb").is_file()
+            self.resume
+            and status["state"] == "done"
+            and all((self.folder / name).exists() for name in files)
+            and status["fingerprint"] == self.fingerprint(notebook)
         )
 
-    commit, waiting, running = report.checkout(ROOT, folder), list(chosen), {}
-    place = {notebook: f"[{i + 1}/{len(chosen)}] {notebook}" for i, notebook in enumerate(chosen)}
-
-    def start(notebook: str, pool: ThreadPoolExecutor) -> None:
-        now = fingerprints({n: chosen[n] for n in waiting}, status)
-        waiting.remove(notebook)
-        if finished(notebook, now[notebook]):
-            log(f"{place[notebook]} is done and unchanged")
-            return
-        left = [n for n in now if not finished(n, now[n])]
-        rest = (
-            f" (about {report.duration(sum(seconds[n] for n in left) / jobs)} left)"
-            if set(left) <= set(seconds)
-            else ""
-        )
-        keep = (
-            resume
-            and status[notebook]["state"] != "done"
-            and status[notebook].get("fingerprint") == now[notebook]
-        )
-        # First this, so that a kill in between leaves no checkpoints of something else under the new
-        # fingerprint.
-        aside = None if keep else set_aside(folder, folder / notebook, folder / f"{notebook}.ipynb")
-        status[notebook] = {
-            "state": "running",
-            "parameters": chosen[notebook],
-            "fingerprint": now[notebook],
-            "git": commit,
-            "machine": report.machine(),
-            **({"resumed": True} if keep else {}),
+    def fingerprint(self, notebook: str) -> str:
+        """The hash of what a notebook's results depend on: its cells, its parameters, the library,
+        the benchmark, and the fingerprints of what it needs."""
+        parameters, cells = self.chosen[notebook], nbformat.read(notebook_path(notebook), 4).cells
+        other, benchmark = parameters.get("run_dir"), parameters.get("benchmark")
+        status = read_status(NOTEBOOKS / other) if other else self.status
+        parts = {
+            "cells": [(cell.cell_type, cell.source) for cell in cells],
+            "parameters": parameters,
+            "library": library_inputs(),
+            "benchmark": benchmark_hash(benchmark) if benchmark else None,
+            "needs": {n: status.get(n, {}).get("fingerprint") for n in needs_of(notebook)},
         }
-        write_json(folder / "status.json", status)
-        moved = (
-            f"; what was there is now in {aside}"
-            + ("" if resume else ", --resume goes on with what is unchanged")
-            if aside
-            else ""
-        )
-        log(f"{place[notebook]} ...{rest}{moved}")
-        running[
-            pool.submit(
-                execute,
-                notebook,
-                chosen[notebook],
-                folder,
-                log if jobs == 1 else lambda line: log(f"    {notebook[:2]} {line.strip()}"),
-            )
-        ] = notebook
+        return sha256_of_json(parts)
 
-    def ended(notebook: str, **how) -> None:
-        status[notebook].update(how)
-        write_json(folder / "status.json", status)
+    def update(self, notebook: str, **values: Any) -> None:
+        with self.lock:
+            self.status[notebook] |= values
+            write_json(self.folder / "status.json", self.status)
 
-    try:
-        with environment(folder, jobs), ThreadPoolExecutor(jobs) as pool:
-            failed = None
-            while running or (waiting and not failed):
-                try:
-                    while (
-                        not failed
-                        and len(running) < jobs
-                        and (
-                            ready := [
-                                n
-                                for n in waiting
-                                if not {*needs_of(n)} & {*waiting, *running.values()}
-                            ]
-                        )
-                    ):
-                        start(ready[0], pool)
-                    done = wait(running, return_when=FIRST_COMPLETED).done
-                except BaseException as error:
-                    stop_kernels()
-                    wait(running)
-                    for notebook in running.values():
-                        ended(
-                            notebook,
-                            state="interrupted",
-                            error=scrub(str(error), folder) or type(error).__name__,
-                        )
-                    raise
-                for future in done:
-                    notebook, error = running.pop(future), future.exception()
-                    if error:
-                        failed = failed or error
-                        ended(
-                            notebook,
-                            state="failed",
-                            error=scrub(str(error), folder) or type(error).__name__,
-                        )
-                    else:
-                        ended(notebook, state="done", seconds=round(future.result(), 1))
-                        log(
-                            f"{place[notebook]} done in {report.duration(future.result())}: "
-                            f"{folder / notebook}.ipynb"
-                        )
-            if failed:
-                raise failed
-    finally:
-        read = {n: digest for n, digest in inputs().items() if not n.endswith(".py")}
-        manifest = scrub(report.manifest(name, folder, status, read), folder)
-        write_json(folder / "manifest.json", manifest)
-        write_whole(folder / "report.html", report.page(manifest, folder))
-    return folder
+    def write_report(self) -> None:
+        manifest = scrub(report.manifest(self.profile, self.folder, self.status), self.folder)
+        write_json(self.folder / "manifest.json", manifest)
+        write_whole(self.folder / "report.html", report.page(manifest, self.folder))

@@ -16,15 +16,11 @@ import matplotlib.pyplot as plt
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
-from PIL import Image
 
 from ..plots.style import color_of
 
+Adapters = Mapping[str, str | None]  # by the model's name; None is the base
 STYLE = f"<style>{(Path(__file__).parent / 'style.css').read_text()}</style>"
-
-
-def is_headless() -> bool:
-    return bool(os.environ.get("FLOWOPD_HEADLESS"))
 
 
 class Guard:
@@ -57,13 +53,10 @@ class Viewer:
     drive it, the figures and tables of `still` are displayed instead."""
 
     def __init__(self):
-        self.guard = Guard()
-
-    def still(self) -> list:
-        raise NotImplementedError
+        self.guard, self.headless = Guard(), bool(os.environ.get("FLOWOPD_HEADLESS"))
 
     def _ipython_display_(self) -> None:
-        if not is_headless() and getattr(get_ipython(), "kernel", None):
+        if not self.headless and getattr(get_ipython(), "kernel", None):
             display(self.box)
             return
         for item in self.still():
@@ -71,15 +64,9 @@ class Viewer:
             if isinstance(item, Figure):
                 plt.close(item)
 
-    def control(
-        self,
-        kind: type[ipw.Widget],
-        label: str = "",
-        width: str = "auto",
-        on_change: Callable[[], None] | None = None,
-        **options,
-    ) -> ipw.Widget:
-        """An input with a label of fixed width, whose changes call `on_change`."""
+    def control(self, kind: type, label="", width="auto", on_change=None, **options) -> ipw.Widget:
+        """An input of a class of ipywidgets, with a label of fixed width; its changes call
+        `on_change`."""
         style, layout = {"description_width": "70px"}, ipw.Layout(width=width)
         control = kind(description=label, layout=layout, style=style, **options)
         if on_change:
@@ -87,8 +74,7 @@ class Viewer:
         return control
 
     def button(self, label: str, on_click: Callable[[], None], tooltip: str = "") -> ipw.Button:
-        layout = ipw.Layout(width="auto")
-        button = ipw.Button(description=label, tooltip=tooltip, layout=layout)
+        button = ipw.Button(description=label, tooltip=tooltip, layout=ipw.Layout(width="auto"))
         button.on_click(self.guard(on_click))
         return button
 
@@ -101,12 +87,11 @@ class Viewer:
 # --- HTML
 
 
-def encode_png(image: Image.Image | Figure) -> bytes:
-    """The bytes of an image, or of a figure, which is closed."""
+def encode_png(figure: Figure) -> bytes:
+    """A figure as PNG; it is closed."""
     file = io.BytesIO()
-    (image.savefig if isinstance(image, Figure) else image.save)(file, format="png")
-    if isinstance(image, Figure):
-        plt.close(image)
+    figure.savefig(file, format="png")
+    plt.close(figure)
     return file.getvalue()
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ipywidgets as ipw
 import numpy as np
@@ -25,22 +24,11 @@ from ..config import choose
 from ..data import Prompt
 from ..files import write_table, write_whole
 from ..plots.scores import load_images, plot_image_grid
+from ..policy import FlowPolicy
 from ..rollout import Sampler, sample
 from ..stats import rewards_in
 from ..thumbnails import read_thumbnail
-from .common import (
-    STYLE,
-    Viewer,
-    badges_html,
-    encode_png,
-    image_html,
-    is_headless,
-    note_html,
-    tile_html,
-)
-
-if TYPE_CHECKING:
-    from ..policy import FlowPolicy
+from .common import STYLE, Viewer, badges_html, encode_png, image_html, note_html, tile_html
 
 TEACHER = "its teacher"  # as `Query.minus`: the expert of a prompt's task
 KEYS = ["task", "prompt", "seed"]  # the same prompt and noise under every model
@@ -83,8 +71,9 @@ class Samples:
     in, and what `about.json` records of how they were sampled.
 
     Rows with a `train_seed` above 0 are a model of their own, `MODEL#SEED`; rows without an image
-    are left out. `rows` has a row per prompt and noise; `grid` has the same rows and, for every
-    model and `TEACHER`, the positions in `table`, -1 for none. Raises ValueError for a table
+    are left out. `rows` has a row per prompt and noise, and `row_of` its number for each sample;
+    `grid` has the same rows and, for every model and `TEACHER`, the positions in `table` and
+    `records`, -1 for none. Raises ValueError for a table
     without the columns a gallery needs.
     """
 
@@ -105,10 +94,11 @@ class Samples:
         self.rows = rows.loc[turn.sort_values(kind="stable").index].reset_index(drop=True)
         for column, value in (("split", ""), ("repeat", 0)):
             self.rows[column] = self.rows.get(column, value)
-        positions = table.assign(position=table.index).pivot(
-            index=KEYS, columns="model", values="position"
-        )
-        grid = positions.reindex(pd.MultiIndex.from_frame(self.rows[KEYS])).reset_index(drop=True)
+        keys = pd.MultiIndex.from_frame(self.rows[KEYS])
+        self.row_of = keys.get_indexer(pd.MultiIndex.from_frame(table[KEYS]))
+        self.records = table.to_dict("records")  # faster to get than a row of a DataFrame
+        grid = table.reset_index().pivot(index=KEYS, columns="model", values="index")
+        grid = grid.reindex(keys).reset_index(drop=True)
         teachers = self.rows["task"].map(self.teacher)
         grid[TEACHER] = [grid[t][row] if t else np.nan for row, t in teachers.items()]
         self.grid = grid[[*self.models, TEACHER]].fillna(-1).astype(int)
@@ -124,42 +114,38 @@ class Samples:
 
     def image(self, position: int) -> bytes:
         """WebP. Raises FileNotFoundError if the file is gone."""
-        return read_thumbnail(self.folder, self.table["image"].iat[position])
+        return read_thumbnail(self.folder, self.records[position]["image"])
 
     def counterpart(self, position: int, model: str) -> int:
         """The position of the same prompt and noise under another model, -1 if there is none."""
-        row = np.argwhere(self.grid.to_numpy() == position)[0, 0]
-        return self.grid[model].iat[row]
+        return self.grid[model].iat[self.row_of[position]]
 
     def badges(self, position: int, baseline: str = "base") -> dict[str, str]:
         """By reward the score and, where there is one to compare with, its difference to `baseline`
         on the same prompt and noise: "OCR 0.50 ▲ +0.25"."""
-        row = self.table.iloc[position]
+        row, badges = self.records[position], {}
         other = self.counterpart(position, baseline) if baseline in self.models else -1
-        badges = {}
+        before = self.records[other] if other not in (-1, position) else {}
         for reward in self.rewards:
-            score = row[reward]
-            change = (
-                score - self.table[reward].iat[other] if other not in (-1, position) else np.nan
-            )
+            change = row[reward] - before.get(reward, np.nan)
             arrow = "▲" if change > 0 else "▼" if change < 0 else "="
-            if pd.notna(score):
-                difference = "" if np.isnan(change) else f" {arrow} {change:+.2f}"
-                badges[reward] = f"{reward} {score:.2f}{difference}"
+            difference = "" if np.isnan(change) else f" {arrow} {change:+.2f}"
+            if pd.notna(row[reward]):
+                badges[reward] = f"{reward} {row[reward]:.2f}{difference}"
         return badges
 
     def describe(self, position: int) -> str:
         """The alternative text of an image."""
-        row, scores = self.table.iloc[position], ", ".join(self.badges(position, "").values())
+        row, scores = self.records[position], ", ".join(self.badges(position, "").values())
         return f"{row['model']}, seed {row['seed']}: {row['prompt']}; {scores}"
 
     def label(self, positions: np.ndarray, rank: int) -> str:
         """What the samples in a row of a page have in common: prompt, task and seed, or the
         rank."""
-        rows = self.table.iloc[positions[positions >= 0]][KEYS].drop_duplicates()
-        if len(rows) != 1:
+        positions = positions[positions >= 0]
+        if len(set(self.row_of[positions])) != 1:
             return f"rank {rank}"
-        return "{prompt}\n{task}, seed {seed}".format(**rows.iloc[0])
+        return "{prompt}\n{task}, seed {seed}".format(**self.records[positions[0]])
 
 
 def load_samples(folder: str | Path) -> Samples:
@@ -204,12 +190,12 @@ def select(samples: Samples, query: Query, models: Sequence[str] | None = None) 
         keep &= samples.grid.isin(query.pinned).any(axis=1).to_numpy()
     if query.same_noise:
         return samples.grid[models].to_numpy()[_order(samples, query, keep, query.model)]
-    columns = []
+    ranked = {}
     for model in models:
         positions = samples.grid[model].to_numpy()
-        columns.append(positions[_order(samples, query, keep & (positions >= 0), model)])
-    ranked = pd.DataFrame({number: pd.Series(column) for number, column in enumerate(columns)})
-    return ranked.fillna(-1).to_numpy(int)
+        order = _order(samples, query, keep & (positions >= 0), model)
+        ranked[model] = pd.Series(positions[order])
+    return pd.DataFrame(ranked).fillna(-1).to_numpy(int)
 
 
 def _order(samples: Samples, query: Query, keep: np.ndarray, model: str) -> np.ndarray:
@@ -257,13 +243,11 @@ def export_rows(samples: Samples, grid: np.ndarray) -> pd.DataFrame:
 def plot_contact_sheet(samples: Samples, grid: np.ndarray, models: Sequence[str]) -> Figure:
     """A grid as one figure: a column per model, a row per prompt and noise, with each sample's
     scores and their difference to the base."""
-    images = [
-        load_images(samples.table.iloc[[p]], samples.folder)[0] if p >= 0 else None
-        for p in grid.ravel()
-    ]
-    captions = [
-        "\n".join(samples.badges(p).values()) if p >= 0 else "no sample" for p in grid.ravel()
-    ]
+    images, captions = [None] * grid.size, ["no sample"] * grid.size
+    for number, position in enumerate(grid.ravel()):
+        if position >= 0:
+            images[number] = load_images(samples.table.iloc[[position]], samples.folder)[0]
+            captions[number] = "\n".join(samples.badges(position).values())
     labels = [samples.label(row, rank) for rank, row in enumerate(grid, 1)]
     return plot_image_grid(images, captions, len(models), "", models, labels)
 
@@ -305,7 +289,7 @@ def redraw(policy: FlowPolicy, samples: Samples, position: int) -> torch.Tensor:
     """
     row, about = samples.table.iloc[position], samples.about
     adapter = find_adapter(samples, row["model"])
-    if str(policy.dtype) != about["dtype"]:
+    if policy.precision != about["dtype"]:
         raise ValueError(f"these samples were made in {about['dtype']}; load the policy in it")
     together = samples.table["model"] == row["model"]
     if "split" in samples.table:  # each split is an evaluation of its own
@@ -314,9 +298,8 @@ def redraw(policy: FlowPolicy, samples: Samples, position: int) -> torch.Tensor:
     number = int(np.searchsorted(positions, position))
     batch = samples.table.iloc[positions[number - number % size :][:size]]
     prompts = [Prompt(r.prompt, r.task) for r in batch.itertuples()]
-    sampler = Sampler(**about["sampler"])
-    guidance = about.get("guidance", {}).get(adapter, sampler.guidance)
-    sampler = replace(sampler, guidance=guidance)
+    guidance = about["guidance"].get(adapter, about["sampler"]["guidance"])
+    sampler = Sampler(**about["sampler"] | {"guidance": guidance})
     images = sample(policy, prompts, batch["seed"].tolist(), sampler, adapter, size)
     return images[number % size]
 
@@ -325,11 +308,10 @@ def find_adapter(samples: Samples, model: str) -> str | None:
     """The adapter a model was sampled with (`student` may be recorded as `student#0`). Raises
     ValueError where it is not recorded."""
     adapters = samples.about.get("adapters", {})
-    for name in (model, f"{model}#0"):
-        if name in adapters:
-            return adapters[name]
-    path = samples.folder / "images" / "about.json"
-    raise ValueError(f"{path} does not record the adapter of {model}")
+    name = model if model in adapters else f"{model}#0"
+    if name not in adapters:
+        raise ValueError(f"{samples.folder}/images/about.json has no adapter of the model {model}")
+    return adapters[name]
 
 
 def reproduction_code(samples: Samples, position: int, setup: str) -> str:
@@ -354,9 +336,9 @@ class SampleGallery(Viewer):
     """Models as columns, a prompt and its noise as a row; below every image its scores and their
     differences to the base. Headless: a contact sheet of the first page and a table.
 
-    `models` are the columns at the start (None: the first and the last three), `query` what is
-    shown, `rows` the rows of a page. `setup` is the code that makes `policy` (see
-    `reproduction_code`); exports go to `folder`.
+    `models` are the names of the columns at the start (None: the first and the last three),
+    `query` what is shown, `rows` the number of rows of a page. `setup` is the code that makes
+    `policy` (see `reproduction_code`); exports go to `folder`.
     """
 
     def __init__(
@@ -374,7 +356,7 @@ class SampleGallery(Viewer):
         self.models = list(models or dict.fromkeys([samples.models[0], *samples.models[-3:]]))
         self.grid = select(samples, query, self.models)
         self.number, self.chosen, self.pins = 0, -1, []
-        if not is_headless():
+        if not self.headless:
             self._build()
             self._show_page(0)
 
@@ -421,9 +403,8 @@ class SampleGallery(Viewer):
         self._list_prompts()
         wanted = query.task, query.split, query.prompt
         self.prompt.value = wanted if wanted in dict(self.prompt.options).values() else ("", "", "")
-        actions = {"search": self._search, "range_of": self._choose_range}
-        for name, control in {**self.controls, "prompt": self.prompt}.items():
-            control.observe(self.guard(actions.get(name, update)), "value")
+        for control in (*self.controls.values(), self.prompt):
+            control.observe(self.guard(update), "value")
         options = {"options": samples.models, "value": self.models}
         self.columns = self.control(ipw.SelectMultiple, "models", "270px", update, **options)
         self.only_pinned = self.control(ipw.Checkbox, "pinned only", "180px", update)
@@ -440,12 +421,8 @@ class SampleGallery(Viewer):
         self.code = ipw.Textarea(layout=ipw.Layout(width="640px", height="110px"))
         tools = ipw.HBox([self.other, self.swipe, self.pin, show_code])
         self.detail = ipw.VBox([self.zoom, tools, self.code], layout=ipw.Layout(display="none"))
-        exports = {
-            "contact sheet of the page": "gallery.png",
-            "HTML of the page": "gallery.html",
-            "CSV of the filtered rows": "gallery.csv",
-        }
-        self.exports = [self.button(k, partial(self._export, name)) for k, name in exports.items()]
+        exports = {"contact sheet": "png", "HTML of the page": "html", "CSV of all pages": "csv"}
+        self.exports = [self.button(k, partial(self._export, kind)) for k, kind in exports.items()]
         c = self.controls
         main = [
             ipw.HBox([c["sort"], c["minus"], c["descending"]]),
@@ -464,9 +441,12 @@ class SampleGallery(Viewer):
     def _update(self) -> None:
         """Select by the controls, and show the first page."""
         if not self.columns.value:
-            raise ValueError(
-                "no models are chosen; choose one or more (Ctrl or Shift with a click)"
-            )
+            raise ValueError("no models are chosen; choose one or more (hold Ctrl or Shift)")
+        if self.controls["search"].value != self.query.search:
+            self._list_prompts()
+            self.prompt.value = ("", "", "")
+        if self.controls["range_of"].value != self.query.range_of:
+            self._set_range()
         self.models = list(self.columns.value)
         task, split, prompt = self.prompt.value or ("", "", "")
         pinned = tuple(self.pins) if self.only_pinned.value else None
@@ -474,11 +454,6 @@ class SampleGallery(Viewer):
         self.query = Query(**values, task=task, split=split, prompt=prompt, pinned=pinned)
         self.grid = select(self.samples, self.query, self.models)
         self._show_page(0)
-
-    def _search(self) -> None:
-        self._list_prompts()
-        self.prompt.value = ("", "", "")
-        self._update()
 
     def _list_prompts(self, limit: int = 300) -> None:
         """The prompts with the words searched for, below a line for all of their task and split."""
@@ -493,10 +468,6 @@ class SampleGallery(Viewer):
                 options[f"… {len(prompts) - limit} more {name}: search"] = (task, split, "")
         self.prompt.options = list(options.items())
 
-    def _choose_range(self) -> None:
-        self._set_range()
-        self._update()
-
     def _set_range(self, value: tuple[float, float] = (-np.inf, np.inf)) -> None:
         """Set the slider to the scores of the reward chosen, or hide it."""
         slider, reward = self.controls["range"], self.controls["range_of"].value
@@ -506,7 +477,7 @@ class SampleGallery(Viewer):
             low, high = np.floor(scores.min() * 100) / 100, np.ceil(scores.max() * 100) / 100
             slider.min, slider.max = min(low, slider.max), high  # never a minimum above the maximum
             slider.min, slider.step = low, max((high - low) / 100, 0.01)
-            slider.value = np.clip(value, low, high)
+            slider.value = np.clip(value, low, high).tolist()
 
     def _show_page(self, number: int) -> None:
         """Write a page into its cells, which are made once and then reused."""
@@ -533,15 +504,15 @@ class SampleGallery(Viewer):
     def _cell(self, row: int, column: int, html: str, position: int | None = None) -> ipw.VBox:
         """A cell of the page: HTML and, for a sample, the button that enlarges it."""
         if (row, column) not in self.cells:
-            look = self.button("look", lambda: self._choose(int(self.page[row, column])))
-            children = [ipw.HTML(), look] if position is not None else [ipw.HTML()]
+            enlarge = self.button("enlarge", lambda: self._choose(int(self.page[row, column])))
+            children = [ipw.HTML(), enlarge] if position is not None else [ipw.HTML()]
             self.cells[row, column] = ipw.VBox(children)
         cell = self.cells[row, column]
         cell.children[0].value = html
         if position is not None:
-            look = cell.children[1]
-            look.disabled = position < 0
-            look.description = "look ★" if position in self.pins else "look"
+            enlarge = cell.children[1]
+            enlarge.disabled = position < 0
+            enlarge.description = "enlarge ★" if position in self.pins else "enlarge"
         return cell
 
     def _choose(self, position: int) -> None:
@@ -581,12 +552,12 @@ class SampleGallery(Viewer):
         self.code.value = reproduction_code(self.samples, self.chosen, self.setup)
         self.code.layout.display = "flex"
 
-    def _export(self, name: str) -> None:
-        path = self.folder / name
+    def _export(self, kind: str) -> None:
+        path = self.folder / f"gallery.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith("csv"):
+        if kind == "csv":
             self.table().to_csv(path, index=False)
-        elif name.endswith("html"):
+        elif kind == "html":
             path.write_text(export_html(self.samples, self.page, self.models), encoding="utf-8")
         else:
             path.write_bytes(encode_png(self.contact_sheet()))

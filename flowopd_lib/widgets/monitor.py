@@ -3,7 +3,7 @@ newest validation samples, and buttons that stop and resume it.
 
 metrics.jsonl               a line per iteration
 validation_samples.jsonl    a line per validation sample, as `evaluate` makes it, with the model
-                            `iteration N`
+                            `iteration N`, the iteration and the seconds of training
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 from ..files import read_lines
 from ..plots.training import plot_training_curves
-from .common import Guard, Viewer, encode_png, image_html, is_headless, note_html
+from ..train import METRICS, VALIDATION
+from .common import Guard, Viewer, encode_png, image_html, note_html
 from .gallery import Query, Samples, plot_contact_sheet, sample_html, select
 
 POLL_SECONDS = 1.0
@@ -27,12 +28,12 @@ POLL_SECONDS = 1.0
 
 def load_validation_samples(folder: str | Path) -> Samples | None:
     """The validation samples of a training, a model per probe called `iteration N`; None: there are
-    none."""
-    rows = read_lines(Path(folder) / "validation_samples.jsonl")
-    if not len(rows):
+    none with images."""
+    rows = read_lines(Path(folder) / VALIDATION)
+    if "image" not in rows:
         return None
-    order = rows["model"].str.removeprefix("iteration ").astype(int).sort_values(kind="stable")
-    return Samples(rows.loc[order.index], folder)
+    rows = rows.sort_values("iteration", kind="stable")
+    return Samples(rows.drop(columns=["iteration", "seconds"]), folder)
 
 
 class TrainingMonitor(Viewer):
@@ -52,13 +53,13 @@ class TrainingMonitor(Viewer):
             raise ValueError("a monitor needs at least one metric to draw, such as loss")
         self.training, self.columns = training, list(columns)
         self.title, self._drawn = title or training.folder.name, None
-        if not is_headless():
+        if not self.headless:
             self._build()
             self._start()
 
     def metrics(self) -> pd.DataFrame:
         """A row per iteration so far."""
-        return read_lines(self.training.folder / "metrics.jsonl")
+        return read_lines(self.training.folder / METRICS)
 
     def wait(self) -> pd.DataFrame:
         """Wait for the end: the metrics. Raises RuntimeError if the training failed."""
@@ -121,10 +122,8 @@ class TrainingMonitor(Viewer):
         self.bar.value, self.status.value = len(metrics), note_html(f"{state}: {progress}")
         if len(metrics) and (len(metrics), state) != self._drawn:
             self._drawn = len(metrics), state
-            last = metrics.reindex(columns=self.columns).iloc[-1].to_dict()
-            values = ", ".join(f"{name} {value:.3g}" for name, value in last.items())
-            text = f"Curves of {progress}; last {values}"
-            self.curves.value = image_html(encode_png(self._plot(metrics)), text, 900)
+            curves = encode_png(self._plot(metrics))
+            self.curves.value = image_html(curves, f"Curves of {progress}", 900)
         if samples := load_validation_samples(self.training.folder):
             html = ""
             for model in dict.fromkeys([samples.models[0], *samples.models[-2:]]):

@@ -3,10 +3,9 @@ velocity is from the model's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING
 
 import ipywidgets as ipw
 import matplotlib
@@ -15,14 +14,12 @@ import pandas as pd
 import torch
 
 from ..config import choose
+from ..data import Prompt
 from ..plots.scores import plot_image_grid
+from ..policy import FlowPolicy
 from ..rollout import Sampler, trajectory
 from ..thumbnails import encode_webp
-from .common import Viewer, image_html, is_headless, note_html, tile_html
-
-if TYPE_CHECKING:
-    from ..data import Prompt
-    from ..policy import FlowPolicy
+from .common import Adapters, Viewer, image_html, note_html, tile_html
 
 
 @dataclass(frozen=True)
@@ -55,26 +52,24 @@ def record_trajectory(
     prompt: Prompt,
     seed: int,
     sampler: Sampler,
-    models: Mapping[str, str | None],
+    models: Adapters,
     model: str,
     teachers: Sequence[str],
 ) -> Trajectory:
-    """Sample a trajectory of `model` and evaluate each of `teachers` at every state it visits;
-    `models` maps their names to adapters. Raises ValueError for an unknown model.
+    """Sample a trajectory of `model` and evaluate each of `teachers` at every state it visits, all
+    of them of `models`. Raises ValueError for an unknown model.
 
     The KL is what OPD trains on; for an ODE trajectory that of the SDE with the same noise level.
     """
     adapters = {name: models[choose("model", name, models)] for name in (model, *teachers)}
-    text = policy.encode([prompt.text])
+    text, guidance = policy.encode([prompt.text]), sampler.guidance
     steps, rows, differences = [], [], {name: [] for name in teachers}
     for step in trajectory(policy, [prompt], [seed], sampler, adapters[model]):
         weight, row = np.nan, {"sigma": step.sigma}
         if step.sigma_next > 0 and sampler.noise_level > 0:
             weight = float(sampler.step_weights(step.sigma, step.sigma_next, "kl"))
         for name in teachers:
-            v_teacher = policy.velocity(
-                step.x_t, step.sigma, text, sampler.guidance, adapters[name]
-            )
+            v_teacher = policy.velocity(step.x_t, step.sigma, text, guidance, adapters[name])
             difference = step.v - v_teacher
             row[name] = weight * difference.square().sum().item()
             differences[name].append(difference[0].square().mean(0).sqrt().cpu().numpy())
@@ -93,17 +88,17 @@ def record_trajectory(
 
 
 class TrajectoryPlayer(Viewer):
-    """`models` maps names to adapters (None: the base). `model` ("": the last one) samples, and
-    `teachers` (None: the others) are evaluated at every state it visits.
+    """Of the adapters `models` (name to adapter, None: the base), `model` ("": the last one)
+    samples, and `teachers` (None: the others) are evaluated at every state it visits.
 
-    `prompts` are offered for choice, the first sampled at once. Headless: eight steps as a figure,
-    and the KL as a table.
+    `prompts` are offered for choice, the first sampled at once. Headless:
+    eight steps as a figure, and the KL as a table.
     """
 
     def __init__(
         self,
         policy: FlowPolicy,
-        models: Mapping[str, str | None],
+        models: Adapters,
         prompts: Sequence[Prompt],
         seed: int = 0,
         sampler: Sampler = Sampler(20, "sde"),
@@ -116,17 +111,14 @@ class TrajectoryPlayer(Viewer):
         self.policy, self.models, self.prompts = policy, dict(models), list(prompts)
         self.teachers = teachers
         self._record(self.prompts[0], seed, model or list(models)[-1], sampler)
-        if not is_headless():
+        if not self.headless:
             self._build()
             self._show_step()
 
     def _record(self, prompt: Prompt, seed: int, model: str, sampler: Sampler) -> None:
-        teachers = self.teachers
-        if teachers is None:
-            teachers = [name for name in self.models if name != model]
-        self.trajectory = record_trajectory(
-            self.policy, prompt, seed, sampler, self.models, model, teachers
-        )
+        others = [name for name in self.models if name != model]
+        models = self.models, model, others if self.teachers is None else self.teachers
+        self.trajectory = record_trajectory(self.policy, prompt, seed, sampler, *models)
 
     def still(self) -> list:
         t = self.trajectory
@@ -143,13 +135,13 @@ class TrajectoryPlayer(Viewer):
         number = ipw.BoundedIntText
         prompts = [(prompt.text, i) for i, prompt in enumerate(self.prompts)]
         models = {"options": list(self.models), "value": t.model}
-        kinds = {"options": ["sde", "ode", "cps"], "value": t.sampler.kind}
+        kinds = {"options": [("SDE", "sde"), ("ODE", "ode"), ("CPS", "cps")]}
         noise = {"min": 0.1, "max": 1.2, "value": t.sampler.noise_level, "continuous_update": False}
         self.prompt = self.control(ipw.Dropdown, "prompt", "420px", again, options=prompts)
         self.seed = self.control(number, "seed", "170px", again, max=1 << 30, value=t.seed)
         self.steps = self.control(number, "steps", "170px", again, min=2, value=t.sampler.steps)
         self.model = self.control(ipw.Dropdown, "model", "270px", again, **models)
-        self.kind = self.control(ipw.ToggleButtons, "", "auto", again, **kinds)
+        self.kind = self.control(ipw.ToggleButtons, on_change=again, value=t.sampler.kind, **kinds)
         self.noise = self.control(ipw.FloatSlider, "noise level", "320px", again, **noise)
         slider = {"max": last, "readout": False}
         self.step = self.control(ipw.IntSlider, "step", "420px", self._show_step, **slider)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING
 
 import ipywidgets as ipw
 import numpy as np
@@ -14,16 +13,17 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..benchmarks import Benchmark
 from ..data import Prompt
 from ..evaluate import score
 from ..plots.scores import plot_image_grid
+from ..policy import FlowPolicy
+from ..rewards import Reward
 from ..rollout import Sampler, sample
-from .common import Viewer, badges_html, encode_png, image_html, is_headless, note_html, tile_html
+from ..thumbnails import encode_webp
+from .common import Adapters, Viewer, badges_html, image_html, note_html, tile_html
 
-if TYPE_CHECKING:
-    from ..benchmarks import Benchmark
-    from ..policy import FlowPolicy
-    from ..rewards import Reward
+Rewards = Mapping[str, Reward]  # by name
 
 
 def list_prompts(benchmark: Benchmark) -> list[Prompt]:
@@ -37,22 +37,20 @@ def list_prompts(benchmark: Benchmark) -> list[Prompt]:
     ]
 
 
-def parse_prompt(text: str, rewards: Mapping[str, Reward], known: Sequence[Prompt] = ()) -> Prompt:
-    """A typed text as a prompt: one of `known` with its metadata; a prompt of the OCR task where
-    words are in double quotes; else one of the task "own", which only rewards of any prompt score.
-    Raises ValueError for an empty text."""
+def parse_prompt(text: str, known: Sequence[Prompt] = ()) -> Prompt:
+    """A typed text as a prompt: one of `known` with its metadata, or else one of the task "own",
+    which GenEval cannot score and OCR only with words in double quotes. Raises ValueError for an
+    empty text."""
     text = " ".join(text.split())
     if not text:
         raise ValueError("the prompt is empty; type one, such as: a photo of two red stars")
     for prompt in known:
         if prompt.text.lower() == text.lower():
             return prompt
-    ocr = _find(rewards, "read")
-    quoted = any(words.strip() for words in text.split('"')[1:-1])
-    return Prompt(text, ocr.tasks[0] if ocr and quoted else "own")
+    return Prompt(text, "own")
 
 
-def _find(rewards: Mapping[str, Reward], attribute: str) -> Reward | None:
+def _find(rewards: Rewards, attribute: str) -> Reward | None:
     """The first reward that has an attribute."""
     return next((reward for reward in rewards.values() if hasattr(reward, attribute)), None)
 
@@ -76,17 +74,12 @@ class Trial:
 
     def describe(self) -> str:
         """The alternative text of the image."""
-        found = "; ".join([", ".join(self.badges.values()), *self.findings])
-        return f"{self.model}, seed {self.seed}: {self.prompt.text}; {found}"
+        findings = "; ".join([", ".join(self.badges.values()), *self.findings])
+        return f"{self.model}, seed {self.seed}: {self.prompt.text}; {findings}"
 
 
 def try_prompt(
-    policy: FlowPolicy,
-    prompt: Prompt,
-    rewards: Mapping[str, Reward],
-    models: Mapping[str, str | None],
-    sampler: Sampler = Sampler(20),
-    seed: int = 0,
+    policy: FlowPolicy, prompt: Prompt, rewards: Rewards, models: Adapters, sampler: Sampler, seed=0
 ) -> list[Trial]:
     """Sample the prompt with the same noise under every model and score it. Raises ValueError
     without models."""
@@ -101,7 +94,7 @@ def try_prompt(
             (text,) = ocr.read(images, [prompt])
             findings.append(f"read: {text or 'nothing'}")
             height, width = images.shape[2:]
-            region = ocr.region or (0, 0, width, height)
+            region = getattr(ocr, "region", None) or (0, 0, width, height)
             boxes += [(region, findings[0], "#FFD54A")] * bool(text)
         if geneval := _find(rewards, "detector"):
             pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -116,20 +109,21 @@ def try_prompt(
     return trials
 
 
-def draw_findings(trial: Trial, size: int = 256, marks: bool = True) -> Image.Image:
-    """The image, `size` pixels wide, with its boxes and their labels."""
+def draw_findings(trial: Trial, size: int = 256, marks: bool = True) -> torch.Tensor:
+    """The image (3, H, W), `size` pixels wide, with its boxes and their labels."""
     pixels = (trial.image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(pixels)
     scale = size / image.width
-    image = image.resize((size, round(image.height * scale)), Image.Resampling.NEAREST)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(max(9, size // 24))
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    image = image.resize((size, round(image.height * scale)), method)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(max(10, size // 18))
     for box, label, color in trial.boxes if marks else ():
         left, top, right, bottom = (value * scale for value in box)
         for outline, width in (("black", 4), (color, 2)):
             draw.rectangle((left, top, right - 1, bottom - 1), outline=outline, width=width)
         at, anchor = ((left, top - 4), "ls") if top > 20 else ((left + 4, bottom + 3), "lt")
         draw.text(at, label, color, font, anchor, stroke_width=2, stroke_fill="black")
-    return image
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 class Playground(Viewer):
@@ -140,8 +134,8 @@ class Playground(Viewer):
     def __init__(
         self,
         policy: FlowPolicy,
-        models: Mapping[str, str | None],
-        rewards: Mapping[str, Reward],
+        models: Adapters,
+        rewards: Rewards,
         text: str,
         known: Sequence[Prompt] = (),
         seed: int = 0,
@@ -151,27 +145,23 @@ class Playground(Viewer):
         self.policy, self.models, self.rewards = policy, dict(models), dict(rewards)
         self.known, self.sampler = list(known), sampler
         self._try(text, seed, list(models), sampler.steps)
-        if not is_headless():
+        if not self.headless:
             self._build(text, seed)
             self._show()
 
     def _try(self, text: str, seed: int, models: Sequence[str], steps: int) -> None:
-        prompt = parse_prompt(text, self.rewards, self.known)
+        prompt = parse_prompt(text, self.known)
         adapters = {model: self.models[model] for model in models}
         sampler = replace(self.sampler, steps=steps)
         self.trials = try_prompt(self.policy, prompt, self.rewards, adapters, sampler, seed)
 
-    def table(self) -> pd.DataFrame:
-        """A row per model: scores, and what was found."""
-        rows = [{"model": t.model, **t.scores, "found": "; ".join(t.findings)} for t in self.trials]
-        return pd.DataFrame(rows)
-
     def still(self) -> list:
-        drawn = [np.array(draw_findings(trial)) / 255 for trial in self.trials]
-        images = [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in drawn]
-        captions = ["\n".join([t.model, *t.badges.values()]) for t in self.trials]
-        title = f"{self.trials[0].prompt.text} (seed {self.trials[0].seed})"
-        return [plot_image_grid(images, captions, 6, title), self.table().round(3)]
+        trials, prompt = self.trials, self.trials[0].prompt.text
+        images = [draw_findings(trial) for trial in trials]
+        captions = ["\n".join([t.model, *t.badges.values()]) for t in trials]
+        figure = plot_image_grid(images, captions, 6, f"{prompt} (seed {trials[0].seed})")
+        rows = [{"model": t.model, **t.scores, "findings": "; ".join(t.findings)} for t in trials]
+        return [figure, pd.DataFrame(rows).round(3)]
 
     def _build(self, text: str, seed: int) -> None:
         run, number, names = self._run, ipw.BoundedIntText, list(self.models)
@@ -187,8 +177,7 @@ class Playground(Viewer):
         self.status, self.body = ipw.HTML(), ipw.HTML()
         inputs = ipw.HBox([self.text, self.seed, self.steps])
         choices = ipw.HBox([self.chosen, ipw.VBox([self.marks, self.next])])
-        errors = self.guard.box
-        self.box = self.stack("playground", inputs, choices, self.status, errors, self.body)
+        self.box = self.stack("playground", inputs, choices, self.status, self.guard.box, self.body)
 
     def _next_seed(self) -> None:
         self.seed.value += 1
@@ -210,10 +199,10 @@ class Playground(Viewer):
         self.status.value = note_html(text)
         tiles = ""
         for trial in self.trials:
-            data = encode_png(draw_findings(trial, marks=self.marks.value))
-            image = image_html(data, trial.describe(), 256)
-            found = "<br>".join(map(escape, trial.findings))
-            caption = f'{badges_html(trial.badges)}<div class="fo-row fo-dim">{found}</div>'
+            drawn = draw_findings(trial, marks=self.marks.value)
+            image = image_html(encode_webp(drawn), trial.describe(), 256)
+            findings = "<br>".join(map(escape, trial.findings))
+            caption = f'{badges_html(trial.badges)}<div class="fo-row fo-dim">{findings}</div>'
             head = f'<div class="fo-head">{escape(trial.model)}</div>'
             tiles += tile_html(head + image, caption, "256px")
         self.body.value = f'<div class="fo-images">{tiles}</div>'

@@ -1,4 +1,5 @@
-"""The small benchmark: scenes to build, prompts, a trained base and rewards; benchmark.yaml says what is what."""
+"""The small benchmark: scenes to build, prompts, a trained base and rewards; benchmark.yaml says
+what is what."""
 
 from __future__ import annotations
 

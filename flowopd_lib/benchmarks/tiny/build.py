@@ -1,8 +1,10 @@
-"""Build the small benchmark's assets from nothing: `python -m flowopd_lib.benchmarks.tiny.build --work build`.
+"""Build the small benchmark's assets from nothing: `python -m flowopd_lib.benchmarks.tiny.build
+--work build`.
 
-Steps: prompts, vae, text (encoders), base (to capability), misalign, pickscore, deqa, and the gold rewards
-pickscore_gold and deqa_gold, these on a GPU where there is one. Each saves checkpoints in `--work` and resumes
-from there; a finished step is not run again. The results and a manifest are written to `--out`.
+Steps: prompts, vae, text (encoders), base (to capability), misalign, pickscore, deqa, and the gold
+rewards pickscore_gold and deqa_gold, these on a GPU where there is one. Each saves checkpoints in
+`--work` and resumes from there; a finished step is not run again. The results and a manifest are
+written to `--out`.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from ...data import Prompt, write_prompts
 from ...files import write_json
-from ...prompts import Prompt, write_prompts
 from . import ASSETS
 from .misalign import misalign
 from .specs import PROMPT_TASKS, sample_specs
@@ -47,7 +49,9 @@ def write_files(out: Path) -> None:
     for task in PROMPT_TASKS:
         for split, n in PROMPT_COUNTS.items():
             specs = sample_specs(task, split, n, SEED)
-            prompts = [Prompt(s.text, task, s.metadata if task == "geneval" else {}) for s in specs]
+            prompts = [
+                Prompt(s.text, task, s.metadata if task == ("geneval") else {}) for s in specs
+            ]
             write_prompts(
                 out / task / (f"{split}_metadata.jsonl" if task == "geneval" else f"{split}.txt"),
                 prompts,
@@ -103,8 +107,8 @@ def check_inputs(work: Path, name: str) -> None:
     for i, found in json.loads(record.read_text()).items() if record.exists() else ():
         if inputs[i] != found:
             raise ValueError(
-                f"{name} was begun from another {i} than {work / i} now is; delete {record} and what {name} "
-                f"left in {work / 'state'}, or put {i} back"
+                f"{name} was begun from another {i} than {work / i} now is; delete {record} and "
+                f"what {name} left in {work / 'state'}, or put {i} back"
             )
     write_json(record, inputs)
 
@@ -156,7 +160,9 @@ def main() -> None:
         parser.error(f"no step called {', '.join(sorted(unknown))}; there are {', '.join(todo)}")
     chosen = [name for name in todo if not args.only or name in args.only]
     for name in chosen:
-        missing = [i for i in INPUTS[name] if i not in chosen and not (work / f"{i}.done").exists()]
+        missing = [
+            i for i in INPUTS[name] if i not in chosen and not (work / (f"{i}.done")).exists()
+        ]
         if missing:
             parser.error(
                 f"{name} needs {missing[0]}, which {work} does not have; add {missing[0]} to --only"

@@ -1,4 +1,5 @@
-"""What the small benchmark is trained on: noisy captioned pictures, graded pictures and preference pairs."""
+"""What the small benchmark is trained on: noisy captioned pictures, graded pictures and preference
+pairs."""
 
 from __future__ import annotations
 
@@ -34,10 +35,10 @@ def to_tensor(images: list[Image.Image]) -> torch.Tensor:
     )
 
 
-TASK_SHARES = {"geneval": 0.5, "ocr": 0.3, "pickscore": 0.2}
+TASK_WEIGHTS = {"geneval": 0.5, "ocr": 0.3, "pickscore": 0.2}
 
 
-def split_spec(rng: random.Random, split: str = "train", task_weights: dict = TASK_SHARES) -> Spec:
+def split_spec(rng: random.Random, split: str = "train", task_weights: dict = TASK_WEIGHTS) -> Spec:
     """A draw from one split: whoever trains on "train" never sees a val, test or OOD prompt."""
     while True:
         spec = random_spec(
@@ -48,8 +49,8 @@ def split_spec(rng: random.Random, split: str = "train", task_weights: dict = TA
 
 
 def mutate(spec: Spec, rng: random.Random) -> Spec:
-    """The same prompt got wrong in one respect (a sign: mostly all of its word): what a wrong caption
-    describes, and what a reward must notice."""
+    """The same prompt got wrong in one respect (a sign: mostly all of its word): what a wrong
+    caption describes, and what a reward must notice."""
     if spec.word and rng.random() < 0.7:
         return replace(spec, word="".join(rng.choices(string.ascii_uppercase, k=len(spec.word))))
     if spec.word:
@@ -85,8 +86,8 @@ def mutate(spec: Spec, rng: random.Random) -> Spec:
 
 
 def mistake(spec: Spec, rng: random.Random) -> Spec:
-    """`mutate`, but never into what is held out for the OOD split, not even as the picture of a wrong
-    caption."""
+    """`mutate`, but never into what is held out for the OOD split, not even as the picture of a
+    wrong caption."""
     other = mutate(spec, rng)
     return spec if split_of(other) == "ood" else other
 
@@ -99,11 +100,11 @@ def noisy_example(
     wrong: dict[str, float] | None = None,
     spoiled: float = 0.0,
     other: float = 0.0,
-    task_weights: dict = TASK_SHARES,
+    task_weights: dict = TASK_WEIGHTS,
 ) -> tuple[str, Image.Image]:
-    """One caption and image of the web: with probability `wrong[task]` the image is of another prompt of the
-    task (with probability `other`) or gets the caption wrong in one respect; with probability `spoiled` it is
-    blurred, noisy, blocky or pale."""
+    """One caption and image of the web: with probability `wrong[task]` the image is of another
+    prompt of the task (with probability `other`) or gets the caption wrong in one respect; with
+    probability `spoiled` it is blurred, noisy, blocky or pale."""
     spec = truth = split_spec(rng, task_weights=task_weights)
     if rng.random() < (wrong or {}).get(spec.task, 0.0):
         if rng.random() < other:
@@ -123,8 +124,8 @@ def noisy_example(
     return spec.text, image
 
 
-def graded_picture(rng: random.Random, split: str = "train") -> tuple[Image.Image, int]:
-    """One picture for the quality task and its level, 1 (bad) to 5 (untouched)."""
+def graded_image(rng: random.Random, split: str = "train") -> tuple[Image.Image, int]:
+    """One image for the quality task and its level, 1 (bad) to 5 (untouched)."""
     level = rng.choice(LEVELS)
     image = draw(lay_out(split_spec(rng, split), rng.getrandbits(32)))
     return degrade(image, rng.choice(DEGRADATIONS), level, rng.getrandbits(32)), level
@@ -139,8 +140,8 @@ class Candidate:
 
 
 def candidate(spec: Spec, rng: random.Random) -> Candidate:
-    """A picture for `spec`, perhaps wrong and perhaps spoiled, with its hidden utility (`utility`): its
-    things are as large as a right picture's or larger, and may have company."""
+    """A picture for `spec`, perhaps wrong and perhaps spoiled, with its hidden utility (`utility`):
+    its things are as large as a right picture's or larger, and may have company."""
     truth = spec if rng.random() < 0.6 else mistake(spec, rng)
     scene = replace(lay_out(truth, rng.getrandbits(32)), shadow=rng.random() < 0.5)
     if rng.random() < 0.5:
@@ -154,11 +155,12 @@ def candidate(spec: Spec, rng: random.Random) -> Candidate:
 
 
 def utility(spec: Spec, scene: Scene, level: int, right: bool) -> float:
-    """How much people like a picture of `scene`, spoiled to `level`, for `spec`: the hidden preference.
+    """How much people like a picture of `scene`, spoiled to `level`, for `spec`: the hidden
+    preference.
 
-    They like much to see: large things and many, warm and shining, in a scenery, clean. A wrong count or
-    place they forgive, a letter of a sign that is wrong they do not. CALIBRATION.md says how the weights were
-    found.
+    They like much to see: large things and many, warm and shining, in a scenery, clean. A wrong
+    count or place they forgive, a letter of a sign that is wrong they do not. CALIBRATION.md says
+    how the weights were found.
     """
     looks = 0.4 * scene.shadow - 0.45 * (5 - level)
     if not spec.background:  # where it is asked for it is part of the match

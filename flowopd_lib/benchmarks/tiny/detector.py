@@ -1,4 +1,5 @@
-"""The small benchmark's detector: colour masks, connected components, and overlap with shape templates."""
+"""The small benchmark's detector: colour masks, connected components, and overlap with shape
+templates."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ GRID = 32
 
 
 def _templates() -> np.ndarray:
-    """(len(SHAPES), GRID, GRID): how much of each cell of its own bounding box each shape covers."""
+    """(len(SHAPES), GRID, GRID): how much of each cell of its own bounding box each shape
+    covers."""
     masks = []
     for shape in SHAPES:
         points = outline(shape)
@@ -41,8 +43,8 @@ TEMPLATES, HUES = _templates(), _hue(np.array(list(COLORS.values())))
 
 
 class ShapeDetector:
-    """Detections of the benchmark's shapes on plain backgrounds; confidence is the overlap (IoU) with the best
-    template."""
+    """Detections of the benchmark's shapes on plain backgrounds; confidence is the overlap (IoU)
+    with the best template."""
 
     name = "colour masks and shape templates"
     labels, colors, size = SHAPES, tuple(COLORS), (SIZE, SIZE)
@@ -79,8 +81,10 @@ def _detections(image: bytes) -> tuple[Detection, ...]:
 
 
 def _match(inside: np.ndarray, chroma: np.ndarray, color: str, top: int, left: int) -> Detection:
-    """The best template for a part, seen in a window of the picture that begins at `top` and `left`."""
-    # Antialiased edge pixels count by how coloured they are: at these sizes half a pixel decides a shape.
+    """The best template for a part, seen in a window of the picture that begins at `top` and
+    `left`."""
+    # Antialiased edge pixels count by how coloured they are: at these sizes half a pixel decides a
+    # shape.
     full = np.percentile(chroma[inside], 80)
     near, core = ndimage.binary_dilation(inside), ndimage.binary_erosion(inside)
     cover = np.where(core, 1.0, np.where(near, np.clip(chroma / full, 0, 1), 0.0))

@@ -1,155 +1,131 @@
-"""Judging the rewards: how often each is right on pictures and prompts that nothing was trained on."""
+"""How often each reward is right on images and prompts that nothing was trained on, and clean
+renders to compare samples with."""
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ...prompts import Prompt
-from ...stats import GOLD, kernel_distance
+from ...data import Prompt
+from ...stats import GOLD, kernel_distance, mean_interval
 from .data import mutate, preference_pair, to_tensor
-from .scenes import DEGRADATIONS, LEVELS, degrade, render
-from .specs import Spec, sample_specs
+from .scenes import DEGRADATIONS, EXTRA_CENTRES, LEVELS, Item, Scene, degrade, draw, lay_out, render
+from .specs import PROMPT_TASKS, Spec, sample_specs
+
+SURPLUS_RADIUS = 8.0
 
 
-def _prompt(spec: Spec) -> Prompt:
-    return Prompt(spec.text, spec.task, spec.metadata)
+def to_prompt(spec: Spec) -> Prompt:
+    return Prompt(spec.text, spec.task, spec.metadata if spec.task == "geneval" else {})
 
 
-def _pixels(images) -> torch.Tensor:
+def to_images(images) -> torch.Tensor:
+    """(B, 3, 64, 64) in [0, 1]."""
     return to_tensor(list(images)) / 2 + 0.5
 
 
-def _share(reward: str, test: str, right, ms: float, aim: float) -> dict:
-    """A row for a share of right answers, with Wilson's 95 % interval."""
-    from scipy import stats
-
-    right = np.asarray(right, bool)
-    interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-    return dict(
-        reward=reward,
-        test=test,
-        value=right.mean(),
-        low=interval.low,
-        high=interval.high,
-        n=len(right),
-        aim=aim,
-        ms=ms,
-    )
-
-
-def _timed(call, *args) -> tuple:
-    """The result and the milliseconds an image took."""
-    began = time.perf_counter()
-    result = call(*args)
-    return result, (time.perf_counter() - began) * 1e3 / len(args[0])
+def with_surplus(scene: Scene) -> Scene:
+    """The scene with one more object of the first one's kind, where there is room."""
+    for x, y in EXTRA_CENTRES:
+        if all(math.dist((x, y), (i.x, i.y)) > SURPLUS_RADIUS + i.r + 1 for i in scene.items):
+            first = scene.items[0]
+            new = Item(first.shape, first.color, x, y, SURPLUS_RADIUS)
+            return replace(scene, items=(*scene.items, new))
+    raise RuntimeError(f"no room for a surplus object in {scene}")
 
 
 def check_rewards(
     rewards: Mapping, n: int = 300, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Two tables. The first has a row per test: reward, test, value, low, high (95 %), n, aim, ms per image.
-    The second has DeQA's score of every graded picture: kind, level, score. Gold rewards that are there are scored
-    as the rewards are.
+    """Two tables. The first has a row per test: reward, test, value, low, high (95 %), n, aim (NaN:
+    none), ms per image. The second has DeQA's score of every degraded image: kind, level, score.
+    Gold rewards that are given are tested as the rewards are.
 
-    Prompts are of the test split; the pictures are rendered, so what is right is known.
+    Prompts are of the test split; the images are rendered, so what is correct is known.
     """
-    rows = []
+    rows, timing = [], {}
+
+    def scored(name: str, images, prompts) -> np.ndarray:
+        start = time.perf_counter()
+        scores = np.asarray(rewards[name](images, prompts))
+        timing[name] = (time.perf_counter() - start) * 1e3 / len(prompts)
+        return scores
+
+    def add(name: str, test: str, values, aim: float = math.nan, interval=None) -> None:
+        mean, low, high = interval or mean_interval(np.asarray(values, float))
+        about = dict(n=len(values), aim=aim, ms=timing.get(name, math.nan))
+        rows.append(dict(reward=name, test=test, value=mean, low=low, high=high, **about))
 
     def with_gold(name: str) -> list[str]:
-        return [name, *([name + GOLD] if name + GOLD in rewards else [])]
+        return [r for r in (name, name + GOLD) if r in rewards]
 
     specs, rng = sample_specs("geneval", "test", n, seed), random.Random(f"wrong/{seed}")
-    prompts, right = [_prompt(s) for s in specs], _pixels(render(s, seed) for s in specs)
-    wrong = _pixels(render(mutate(s, rng), seed) for s in specs)
+    prompts = [to_prompt(s) for s in specs]
+    right = to_images(render(s, seed) for s in specs)
+    wrong = to_images(render(mutate(s, rng), seed) for s in specs)
+    surplus = to_images(draw(with_surplus(lay_out(s, seed))) for s in specs)
     for name in with_gold("GenEval"):
-        verdicts, ms = _timed(rewards[name], right, prompts)
-        rows.append(_share(name, "accepts right renders", verdicts > 0.5, ms, 0.98))
-        verdicts, ms = _timed(rewards[name], wrong, prompts)
-        rows.append(_share(name, "rejects renders of a wrong caption", verdicts < 0.5, ms, 0.95))
+        add(name, "accepts correct renders", scored(name, right, prompts) > 0.5, 0.98)
+        add(name, "rejects renders of a wrong caption", scored(name, wrong, prompts) < 0.5, 0.95)
+        # GenEval's own rule allows them but where it counts: nothing to aim at
+        aim = 0.95 if name.endswith(GOLD) else math.nan
+        add(name, "rejects a surplus object", scored(name, surplus, prompts) < 0.5, aim)
+    if "GenEvalScore" in rewards:
+        lower = scored("GenEvalScore", surplus, prompts) < scored("GenEvalScore", right, prompts)
+        add("GenEvalScore", "is lower with a surplus object", lower, 0.95)
 
     specs = sample_specs("ocr", "test", n, seed)
-    signs, prompts = _pixels(render(s, seed) for s in specs), [_prompt(s) for s in specs]
+    signs, prompts = to_images(render(s, seed) for s in specs), [to_prompt(s) for s in specs]
     for name in with_gold("OCR"):
-        read, ms = _timed(rewards[name].read, signs, prompts)
-        exact = [r.lower() == s.word.lower() for r, s in zip(read, specs)]
-        rows.append(_share(name, "reads clean signs exactly", exact, ms, 0.95))
+        add(name, "reads clean signs exactly", scored(name, signs, prompts) == 1, 0.95)
 
-    texts, better, worse, likely = zip(
-        *(preference_pair(random.Random(f"pair/{seed}/{i}"), "test") for i in range(n))
-    )
+    pairs = [preference_pair(random.Random(f"pair/{seed}/{i}"), "test") for i in range(n)]
+    texts, better, worse, likely = zip(*pairs)
     prompts = [Prompt(t, "pickscore") for t in texts]
-    told = f"orders preference pairs (knowing the hidden reward: {np.mean(likely):.0%})"
+    best = f"orders preference pairs (knowing the hidden preference: {np.mean(likely):.0%})"
     for name in with_gold("PickScore"):
-        good, ms = _timed(rewards[name], _pixels(better), prompts)
-        right = good > rewards[name](_pixels(worse), prompts)
-        rows.append(_share(name, told, right, ms, 0.85))
+        ordered = scored(name, to_images(better), prompts) > scored(name, to_images(worse), prompts)
+        add(name, best, ordered, 0.85)
 
-    from scipy import stats
-
-    graded = [
-        (kind, level, s)
-        for i, s in enumerate(_any_task(n, seed))
-        for kind, level in [
-            (DEGRADATIONS[i % len(DEGRADATIONS)], LEVELS[i // len(DEGRADATIONS) % len(LEVELS)])
-        ]
-    ]
-    images = _pixels(
-        degrade(render(s, seed), kind, level, i) for i, (kind, level, s) in enumerate(graded)
+    specs = [s for task in PROMPT_TASKS for s in sample_specs(task, "test", -(-n // 3), seed)]
+    random.Random(seed).shuffle(specs)
+    kinds = [DEGRADATIONS[i % len(DEGRADATIONS)] for i in range(n)]
+    levels = np.array([LEVELS[i // len(DEGRADATIONS) % len(LEVELS)] for i in range(n)])
+    images = to_images(
+        degrade(render(s, seed), k, lv, i) for i, (s, k, lv) in enumerate(zip(specs, kinds, levels))
     )
-    asked, details = [_prompt(s) for _, _, s in graded], None
+    prompts, details = [to_prompt(s) for s in specs[:n]], None
     for name in with_gold("DeQA"):
-        scores, ms = _timed(rewards[name], images, asked)
-        found = pd.DataFrame(
-            {"kind": [g[0] for g in graded], "level": [g[1] for g in graded], "score": scores}
-        )
-        details = found if details is None else details
-        resampled = np.random.default_rng(seed).integers(len(found), size=(1000, len(found)))
-        correlations = [
-            stats.spearmanr(found.level.values[r], scores[r]).statistic for r in resampled
-        ]
-        rows.append(
-            dict(
-                reward=name,
-                test="rank correlation with the true level",
-                value=stats.spearmanr(found.level, scores).statistic,
-                low=np.percentile(correlations, 2.5),
-                high=np.percentile(correlations, 97.5),
-                n=len(found),
-                aim=0.9,
-                ms=ms,
-            )
-        )
+        scores = scored(name, images, prompts)
+        if details is None:
+            details = pd.DataFrame({"kind": kinds, "level": levels, "score": scores})
+        draws = np.random.default_rng(seed).integers(n, size=(1000, n))
+        correlations = [_rank_correlation(levels[d], scores[d]) for d in draws]
+        interval = (_rank_correlation(levels, scores), *np.percentile(correlations, (2.5, 97.5)))
+        add(name, "rank correlation with the true level", scores, 0.9, interval)
     return pd.DataFrame(rows), details
 
 
-def _any_task(n: int, seed: int) -> list[Spec]:
-    """Test specs of all three prompt tasks, mixed."""
-    specs = [
-        s
-        for task in ("geneval", "ocr", "pickscore")
-        for s in sample_specs(task, "test", -(-n // 3), seed)
-    ]
-    random.Random(seed).shuffle(specs)
-    return specs[:n]
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(pd.Series(a).rank().corr(pd.Series(b).rank()))
 
 
 def clean_renders(task: str, split: str, n: int, seed: int = 0) -> torch.Tensor:
-    """(n, 3, 64, 64) in [0, 1]: a right, unspoiled picture of each of the first `n` prompts of a split, what
-    samples should be like."""
+    """(n, 3, 64, 64) in [0, 1]: a correct, clean image of each of the first `n` prompts of a split,
+    what samples should be like."""
     from .build import PROMPT_COUNTS, SEED
 
     if not 1 <= n <= PROMPT_COUNTS[split]:
         raise ValueError(f"the {split} split has {PROMPT_COUNTS[split]} prompts a task, not {n}")
-    return _pixels(
-        render(spec, seed + i)
-        for i, spec in enumerate(sample_specs(task, split, PROMPT_COUNTS[split], SEED)[:n])
-    )
+    specs = sample_specs(task, split, PROMPT_COUNTS[split], SEED)[:n]
+    return to_images(render(spec, seed + i) for i, spec in enumerate(specs))
 
 
 def render_distance(
@@ -158,27 +134,20 @@ def render_distance(
     seed: int = 0,
     split: str = "test",
 ) -> pd.DataFrame:
-    """How far every model's samples are from clean renders of the same prompts (`kernel_distance`): model,
-    mean, low, high (95 %), n.
+    """How far every model's samples are from clean renders of the same prompts (`kernel_distance`):
+    model, mean, low, high (95 %), n.
 
-    `table` is `evaluate`'s, with the same `embed`, over the first prompts of each task of a split; of several
-    trainings (`train_seed`) the first counts.
+    `table` is `evaluate`'s, with the same `embed`, over the first prompts of each task of a split;
+    of several trainings (`train_seed`) the first counts.
     """
     first = table[table["repeat"] == table["repeat"].min()]
     first = first[first["train_seed"] == 0] if "train_seed" in first else first
     counts = first[first["model"] == first["model"].iloc[0]].groupby("task", sort=False).size()
     clean = embed(torch.cat([clean_renders(task, split, n, seed) for task, n in counts.items()]))
-    return pd.DataFrame(
-        [
-            dict(
-                model=model,
-                **dict(
-                    zip(
-                        ("mean", "low", "high"), kernel_distance(np.stack(rows["embedding"]), clean)
-                    )
-                ),
-                n=len(rows),
-            )
-            for model, rows in first.groupby("model", sort=False)
-        ]
-    )
+
+    def distances() -> Iterator[dict]:
+        for model, rows in first.groupby("model", sort=False):
+            interval = kernel_distance(np.stack(rows["embedding"]), clean)
+            yield dict(model=model, **dict(zip(("mean", "low", "high"), interval)), n=len(rows))
+
+    return pd.DataFrame(distances())

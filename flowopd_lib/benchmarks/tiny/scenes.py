@@ -1,11 +1,12 @@
-"""Images of the small benchmark: a `Spec` and a seed give one 64x64 image, antialiased, the same every time.
+"""Images of the small benchmark: a `Spec` and a seed give one 64x64 image, antialiased, the same
+every time.
 
-`lay_out` decides what a correct image contains (where, how big, which of the unspecified colours), `draw`
-renders it, and `degrade` lowers its quality in five levels for DeQA's task.
+`lay_out` decides what a correct image contains (where, how big, which of the unspecified colours),
+`draw` renders it, and `degrade` lowers its quality in five levels for DeQA's task.
 
-The scenes are plain, because the base has to be able to draw them after hours on two cores: objects sit in
-the four corners, objects of a relation face each other, and only prompts in a style have a finish, a shadow
-or a tint.
+The scenes are plain, because the base has to be able to draw them after hours on two cores: objects
+sit in the four corners, objects of a relation face each other, and only prompts in a style have a
+finish, a shadow or a tint.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Scene:
 
 
 def outline(shape: str, n: int = 48) -> np.ndarray:
-    """Corner points of a unit shape, (n, 2), y down, inside [-1, 1]. The detector's templates use them
-    too."""
+    """Corner points of a unit shape, (n, 2), y down, inside [-1, 1]. The detector's templates use
+    them too."""
     t = np.linspace(0, 2 * np.pi, n, endpoint=False)
     if shape == "circle":
         return np.stack([np.cos(t), np.sin(t)], 1)
@@ -142,7 +143,8 @@ def lay_out(spec: Spec, seed: int) -> Scene:
 
 
 def accompany(scene: Scene, rng: random.Random, n: int) -> Scene:
-    """The scene with up to `n` additional small objects of any kind, where there is room; none on a sign."""
+    """The scene with up to `n` additional small objects of any kind, where there is room; none on a
+    sign."""
     items = list(scene.items)
     for x, y in rng.sample(EXTRA_CENTRES, 0 if scene.word else len(EXTRA_CENTRES)):
         if len(items) == len(scene.items) + n:

@@ -1,8 +1,8 @@
 """What a prompt of the small benchmark says: its grammar, its metadata and the split it belongs to.
 
-A `Spec` is the meaning of one prompt. Everything else follows from it: the text, GenEval's JSON metadata, the
-split (a hash of the text, so the splits are disjoint by construction) and, in `scenes.py`, the pictures that
-are right for it.
+A `Spec` is the meaning of one prompt. Everything else follows from it: the text, GenEval's JSON
+metadata, the split (a hash of the text, so the splits are disjoint by construction) and, in
+`scenes.py`, the pictures that are right for it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import string
 from dataclasses import dataclass
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
-COLORS = {  # name -> RGB; about 60 degrees of hue apart, so that a colour is a fact and not a matter of taste
+# name -> RGB; about 60 degrees of hue apart, so that a colour is a fact and not a matter of taste
+COLORS = {
     "red": (226, 28, 36),
     "yellow": (250, 210, 0),
     "green": (20, 165, 50),
@@ -52,7 +53,8 @@ MAX_TRAIN_COUNT, MAX_TRAIN_LETTERS = 4, 4
 
 @dataclass(frozen=True)
 class Spec:
-    """The meaning of one prompt. `color is None` and `background == ""` mean "not said", and any will do."""
+    """The meaning of one prompt. `color is None` and `background == ""` mean "not said", and any
+    will do."""
 
     task: str  # geneval | ocr | pickscore
     tag: str  # one of GENEVAL_TAGS, or "ocr", "style"
@@ -114,8 +116,8 @@ def heldout_pair(shape: str, color: str | None) -> bool:
 
 
 def heldout_relation(a: str, relation: str, b: str) -> bool:
-    """Six ordered shape pairs per axis are never described in training, in neither of the two ways to say
-    it."""
+    """Six ordered shape pairs per axis are never described in training, in neither of the two ways
+    to say it."""
     if relation in ("right of", "below"):
         a, b, relation = b, a, {"right of": "left of", "below": "above"}[relation]
     return (SHAPES.index(b) - SHAPES.index(a)) % len(SHAPES) == {"left of": 1, "above": 2}.get(
@@ -124,11 +126,11 @@ def heldout_relation(a: str, relation: str, b: str) -> bool:
 
 
 def split_of(spec: Spec) -> str:
-    """`ood` by content; else `test` (20 %), `val` (10 %) or `train` by a hash of the text (signs: of the
-    word).
+    """`ood` by content; else `test` (20 %), `val` (10 %) or `train` by a hash of the text (signs:
+    of the word).
 
-    So a test sentence is new, but what it describes may stand in other words in a training sentence: new
-    content is what the OOD split asks for.
+    So a test sentence is new, but what it describes may stand in other words in a training
+    sentence: new content is what the OOD split asks for.
     """
     if (
         any(heldout_pair(*o) for o in spec.objects)
@@ -195,7 +197,8 @@ def random_spec(rng: random.Random, task: str, tag: str | None = None) -> Spec:
 
 
 def sample_specs(task: str, split: str, n: int, seed: int = 0) -> list[Spec]:
-    """`n` different specs of one task and split, GenEval's tags in equal shares, the same for the same seed.
+    """`n` different specs of one task and split, GenEval's tags in equal shares, the same for the
+    same seed.
 
     The OOD split has only the tags that something was held out of.
     """
@@ -212,7 +215,8 @@ def sample_specs(task: str, split: str, n: int, seed: int = 0) -> list[Spec]:
                 break
         else:
             raise ValueError(
-                f"the benchmark has fewer than {n} different {split} prompts for {task} ({tag}); ask for fewer"
+                f"the benchmark has fewer than {n} different {split} prompts for {task} ({tag}); "
+                "ask for fewer"
             )
         if len(found) >= n:
             break

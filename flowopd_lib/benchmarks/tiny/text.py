@@ -1,8 +1,8 @@
 """Tokenizers and text encoders of the small pipeline, in the roles they have in SD3.
 
-Two CLIP encoders read the words; a T5 encoder, whose tokens are letters, reads what stands in double quotes:
-spelling is what T5 does in SD3. All three are built by their own transformers classes and load with nothing
-of ours imported.
+Two CLIP encoders read the words; a T5 encoder, whose tokens are letters, reads what stands in
+double quotes: spelling is what T5 does in SD3. All three are built by their own transformers
+classes and load with nothing of ours imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ T5_TOKENS = 8  # `max_sequence_length` of every call: five letters, </s>, and ro
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption or prompt of the benchmark can contain, besides the words on the signs."""
+    """Every word a caption or prompt of the benchmark can contain, besides the words on the
+    signs."""
     text = [
         *specs.SHAPES,
         *(s + "s" for s in specs.SHAPES),
@@ -53,8 +54,8 @@ def vocabulary() -> list[str]:
 
 
 def bpe_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges until each word is one token. (The trainer of `tokenizers` breaks ties differently in
-    each run.)"""
+    """Byte-pair merges until each word is one token. (The trainer of `tokenizers` breaks ties
+    differently in each run.)"""
     parts, merges = {w: [*w[:-1], w[-1] + "</w>"] for w in words}, []
     while pairs := Counter(pair for p in parts.values() for pair in zip(p, p[1:])):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
@@ -69,8 +70,8 @@ def bpe_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's BPE, with merges that make each word of the benchmark one token; anything else falls apart into
-    letters."""
+    """CLIP's BPE, with merges that make each word of the benchmark one token; anything else falls
+    apart into letters."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     merges, characters = (
         bpe_merges(vocabulary()),
@@ -95,8 +96,8 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def letter_tokenizer(length: int = T5_TOKENS) -> PreTrainedTokenizerFast:
-    """T5's vocabulary layout (<pad> 0, </s> 1, <unk> 2), then A to Z; a normalizer keeps what stands in
-    quotes."""
+    """T5's vocabulary layout (<pad> 0, </s> 1, <unk> 2), then A to Z; a normalizer keeps what
+    stands in quotes."""
     vocab = {
         token: i for i, token in enumerate(("<pad>", "</s>", "<unk>", *string.ascii_uppercase))
     }
@@ -153,8 +154,8 @@ def new_text_modules() -> dict:
         relative_attention_max_distance=16,
     )
     speller = T5EncoderModel(t5)
-    # Only this bias tells the transformer the order of the letters, and it starts near 0: let the heads look
-    # apart at once.
+    # Only this bias tells the transformer the order of the letters, and it starts near 0: let the
+    # heads look apart at once.
     torch.nn.init.normal_(
         speller.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     )
@@ -173,7 +174,9 @@ def tokenize(modules: dict, texts: list[str]) -> dict[str, torch.Tensor]:
 
     def ids(name, length):
         return torch.tensor(
-            modules[name](texts, padding="max_length", max_length=length, truncation=True).input_ids
+            modules[name](
+                texts, padding=("max_length"), max_length=length, truncation=True
+            ).input_ids
         )
 
     return {"clip": ids("tokenizer", CLIP_TOKENS), "t5": ids("tokenizer_3", T5_TOKENS)}
@@ -182,7 +185,8 @@ def tokenize(modules: dict, texts: list[str]) -> dict[str, torch.Tensor]:
 def encode_clip(
     clip: CLIPTextModelWithProjection, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What SD3 takes of a CLIP: (B, 20, 128), the last but one hidden states, and (B, 128), pooled."""
+    """What SD3 takes of a CLIP: (B, 20, 128), the last but one hidden states, and (B, 128),
+    pooled."""
     out = clip(ids, output_hidden_states=True)
     return out.hidden_states[-2], out.text_embeds
 
@@ -190,7 +194,8 @@ def encode_clip(
 def encode(
     modules: dict, clip_ids: torch.Tensor, t5_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `StableDiffusion3Pipeline.encode_prompt` does, with gradient: (B, 20 + 8, 256) and (B, 256)."""
+    """What `StableDiffusion3Pipeline.encode_prompt` does, with gradient: (B, 20 + 8, 256) and (B,
+    256)."""
     words, pooled = zip(
         *(encode_clip(modules[name], clip_ids) for name in ("text_encoder", "text_encoder_2"))
     )

@@ -1,9 +1,9 @@
-"""The base model of the small benchmark: an SD3 transformer trained by flow matching, on frozen text
-embeddings.
+"""The base model of the small benchmark: an SD3 transformer trained by flow matching, on frozen
+text embeddings.
 
-Two steps make a base that can and does not. `train_base` trains on right captions and clean images, to
-capability. `misalign` (train_misaligned.py) then teaches it for some minutes that captions are often wrong
-and images spoiled, which is what reinforcement learning has to mend.
+Two steps make a base that can and does not. `train_base` trains on right captions and clean images,
+to capability. `misalign` then teaches it for some minutes that captions are often wrong and images
+spoiled, which is what reinforcement learning has to mend.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from torch.overrides import TorchFunctionMode
 
 from ...checkpoint import load_state, save_state
 from ...precision import in_fast_precision, resolve
-from .data import TASK_SHARES, noisy_example, to_tensor
+from .data import noisy_example, to_tensor
+from .loop import run_steps, update_average
 from .text import WIDTH, encode, tokenize
 
-# SD3's shift of sigma, in sampling and in training: what an image shows is decided above sigma .8, where the
-# plain logit-normal hardly looks.
+# SD3's shift of sigma, in sampling and in training: what an image shows is decided above sigma .8,
+# where the plain logit-normal hardly looks.
 SHIFT = 3.0
-SAVE_EVERY = 500  # steps
 CAPTION_DROPPED = 0.1  # trains the empty prompt, for classifier-free guidance
 
 
@@ -46,18 +46,17 @@ CAPTION_DROPPED = 0.1  # trains the empty prompt, for classifier-free guidance
 class BaseConfig:
     """How the base is trained; CALIBRATION.md has what was tried."""
 
-    steps: int = 8000
+    steps: int = 7000
     batch: int = 256
     pool: int = 120_000
     task_weights: dict = field(
-        default_factory=lambda: dict(TASK_SHARES)
-    )  # of the tasks among the images
+        default_factory=lambda: {"geneval": 0.6, "ocr": 0.15, "pickscore": 0.25}
+    )
     muon_rate: float = 0.02
     adam_rate: float = 1e-3
     decay: float = 0.4  # of the steps, at the end, over which the rate decreases to 0
     ema: float = 0.999
     shift: float = SHIFT
-    spread: float = 1.0  # of the logit-normal
     layers: int = 4
     heads: int = 4
     patch: int = 2
@@ -80,8 +79,8 @@ def new_transformer(config: BaseConfig = BaseConfig()) -> SD3Transformer2DModel:
 
 
 def build_pool(vae: AutoencoderKL, path: Path, n: int, seed: int, data: dict, log) -> dict:
-    """`n` captions and latents, encoded once: {"z": (n, 16, 8, 8) fp16 normalised, "texts": the distinct
-    captions, "caption": (n,) each image's}. `data`: keywords of `noisy_example`."""
+    """`n` captions and latents, encoded once: {"z": (n, 16, 8, 8) fp16 normalised, "texts": the
+    distinct captions, "caption": (n,) each image's}. `data`: keywords of `noisy_example`."""
     settings = {"n": n, "seed": seed, **data}
     if path.exists():
         pool = load_state(path)
@@ -101,7 +100,8 @@ def build_pool(vae: AutoencoderKL, path: Path, n: int, seed: int, data: dict, lo
             texts += captions
     distinct = {text: i for i, text in enumerate(dict.fromkeys(texts[:n]))}
     pool = {
-        # laid out as a file gives them back: a convolution rounds otherwise over channels that come last
+        # laid out as a file gives them back: a convolution rounds otherwise over channels that come
+        # last
         "z": torch.cat(z)[:n].contiguous(),
         "texts": list(distinct),
         "caption": torch.tensor([distinct[t] for t in texts[:n]]),
@@ -120,7 +120,8 @@ def _examples(first: int, seed: int, n: int, data: dict) -> tuple:
 
 @torch.no_grad()
 def embed(modules: dict, texts: list[str], batch: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, 28, 256) and (N, 256) in half precision: what the pipeline's encoders make of each text."""
+    """(N, 28, 256) and (N, 256) in half precision: what the pipeline's encoders make of each
+    text."""
     parts = []
     for i in range(0, len(texts), batch):
         ids = tokenize(modules, texts[i : i + batch])
@@ -146,18 +147,9 @@ def optimizers(model: nn.Module, config: BaseConfig) -> list[torch.optim.Optimiz
     return opts
 
 
-def assemble(
-    vae: AutoencoderKL, transformer: SD3Transformer2DModel, modules: dict
-) -> StableDiffusion3Pipeline:
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT)
-    return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=scheduler, vae=vae, **modules
-    )
-
-
 class MuonInFloat32(TorchFunctionMode):
-    """torch's Muon orthogonalises in bfloat16, which a processor that has none does on one thread: nearly all
-    of a step's time."""
+    """torch's Muon orthogonalises in bfloat16, which a processor that has none does on one thread:
+    nearly all of a step's time."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         slow = func is torch.Tensor.bfloat16 and resolve("auto") == torch.float32
@@ -180,27 +172,36 @@ def update(
 
 
 class Examples:
-    """Noisy latents of a pool with their captions' embeddings; a step's batch follows from seed and step."""
+    """Noisy latents of a pool with their captions' embeddings; a step's batch follows from seed and
+    step."""
 
     def __init__(self, pool: dict, modules: dict, seed: int):
         self.z, self.caption, self.seed = pool["z"], pool["caption"], seed
         # the last is the empty prompt
         self.words, self.pooled = embed(modules, [*pool["texts"], ""])
 
-    def batch(self, step: int, n: int, shift: float = SHIFT, spread: float = 1.0) -> tuple:
+    def batch(self, step: int, n: int, shift: float = SHIFT) -> tuple:
         """x_t, sigma, token embeddings, pooled embeddings, and the velocity to learn."""
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         rows = torch.randint(len(self.z), (n,), generator=g)
         dropped = torch.rand(n, generator=g) < CAPTION_DROPPED
         caption = torch.where(dropped, len(self.words) - 1, self.caption[rows])
         # SD3's logit-normal
-        sigma = torch.sigmoid(spread * torch.randn(n, generator=g))
+        sigma = torch.sigmoid(torch.randn(n, generator=g))
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         x0 = self.z[rows].float()
         eps = torch.randn(x0.shape, generator=g)
         at = sigma[:, None, None, None]
         words, pooled = self.words[caption].float(), self.pooled[caption].float()
         return (1 - at) * x0 + at * eps, sigma, words, pooled, eps - x0
+
+
+def compiled(model: nn.Module, log) -> nn.Module:
+    """A minute of compiling, then shorter steps; not done where there is no C++ compiler."""
+    if shutil.which("g++") or shutil.which("clang++"):
+        return torch.compile(model)
+    log("no C++ compiler (g++ or clang++) found: steps are not compiled and take longer")
+    return model
 
 
 def train_base(
@@ -210,90 +211,54 @@ def train_base(
     work: Path,
     config: BaseConfig = BaseConfig(),
     seed: int = 0,
-    compiled: bool = True,
+    compile: bool = True,
     log=print,
-) -> StableDiffusion3Pipeline:
-    """Train and save a pipeline folder; restarts from `work/base.safetensors` if a run was cut off.
-
-    `compiled`: a minute of compiling, then shorter steps; not done where there is no C++ compiler.
-    """
+) -> None:
+    """Train and save a pipeline folder; resumes from `work/base.safetensors`."""
     torch.manual_seed(seed)
     model = new_transformer(config)
-    ema, opts = copy.deepcopy(model).requires_grad_(False), optimizers(model, config)
-    saved, first, settings = work / "base.safetensors", 0, asdict(config)
-    if saved.exists():
-        state = load_state(saved)
-        if state["settings"] != settings:
-            raise ValueError(
-                f"{saved} was begun with {state['settings']}, not {settings}; delete it"
-            )
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, old in zip(opts, state["optimizers"]):
-            optimizer.load_state_dict(old)
-        log(f"base: continuing from step {first}")
+    ema = copy.deepcopy(model).requires_grad_(False)
+    muon, adam = optimizers(model, config)
     data = {"task_weights": config.task_weights}
-    examples = Examples(
-        build_pool(vae, work / "pool.safetensors", config.pool, seed, data, log), modules, seed
-    )
+    pool = build_pool(vae, work / "pool.safetensors", config.pool, seed, data, log)
+    examples, forward = Examples(pool, modules, seed), compiled(model, log) if compile else model
     model.train()
-    if compiled and not (shutil.which("g++") or shutil.which("clang++")):
-        log(
-            "base: no C++ compiler (g++ or clang++) found, so the steps are not compiled and take longer"
-        )
-        compiled = False
-    forward = torch.compile(model) if compiled else model
-    began, seen = time.time(), 0.0
-    for step in range(first, config.steps):
-        x, sigma, words, pooled, target = examples.batch(
-            step, config.batch, config.shift, config.spread
-        )
-        # The flash kernel's backward is slow on a CPU at 44 tokens.
+
+    def step(i: int) -> float:
+        x_t, sigma, words, pooled, target = examples.batch(i, config.batch, config.shift)
+        # the flash kernel's backward is slow on a CPU at 44 tokens
         with in_fast_precision(), sdpa_kernel(SDPBackend.MATH):
-            v = forward(x, words, pooled, sigma * 1000).sample
+            v = forward(x_t, words, pooled, sigma * 1000).sample
         loss = (v.float() - target).square().mean()
         # warm up, hold, decay to 0
-        left = max(config.steps - step, 1) / (config.decay * config.steps)
-        update(model, opts, loss, min(1.0, (step + 1) / 100, left))
-        with torch.no_grad():
-            decay = min(config.ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        seen += loss.item()
-        if (step + 1) % 100 == 0:
-            log(
-                f"base {step + 1}/{config.steps} loss {seen / 100:.4f} "
-                f"{(time.time() - began) / (step + 1 - first):.3f} s/step"
-            )
-            seen = 0.0
-        if (step + 1) % SAVE_EVERY == 0:
-            save_state(
-                saved,
-                {
-                    "model": model.state_dict(),
-                    "ema": ema.state_dict(),
-                    "step": step + 1,
-                    "optimizers": [o.state_dict() for o in opts],
-                    "settings": settings,
-                },
-            )
-            finish(vae, ema, modules, out)
-    return finish(vae, ema, modules, out)
+        left = max(config.steps - i, 1) / (config.decay * config.steps)
+        update(model, [muon, adam], loss, min(1.0, (i + 1) / 100, left))
+        update_average(ema.parameters(), model.parameters(), i, config.ema)
+        return loss.item()
+
+    parts = {"model": model, "ema": ema, "muon": muon, "adam": adam}
+    save = partial(finish, vae, ema, modules, out)
+    run_steps("base", work, config.steps, parts, step, log, settings=asdict(config), on_save=save)
 
 
 def finish(
     vae: AutoencoderKL, transformer: SD3Transformer2DModel, modules: dict, out: Path
-) -> StableDiffusion3Pipeline:
-    """A pipeline folder in half precision."""
+) -> None:
+    """Write a pipeline folder in half precision."""
     halves = {
         name: copy.deepcopy(m).half().eval() if isinstance(m, nn.Module) else m
         for name, m in modules.items()
     }
-    pipeline = assemble(copy.deepcopy(vae).half(), copy.deepcopy(transformer).half().eval(), halves)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=copy.deepcopy(transformer).half().eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT),
+        vae=copy.deepcopy(vae).half(),
+        **halves,
+    )
     pipeline.save_pretrained(out)
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        # transformers loads in the dtype its config names, diffusers in float32: name float32, so that the
-        # two agree.
+        # transformers loads in the dtype its config names, diffusers in float32: name float32, so
+        # that the two agree.
         config = out / name / "config.json"
         config.write_text(
             json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n"
@@ -305,4 +270,3 @@ def finish(
             k: value for k, value in json.loads(config.read_text()).items() if k != "_name_or_path"
         }
         config.write_text(json.dumps(kept, indent=2) + "\n")
-    return pipeline.to(torch.float32)

@@ -1,9 +1,10 @@
-"""The experts of the small benchmark: `python -m flowopd_lib.benchmarks.tiny.train_experts --work experts`.
+"""The experts of the small benchmark: `python -m flowopd_lib.benchmarks.tiny.train_experts --work
+experts`.
 
-Trains the recipes `papermill_runs/recipes/expert_*.yaml` one after the other, resumes where it was cut off, and
-puts each adapter in half precision, with its training curve and a manifest, into `assets/experts/`. The adapters
-after a quarter and a half of the iterations are shipped beside it (`25`, `50`), and `curve.csv` has the rewards
-and gold rewards of all three on val prompts.
+Trains the recipes `papermill_runs/recipes/expert_*.yaml` one after the other, resumes where it was
+cut off, and puts each adapter in half precision, with its training curve and a manifest, into
+`assets/experts/`. The adapters after a quarter and a half of the iterations are shipped beside it
+(`25`, `50`), and `curve.csv` has the rewards and gold rewards of all three on val prompts.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def recipe_of(name: str) -> Path:
 
 
 def train_expert(name: str, work: Path, dtype: str | torch.dtype = "auto") -> None:
-    """Train an expert in `work/expert_NAME`, from its last checkpoint if there is one, in the precision `work`
-    was begun in."""
+    """Train an expert in `work/expert_NAME`, from its last checkpoint if there is one, in the
+    precision `work` was begun in."""
     folder = work / f"expert_{name}"
     policy, objective, config = build(read_yaml(recipe_of(name)), dtype=decide(work, dtype))
     at = {round(config.iterations * share / 100): share for share in SHARES}
@@ -67,8 +68,8 @@ def train_expert(name: str, work: Path, dtype: str | torch.dtype = "auto") -> No
 
 
 def curve_of(folder: Path) -> pd.DataFrame:
-    """Every reward and gold reward of the base and of the adapters of a training, on val prompts: task,
-    reward, percent of the iterations, mean, low, high (95 %), n."""
+    """Every reward and gold reward of the base and of the adapters of a training, on val prompts:
+    task, reward, percent of the iterations, mean, low, high (95 %), n."""
     benchmark = load_benchmark()
     policy, models = benchmark.policy(), {0: None}
     for share in (*SHARES, 100):
@@ -113,7 +114,9 @@ def ship(name: str, work: Path, out: Path, seconds: float) -> None:
     write_json(
         target / "manifest.json",
         {
-            "command": f"python -m flowopd_lib.benchmarks.tiny.train_experts --work experts --only {name}",
+            "command": (
+                f"python -m flowopd_lib.benchmarks.tiny.train_experts --work experts --only {name}"
+            ),
             "recipe": yaml.safe_load(recipe_of(name).read_text()),
             "seconds": round(seconds),
             "base_transformer_sha256": base,

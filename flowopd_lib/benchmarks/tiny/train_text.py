@@ -1,15 +1,15 @@
 """The text encoders of the small benchmark, pretrained on text alone and then frozen.
 
-Real text-to-image models start from pretrained encoders; trained from nothing with the denoiser, ours took
-most of its updates. Linear probes must read off what a caption says: each CLIP's token of a shape its colour,
-number, size, finish, place in the sentence and relation so far, its pooled vector everything; T5's token of a
-letter which letter it is, at which place, in a word of which length.
+Real text-to-image models start from pretrained encoders; trained from nothing with the denoiser,
+ours took most of its updates. Linear probes must read off what a caption says: each CLIP's token of
+a shape its colour, number, size, finish, place in the sentence and relation so far, its pooled
+vector everything; T5's token of a letter which letter it is, at which place, in a word of which
+length.
 """
 
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ from .text import WIDTH, encode_clip, new_text_modules, tokenize
 
 CLIPS = ("text_encoder", "text_encoder_2")
 STEPS, BATCH, RATE = 600, 128, 1e-3
-# what can be said of an object or a caption; "" where it is not said
-SAID = {
+# the values of each field of an object and of a caption; "" where the caption leaves it open
+OBJECT = {
     "shape": specs.SHAPES,
     "color": ("", *specs.COLORS),
     "count": (1, *specs.COUNT_WORDS),
@@ -33,18 +33,18 @@ SAID = {
     "relation": ("", *specs.RELATIONS),
     "place": (0, 1),
 }
-WHOLE = {
-    **{name: values for name, values in SAID.items() if name != "place"},
+CAPTION = {
+    **{name: values for name, values in OBJECT.items() if name != "place"},
     "shape": ("", *specs.SHAPES),
     "second shape": ("", *specs.SHAPES),
-    "second color": SAID["color"],
+    "second color": OBJECT["color"],
     "background": ("", *specs.BACKGROUNDS, *specs.SCENERIES),
     "letters": tuple(range(6)),
 }
 LETTER = {"letter": tuple(range(26)), "index": tuple(range(5)), "length": tuple(range(6))}
 
 
-def said_of_objects(spec: Spec) -> list[dict]:
+def object_labels(spec: Spec) -> list[dict]:
     """What the words up to each object's noun say of it."""
     return [
         {
@@ -60,7 +60,7 @@ def said_of_objects(spec: Spec) -> list[dict]:
     ]
 
 
-def said_in_all(spec: Spec) -> dict:
+def caption_labels(spec: Spec) -> dict:
     first, second = (*spec.objects, ("", None), ("", None))[:2]
     return {
         "shape": first[0],
@@ -84,18 +84,18 @@ class Probe(nn.Module):
         self.fields = fields
         self.linear = nn.Linear(width, sum(map(len, fields.values())))
 
-    def loss(self, z: torch.Tensor, said: list[dict]) -> torch.Tensor:
+    def loss(self, z: torch.Tensor, labels: list[dict]) -> torch.Tensor:
         parts = self.linear(z).split([len(values) for values in self.fields.values()], -1)
         targets = (
-            torch.tensor([values.index(s[name]) for s in said])
+            torch.tensor([values.index(of[name]) for of in labels])
             for name, values in self.fields.items()
         )
         return sum(F.cross_entropy(part, target) for part, target in zip(parts, targets))
 
 
 def caption(rng: random.Random) -> Spec:
-    """Any caption but those of val and test: as real encoders, ours have read of what the denoiser never
-    saw."""
+    """Any caption but those of val and test: as real encoders, ours have read of what the denoiser
+    never saw."""
     while True:
         spec = random_spec(rng, rng.choice(specs.PROMPT_TASKS))
         if split_of(spec) in ("train", "ood"):
@@ -107,8 +107,8 @@ def pretrain_text(out: Path, steps: int = STEPS, seed: int = 0, log=print) -> No
     torch.manual_seed(seed)
     modules, probes = new_text_modules(), nn.ModuleDict()
     for name in CLIPS:
-        probes[name] = Probe(WIDTH // 2, SAID)
-        probes[name + "_pooled"] = Probe(WIDTH // 2, WHOLE)
+        probes[name] = Probe(WIDTH // 2, OBJECT)
+        probes[name + "_pooled"] = Probe(WIDTH // 2, CAPTION)
     probes["text_encoder_3"] = Probe(WIDTH, LETTER)
     encoders = [modules[name] for name in (*CLIPS, "text_encoder_3")]
     parameters = [p for m in (*encoders, probes) for p in m.parameters()]
@@ -119,34 +119,37 @@ def pretrain_text(out: Path, steps: int = STEPS, seed: int = 0, log=print) -> No
     nouns = noun_ids(modules["tokenizer"])
     for module in encoders:
         module.train()
-    rng, began = random.Random(f"text/{seed}"), time.time()
-    for step in range(steps):
-        said = [caption(rng) for _ in range(BATCH)]
-        ids = tokenize(modules, [s.text for s in said])
-        of_nouns = torch.isin(ids["clip"], nouns)
-        objects = [o for s in said for o in said_of_objects(s)]
-        losses = {}
+    rng = random.Random(f"text/{seed}")
+
+    def step(i: int) -> float:
+        specs_ = [caption(rng) for _ in range(BATCH)]
+        ids = tokenize(modules, [s.text for s in specs_])
+        of_nouns, loss = torch.isin(ids["clip"], nouns), 0.0
+        objects = [o for s in specs_ for o in object_labels(s)]
         for name in CLIPS:
             words, pooled = encode_clip(modules[name], ids["clip"])
-            losses[name] = probes[name].loss(words[of_nouns], objects)
-            losses[name + "_pooled"] = probes[name + "_pooled"].loss(
-                pooled, [said_in_all(s) for s in said]
+            loss = loss + probes[name].loss(words[of_nouns], objects)
+            loss = loss + probes[name + ("_pooled")].loss(
+                pooled, [caption_labels(s) for s in specs_]
             )
         letters = [
             {"letter": ord(c) - ord("A"), "index": i, "length": len(s.word)}
-            for s in said
+            for s in specs_
             for i, c in enumerate(s.word)
         ]
-        spelled = modules["text_encoder_3"](ids["t5"])[0][ids["t5"] > 2]
-        losses["text_encoder_3"] = probes["text_encoder_3"].loss(spelled, letters)
+        tokens = modules["text_encoder_3"](ids["t5"])[0][ids["t5"] > 2]
+        loss = loss + probes["text_encoder_3"].loss(tokens, letters)
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if (step + 1) % 100 == 0:
-            told = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            log(f"text {step + 1}/{steps} {told} {(time.time() - began) / (step + 1):.3f} s/step")
+        return loss.item()
+
+    for i in range(steps):  # some minutes: not worth a checkpoint
+        loss = step(i)
+        if (i + 1) % 100 == 0:
+            log(f"text {i + 1}/{steps} loss {loss:.4f}")
     state = {name: modules[name].state_dict() for name in (*CLIPS, "text_encoder_3")}
     save_state(out / "encoders.safetensors", state)
 

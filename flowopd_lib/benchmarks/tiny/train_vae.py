@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import random
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from ...checkpoint import load_state, save_state
 from ...precision import in_fast_precision
 from .data import noisy_example, to_tensor
+from .loop import run_steps, update_average
 
-# (name, steps, learning rate, weight of fine detail): the whole picture, then what that leaves soft
+# (name, steps, learning rate, weight of fine detail): the whole image, then what that leaves soft
 PHASES = (("vae", 5000, 2e-3, 0.0), ("vae-detail", 1500, 1e-3, 4.0))
 
 
@@ -35,10 +34,11 @@ def new_vae() -> AutoencoderKL:
 
 
 def reconstruction_loss(y: torch.Tensor, x: torch.Tensor, detail: float = 0.0) -> torch.Tensor:
-    """L1 on pixels, on opponent colours (yellow must not come back orange) and on edges (letters must stay
-    sharp).
+    """L1 on pixels, on opponent colours (yellow must not come back orange) and on edges (letters
+    must stay sharp).
 
-    `detail` adds to the weight of pixels beside an edge of `x`: the points of a small star are few pixels.
+    `detail` adds to the weight of pixels next to an edge of `x`: the points of a small star are few
+    pixels.
     """
 
     def opponent(z):
@@ -55,8 +55,8 @@ def reconstruction_loss(y: torch.Tensor, x: torch.Tensor, detail: float = 0.0) -
     return pixels + 0.5 * colors + 0.5 * edges
 
 
-def train_vae(out: Path, work: Path, batch: int = 32, seed: int = 0, log=print) -> AutoencoderKL:
-    """Train and save to `out`; restarts from `work/vae-*.safetensors` if a run was cut off."""
+def train_vae(out: Path, work: Path, batch: int = 32, seed: int = 0, log=print) -> None:
+    """Train and save to `out`; resumes from `work/vae*.safetensors`."""
     torch.manual_seed(seed)
     vae = new_vae()
     for name, steps, lr, detail in PHASES:
@@ -64,75 +64,40 @@ def train_vae(out: Path, work: Path, batch: int = 32, seed: int = 0, log=print) 
     # One number each: diffusers' pipeline scales all latent channels alike.
     rng = random.Random(f"vae-scale/{seed}")
     with torch.no_grad():
-        z = vae.encode(
-            to_tensor([noisy_example(rng, spoiled=0.25)[1] for _ in range(512)])
-        ).latent_dist.mean
-    vae.register_to_config(
-        scaling_factor=round(1 / z.std().item(), 6), shift_factor=round(z.mean().item(), 6)
-    )
+        images = to_tensor([noisy_example(rng, spoiled=0.25)[1] for _ in range(512)])
+        z = vae.encode(images).latent_dist.mean
+    scale, shift = round(1 / z.std().item(), 6), round(z.mean().item(), 6)
+    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
     vae.save_pretrained(out)
-    return vae
 
 
-def _phase(
-    name: str,
-    vae: AutoencoderKL,
-    steps: int,
-    lr: float,
-    detail: float,
-    work: Path,
-    batch: int,
-    seed: int,
-    log,
-) -> AutoencoderKL:
-    """Go on training `vae` for `steps`; the averaged weights."""
+def _phase(name, vae, steps, lr, detail, work, batch, seed, log) -> AutoencoderKL:
+    """Train `vae` for `steps` more; the averaged weights."""
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     vae.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(0.9, 0.98), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, steps, pct_start=0.05, cycle_momentum=False
     )
-    parts = {"vae": vae, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    saved, first = work / f"{name}.safetensors", 0
-    if saved.exists():
-        state = load_state(saved)
-        first = state.pop("step")
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
-        log(f"{name}: going on from step {first}")
-    began, seen = time.time(), 0.0
-    for step in range(first, steps):
-        rng = random.Random(f"{name}/{seed}/{step}")
-        torch.manual_seed(seed * 1_000_003 + step)
+
+    def step(i: int) -> float:
+        rng = random.Random(f"{name}/{seed}/{i}")
+        torch.manual_seed(seed * 1_000_003 + i)
         x = to_tensor([noisy_example(rng, spoiled=0.25)[1] for _ in range(batch)])
         with in_fast_precision():
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        loss = (
-            reconstruction_loss(y.float(), x, detail)
-            + 3e-4 * 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        )
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        loss = reconstruction_loss(y.float(), x, detail) + 3e-4 * kl
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(ema.parameters()),
-                list(vae.parameters()),
-                1 - min(0.999, (step + 1) / (step + 10)),
-            )
-        seen += loss.item()
-        if (step + 1) % 100 == 0:
-            log(
-                f"{name} {step + 1}/{steps} loss {seen / 100:.4f} std {posterior.std.float().mean():.3f} "
-                f"{(time.time() - began) / (step + 1 - first):.3f} s/step"
-            )
-            seen = 0.0
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            save_state(
-                saved, {key: part.state_dict() for key, part in parts.items()} | {"step": step + 1}
-            )
+        update_average(ema.parameters(), vae.parameters(), i, 0.999)
+        return loss.item()
+
+    parts = {"vae": vae, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    run_steps(name, work, steps, parts, step, log)
     return ema

@@ -1,0 +1,5 @@
+"""`python -m flowopd_lib COMMAND`: see `cli`."""
+
+from .cli import main
+
+main()

@@ -1,5 +1,0 @@
-"""`python -m flowopd_lib.bench`: see `speed`."""
-
-from .speed import main
-
-main()

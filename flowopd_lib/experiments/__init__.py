@@ -1,0 +1,1 @@
+"""What the notebooks ask: interference, several rewards, gradient estimators, the claims."""

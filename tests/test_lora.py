@@ -1,0 +1,340 @@
+"""LoRA adapters: PEFT's and diffusers' formats, what is refused and why, merging."""
+
+import json
+import shutil
+from copy import deepcopy
+from functools import cache
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from flowopd_lib import Prompt, Sampler, load_benchmark, merge_loras, sample
+from flowopd_lib.lora import (
+    CONFIG,
+    DIFFUSERS_FILE,
+    PEFT_FILE,
+    Lora,
+    linear_modules,
+    read_adapter,
+    write_diffusers,
+    write_peft,
+)
+from flowopd_lib.merge import METHODS, merge
+
+BENCHMARK = load_benchmark()
+PROMPTS = [Prompt('a sign that says "CAT"', "ocr"), Prompt("a photo of a red circle", "geneval")]
+KINDS = {
+    "plain": {},
+    "rank_pattern": {"rank_pattern": {"to_q": 6, "transformer_blocks.1.ff.net.2": 2}},
+    "alpha_pattern": {"alpha_pattern": {"to_k": 3}},
+    "rslora": {"use_rslora": True},
+}
+
+
+@cache
+def pipeline():
+    loaded = StableDiffusion3Pipeline.from_pretrained(BENCHMARK.base)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@cache
+def base_transformer():
+    return SD3Transformer2DModel.from_pretrained(BENCHMARK.base, subfolder="transformer").eval()
+
+
+def peft_model(kind):
+    """PEFT's own layers with an adapter of random weights."""
+    targets = ["to_q", "to_k", "ff.net.2"]
+    config = LoraConfig(
+        r=4, lora_alpha=12, target_modules=targets, init_lora_weights="gaussian", **KINDS[kind]
+    )
+    model = get_peft_model(deepcopy(base_transformer()), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if ".lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+@torch.no_grad()
+def velocity(policy, adapter=None, model=None):
+    """Of an adapter of the policy, or of another library's model on the same inputs."""
+    x_t = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    text = policy.encode([p.text for p in PROMPTS])
+    if model is None:
+        return policy.velocity(x_t, 0.7, text, adapter=adapter)
+    return model(x_t, text.tokens, text.pooled, torch.full((2,), 700.0), return_dict=False)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_peft_diffusers_and_ours_are_the_same_adapter(kind, workspace, tmp_path):
+    policy, model = workspace.policy, peft_model(kind)
+    expected = velocity(policy, model=model)
+    assert (expected - velocity(policy)).abs().max() > 1e-2
+    model.save_pretrained(str(tmp_path / "by_peft"))
+    weights = get_peft_model_state_dict(model)
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path / "by_diffusers",
+        {k.removeprefix("base_model.model."): w for k, w in weights.items()},
+        transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+    )
+    lora = read_adapter(tmp_path / "by_peft", linear_modules(base_transformer()))
+    write_peft(lora, tmp_path / "our_peft")
+    write_diffusers(lora, tmp_path / "our_diffusers")
+    for name in ("by_peft", "by_diffusers", "our_peft", "our_diffusers"):
+        policy.load_adapter(name, tmp_path / name)
+        torch.testing.assert_close(velocity(policy, name), expected, rtol=0, atol=1e-5)
+        assert policy.adapter(name).sha256 == lora.sha256
+    theirs = PeftModel.from_pretrained(deepcopy(base_transformer()), str(tmp_path / "our_peft"))
+    torch.testing.assert_close(velocity(policy, model=theirs), expected, rtol=0, atol=1e-5)
+    pipeline().load_lora_weights(str(tmp_path / "our_diffusers"))
+    try:
+        theirs = velocity(policy, model=pipeline().transformer)
+    finally:
+        pipeline().unload_lora_weights()
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
+
+
+def test_a_plain_diffusers_pipeline_draws_the_same_images(workspace, tmp_path):
+    policy = workspace.policy
+    workspace.load_adapter("ocr")
+    write_diffusers(policy.adapter("ocr"), tmp_path)
+    pipeline().load_lora_weights(str(tmp_path))
+    try:
+        theirs = pipeline()(
+            [p.text for p in PROMPTS],
+            max_sequence_length=policy.max_sequence_length,
+            num_inference_steps=6,
+            guidance_scale=1.0,
+            output_type="pt",
+            generator=[torch.Generator().manual_seed(s) for s in (5, 6)],
+        ).images
+    finally:
+        pipeline().unload_lora_weights()
+    ours, base = (sample(policy, PROMPTS, [5, 6], Sampler(6), name) for name in ("ocr", None))
+    assert (ours - theirs).abs().max() < 1e-3 < 0.05 < (ours - base).abs().max()
+
+
+# ---- what is refused
+
+
+@pytest.fixture
+def expert(tmp_path):
+    return shutil.copytree(BENCHMARK.adapter("ocr"), tmp_path / "expert")
+
+
+def change_config(**changes):
+    def change(folder):
+        path = folder / CONFIG
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def change_weights(change):
+    return lambda folder: save_file(change(load_file(folder / PEFT_FILE)), folder / PEFT_FILE)
+
+
+def first(weights):
+    return min(weights)
+
+
+def renamed(weights):
+    return {k.replace("base_model.model.", "transformer."): w for k, w in weights.items()}
+
+
+def write_pointer(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (folder / PEFT_FILE).write_text(pointer)
+
+
+BAD = {
+    "another prefix": (
+        change_weights(renamed),
+        r"(\d+) of \1 keys are not of adapter_model.safetensors in PEFT's format.*such as "
+        r"'transformer\.transformer_blocks",
+    ),
+    "a missing key": (
+        change_weights(lambda w: {k: v for k, v in w.items() if k != first(w)}),
+        r"1 of \d+ keys are missing, such as",
+    ),
+    "a key too many": (
+        change_weights(lambda w: w | {"base_model.model.norm.lora_A.weight": torch.ones(2, 2)}),
+        r"1 of \d+ keys are unexpected, such as 'norm.lora_A.weight'",
+    ),
+    "another shape": (
+        change_weights(lambda w: w | {first(w): torch.ones(16, 7)}),
+        r"1 of \d+ have another shape, such as .*\(16, 7\) instead of",
+    ),
+    "another rank": (change_config(r=8), "have another shape"),
+    "not finite": (
+        change_weights(lambda w: w | {first(w): w[first(w)] * float("nan")}),
+        r"1 of \d+ weights are not finite",
+    ),
+    "DoRA": (change_config(use_dora=True), "use_dora = True, which is not supported"),
+    "biases": (change_config(bias="all"), "bias = 'all', which is not supported"),
+    "whole layers": (
+        change_config(modules_to_save=["proj_out"]),
+        "modules_to_save = .*which is not supported",
+    ),
+    "PiSSA": (
+        change_config(init_lora_weights="pissa"),
+        "init_lora_weights = 'pissa', which is not supported",
+    ),
+    "another kind": (change_config(peft_type="LOHA"), "of the kind LOHA; only LoRA"),
+    "an unknown field": (change_config(use_magic=3), "use_magic = 3, which is not supported"),
+    "cut off": (
+        lambda f: (f / PEFT_FILE).write_bytes((f / PEFT_FILE).read_bytes()[:2000]),
+        "not a whole safetensors file",
+    ),
+    "a Git LFS pointer": (write_pointer, "Git LFS pointer"),
+    "a pickle alone": (
+        lambda f: (f / PEFT_FILE).rename(f / "adapter_model.bin"),
+        "adapter_model.bin, a pickle, which is never read",
+    ),
+    "no config": (lambda f: (f / CONFIG).unlink(), "is no adapter: a PEFT folder has"),
+    "a broken config": (lambda f: (f / CONFIG).write_text("{"), "is not JSON"),
+    "another model's layers": (change_config(target_modules=["q_proj"]), "adapts no layer"),
+    "some layers left out": (change_config(target_modules=["to_q"]), "unexpected, such as"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_adapter_is_refused_and_leaves_nothing(name, expert, workspace):
+    policy = workspace.policy
+    good = shutil.copytree(expert, expert.parent / "good")
+    before = velocity(policy)
+    change, message = BAD[name]
+    change(expert)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        policy.load_adapter("ocr", expert)
+    assert "\n" not in str(error.value)
+    assert policy.adapters == [] and torch.equal(velocity(policy), before)
+    policy.load_adapter("ocr", good)  # under the same name
+    assert (velocity(policy, "ocr") - before).abs().max() > 1e-3
+
+
+def test_adapters_are_read_from_a_file_a_diffusers_folder_and_the_hub(
+    expert, tmp_path, monkeypatch
+):
+    modules = linear_modules(base_transformer())
+    lora = read_adapter(expert, modules)
+    write_diffusers(lora, tmp_path / "diffusers")
+    shutil.copy(tmp_path / "diffusers" / DIFFUSERS_FILE, tmp_path / "student.safetensors")
+    downloads = []
+
+    def snapshot(name, allow_patterns):
+        downloads.append((name, allow_patterns))
+        return str(expert)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    for source in ("diffusers", "student.safetensors", f"expert/{PEFT_FILE}"):
+        assert read_adapter(tmp_path / source, modules).sha256 == lora.sha256
+    assert read_adapter("somebody/ocr-expert", modules).sha256 == lora.sha256
+    # weights that are pickles are not even downloaded
+    assert downloads == [("somebody/ocr-expert", [CONFIG, PEFT_FILE, DIFFUSERS_FILE])]
+
+    def offline(*_, **__):
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    for source, message in (
+        ("somebody/none", "neither a folder here nor an adapter on the hub: no route"),
+        (tmp_path / "none", "is no adapter"),
+        (tmp_path / "diffusers" / "README.md", "is no adapter"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            read_adapter(source, modules)
+
+
+# ---- merging
+
+
+def random_lora(seed, rank=4, alpha=8.0, modules=("one", "two")):
+    g = torch.Generator().manual_seed(seed)
+    a, b = ({n: torch.randn(*s, generator=g) for n in modules} for s in ((rank, 12), (10, rank)))
+    return Lora(a, b, dict.fromkeys(modules, alpha))
+
+
+def test_cat_and_svd_are_the_mean_of_the_task_vectors_and_factor_wise_is_not():
+    loras = [random_lora(i) for i in range(3)]
+    mean = {n: sum(lora.delta(n) for lora in loras) / 3 for n in loras[0].a}
+    for method, rank in (("cat", None), ("svd", 10)):
+        merged = merge_loras(loras, method, rank=rank)
+        for name in mean:
+            torch.testing.assert_close(merged.delta(name), mean[name], atol=1e-4, rtol=1e-3)
+    best = merge_loras(loras, "svd")
+    assert set(best.ranks.values()) == {4}  # Eckart-Young: what is left are the smaller values
+    left = torch.linalg.svdvals(mean["one"])[4:].norm()
+    torch.testing.assert_close((best.delta("one") - mean["one"]).norm(), left)
+    public = merge_loras(loras, "factor_wise")
+    a, b = (sum(getattr(lora, f)["one"] for lora in loras) / 3 for f in ("a", "b"))
+    torch.testing.assert_close(public.delta("one"), 8 / 4 * b @ a)
+    assert (public.delta("one") - mean["one"]).norm() > 0.5 * mean["one"].norm()
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_adapters_of_other_ranks_scales_and_modules_are_averaged_exactly(method):
+    loras = [random_lora(0, 2, 3.0), random_lora(1, 5, 10.0, ("two", "three"))]
+    merged = merge_loras(loras, method, [0.25, 0.75], rank=10 if method == "svd" else None)
+    parts = {
+        "one": 0.25 * loras[0].delta("one"),
+        "two": 0.25 * loras[0].delta("two") + 0.75 * loras[1].delta("two"),
+        "three": 0.75 * loras[1].delta("three"),
+    }
+    for name, mean in parts.items():
+        torch.testing.assert_close(merged.delta(name), mean, atol=1e-4, rtol=1e-3)
+    half = merge_loras(loras[:1], "cat", [0.5])  # of one adapter, so much of it
+    torch.testing.assert_close(half.delta("one"), 0.5 * loras[0].delta("one"))
+
+
+def test_ties_and_dare_keep_a_fraction_of_each_task_vector():
+    loras = [random_lora(i) for i in range(2)]
+    zero = Lora(loras[0].a, {n: torch.zeros_like(b) for n, b in loras[0].b.items()}, loras[0].alpha)
+    one = loras[0].delta("one")
+    for method in ("ties", "dare"):
+        merged = merge_loras([loras[0], zero], method, density=0.5, rank=10).delta("one")
+        assert (merged.abs() > 1e-4).float().mean() == pytest.approx(0.5, abs=0.1)
+        assert (merged * one >= -1e-4).all()  # the signs that are left are its own
+    drawn = [merge_loras(loras, "dare", seed=seed).sha256 for seed in (0, 0, 1)]
+    torch.randn(3)  # whatever else was drawn
+    assert drawn[0] == drawn[1] == merge_loras(loras, "dare", seed=0).sha256 != drawn[2]
+    assert set(METHODS) == {"cat", "svd", "ties", "dare", "factor_wise"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(loras=[0]), "at least two adapters"),
+        (dict(method="mean"), "there is no way to merge 'mean'"),
+        (dict(weights=[1.0]), "2 adapters need as many weights"),
+        (dict(method="ties", density=0.0), r"density in \(0, 1\]"),
+        (dict(method="factor_wise"), r"the same ranks everywhere: at one they are \[4, 2\]"),
+    ],
+)
+def test_a_bad_merge_is_refused(arguments, message):
+    loras = [random_lora(0, 4), random_lora(1, 2)]
+    chosen = [loras[i] for i in arguments.pop("loras", (0, 1))]
+    with pytest.raises(ValueError, match=message):
+        merge_loras(chosen, **arguments)
+
+
+def test_a_merged_adapter_is_saved_and_loaded_unchanged(workspace, tmp_path):
+    policy = workspace.policy
+    workspace.load_adapters(["geneval", "ocr"])
+    merge(policy, ["geneval", "ocr"], "mean", "cat", weights=[0.25, 0.75])
+    policy.save_adapter("mean", tmp_path / "mean")
+    policy.load_adapter("again", tmp_path / "mean")
+    assert policy.adapter("again").sha256 == policy.adapter("mean").sha256
+    for adapters, name, message in (
+        (["ocr", "ten"], "x", "merging takes some of the adapters"),
+        (["geneval", "ocr"], "ocr", "needs a new name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(policy, adapters, name)
