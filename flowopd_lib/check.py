@@ -30,7 +30,7 @@ GIB = 1 << 30
 
 
 class Row(NamedTuple):
-    """What was checked, whether it passed, what was found, and the seconds it took."""
+    """What was checked, whether it passed, the result or the error, and the seconds it took."""
 
     check: str
     passed: bool
@@ -153,7 +153,7 @@ def check_reward(workspace: Workspace, name: str) -> str:
     score = float(score_images(reward, torch.full((1, 3, side, side), 0.5), prompts)[0])
     held_out = ", held out" if benchmark.reward_is(name, "held_out") else ""
     detector = getattr(getattr(reward, "detector", None), "name", "")
-    by = f", objects found by {detector}" if detector else ""
+    by = f", objects detected by {detector}" if detector else ""
     return f"{score:.3f} in [{reward.range[0]:g}, {reward.range[1]:g}]{held_out}{by}"
 
 

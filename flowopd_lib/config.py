@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from .fingerprint import PLUGIN
 
 T = TypeVar("T")
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's kinds of fault
 CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 Count = Annotated[int, Field(ge=1)]
@@ -53,12 +54,13 @@ def validate(kind: type[T], value: Any, where: str = "") -> T:
 
 
 def sentence(error: ValidationError, where: str = "", kind: Any = None) -> str:
-    """The first fault of a ValidationError in one line; of a union, of the alternative that matched
-    best."""
-    fault = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+    """One fault of a ValidationError in one line: of a union, that of the alternative that matched
+    best, and a misspelt key before the one that is missing for it."""
+    faults = error.errors(include_url=False)
+    fault = max(faults, key=lambda e: (len(e["loc"]), e["type"] in UNKNOWN_KEY))
     keys = [str(key) for key in fault["loc"] if not str(key).startswith(("function-", "tagged-"))]
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if fault["type"] in UNKNOWN_KEY:
         message = f"no such setting{nearest(keys[-1], fields_at(kind, keys[:-1]))}"
     elif fault["type"] not in ("value_error", "missing", "missing_argument"):
         message += f", not {fault['input']!r}"

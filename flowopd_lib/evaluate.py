@@ -129,7 +129,8 @@ def evaluate(
                 partial.prepare()
             shard.wait()
             if partial.finished:
-                return partial.table()
+                stack.close()
+                return partial.table(main)
         if images is not None and main:
             about = {
                 "sampler": {k: v for k, v in asdict(sampler).items() if k != "noise_scale"},
@@ -167,9 +168,7 @@ def evaluate(
                 return table
             partial.finish(table)
         shard.wait()
-    if main:  # everything is in the table and in the thumbnails' files
-        shutil.rmtree(partial.folder, ignore_errors=True)
-    return partial.table()
+    return partial.table(main)
 
 
 class PartialTable:
@@ -207,7 +206,10 @@ class PartialTable:
     def finish(self, table: pd.DataFrame) -> None:
         write_with_fingerprint(self.path, self.fingerprint, table)
 
-    def table(self) -> pd.DataFrame:
+    def table(self, main: bool) -> pd.DataFrame:
+        """The finished table; `main` removes the batches, which are in it."""
+        if main:
+            shutil.rmtree(self.folder, ignore_errors=True)
         table = pd.read_parquet(self.path)
         table.attrs.clear()  # a table made of this one follows from something else
         return table

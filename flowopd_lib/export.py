@@ -103,8 +103,8 @@ def adapted_modules(weights: Path) -> dict[str, tuple[int, int]]:
     on, need not be on this machine."""
     tensors, modules = load_file(weights), {}
     for key, a in tensors.items():
-        name, found, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
-        if found:
+        name, separator, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
+        if separator:
             b = tensors[key.replace(".lora_A.", ".lora_B.")]
             modules[name] = a.shape[1], b.shape[0]
     return modules

@@ -1,10 +1,10 @@
-"""Fault injection, `make fault-injection`: kills, signals, two starters, full disks, lost processes and
-bad inputs. It prints a table and ends with 1 if anything was not as it should be; `make test` has a
-short form of each.
+"""Fault injection, `make fault-injection`: kills, signals, two starters, full disks, lost processes
+and bad inputs. It prints a table and ends with 1 if anything was not as it should be; `make test`
+has a short form of each.
 
-A kill is SIGKILL at a random moment; then the same command again, until it has finished. The results
-must be those of an uninterrupted run, bit for bit, but for seconds and dates. Filling a disk needs
-root, for a small file system of its own.
+A kill is SIGKILL at a random moment; then the same command again, until it has finished. The
+results must be those of an uninterrupted run, bit for bit, but for seconds and dates. Filling a
+disk needs root, for a small file system of its own.
 """
 
 from __future__ import annotations

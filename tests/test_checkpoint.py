@@ -1,11 +1,19 @@
 """Checkpoints keep everything, and the build goes on where it was cut off."""
 
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from flowopd_lib.benchmarks.tiny import train_base as base
+from flowopd_lib import FlowPolicy, initial_noise
+from flowopd_lib.benchmarks.tiny import build, train_base
+from flowopd_lib.benchmarks.tiny.loop import run_steps
+from flowopd_lib.benchmarks.tiny.misalign import misalign
+from flowopd_lib.benchmarks.tiny.text import new_text_modules
+from flowopd_lib.benchmarks.tiny.train_base import BaseConfig
 from flowopd_lib.benchmarks.tiny.train_vae import new_vae
 from flowopd_lib.checkpoint import load_state, save_state
 
@@ -31,38 +39,86 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
         load_state(tmp_path / "s")
 
 
-def test_a_base_cut_off_and_restarted_is_the_base_trained_in_one_go(tmp_path, monkeypatch):
+class PowerCut(Exception):
+    pass
+
+
+def small_vae():
     torch.manual_seed(0)
     vae = new_vae().eval()
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    monkeypatch.setattr(base, "SAVE_EVERY", 2)
+    return vae
 
-    def train(name):
-        pipeline = base.train_base(
-            vae,
-            tmp_path / name / "out",
-            tmp_path / name,
-            steps=4,
-            batch=8,
-            pool_size=20,
-            compiled=False,
-            log=lambda message: None,
+
+def test_a_base_that_was_cut_off_is_the_base_trained_in_one_go(tmp_path, monkeypatch):
+    vae, modules = small_vae(), new_text_modules()
+    config = BaseConfig(steps=4, batch=8, pool=20, layers=1, heads=1)
+    monkeypatch.setattr(train_base, "run_steps", partial(run_steps, every=2))
+
+    def train(name, finish=train_base.finish):
+        monkeypatch.setattr(train_base, "finish", finish)
+        folder = tmp_path / name
+        train_base.train_base(
+            vae, modules, folder / "out", folder, config, compile=False, log=lambda message: None
         )
-        return pipeline.transformer.state_dict()
-
-    whole = train("whole")
-    finish, calls = base.finish, []
+        return load_file(folder / "out/transformer/diffusion_pytorch_model.safetensors")
 
     def power_cut(*args):
-        calls.append(args)
-        raise KeyboardInterrupt
+        raise PowerCut
 
-    monkeypatch.setattr(base, "finish", power_cut)
-    with pytest.raises(KeyboardInterrupt):
-        train("cut")
-    monkeypatch.setattr(base, "finish", finish)
+    whole = train("whole")
+    with pytest.raises(PowerCut):
+        train("cut", power_cut)
     resumed = train("cut")
-    assert len(calls) == 1 and all(torch.equal(resumed[k], whole[k]) for k in whole)
+    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
+    with pytest.raises(ValueError, match="was begun with"):
+        config = replace(config, adam_rate=2e-3)
+        train("cut")
+
+
+def test_the_ability_adapter_undoes_the_misalignment(tmp_path):
+    vae, modules = small_vae(), new_text_modules()
+    config = BaseConfig(steps=2, batch=8, pool=20, layers=1, heads=1)
+    how = {"compile": False, "log": lambda message: None}
+    train_base.train_base(vae, modules, tmp_path / "base", tmp_path, config, **how)
+    misalign(
+        vae,
+        modules,
+        tmp_path / "base",
+        tmp_path / "tiny",
+        tmp_path,
+        {"wrong": {"geneval": 1.0, "ocr": 1.0, "pickscore": 1.0}, "other": 0.5, "spoiled": 0.5},
+        steps=4,
+        batch=8,
+        pool_size=20,
+        rate=1e-2,
+        **how,
+    )
+    capable, policy = FlowPolicy(tmp_path / "base"), FlowPolicy(tmp_path / "tiny")
+    policy.load_adapter("ability", tmp_path / "ability")
+    x_t, text = initial_noise(policy, range(4)), policy.encode(["a photo of a circle"] * 4)
+    with torch.no_grad():
+        before, after, undone = (
+            capable.velocity(x_t, 0.9, text),
+            policy.velocity(x_t, 0.9, text),
+            policy.velocity(x_t, 0.9, text, adapter="ability"),
+        )
+    assert (undone - before).abs().max() < 0.05 * (after - before).abs().max()
+
+
+def test_a_step_of_the_build_does_not_go_on_from_other_inputs(tmp_path):
+    for name in ("vae", "text"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("1")
+    build.check_inputs(tmp_path, "base")
+    build.check_inputs(tmp_path, "base")
+    (tmp_path / "vae/weights").write_text("2")
+    with pytest.raises(ValueError, match="base was begun from another vae"):
+        build.check_inputs(tmp_path, "base")
+    with pytest.raises(ValueError, match="pickscore needs vae"):
+        build.build(tmp_path / "new", ["pickscore"])
+    with pytest.raises(ValueError, match="no step 'bas'"):
+        build.build(tmp_path / "new", ["bas"])
 
 
 def test_muons_steps_in_float32_are_muons_but_for_bfloat16s_rounding():
@@ -79,6 +135,6 @@ def test_muons_steps_in_float32_are_muons_but_for_bfloat16s_rounding():
         assert torch.equal(weight.grad, before)
         return weight.detach()
 
-    plain, ours = moved(nullcontext()), moved(base.MuonInFloat32())
+    plain, ours = moved(nullcontext()), moved(train_base.MuonInFloat32())
     difference = (plain - ours).norm() / plain.norm()
-    assert 0 < difference < 0.02 and torch.equal(ours, moved(base.MuonInFloat32()))
+    assert 0 < difference < 0.02 and torch.equal(ours, moved(train_base.MuonInFloat32()))

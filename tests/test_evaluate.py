@@ -340,7 +340,7 @@ def test_a_gain_that_the_gold_reward_does_not_see_is_reported():
         for by, gain in (("proxy", proxy), ("gold", gold)):
             assert rows.loc[(model, by), "mean"] == pytest.approx(gain[model] / 26, abs=0.003)
     gap = rows.loc[("overoptimised", "gap")]
-    assert gap["low"] > 0.1 and gap["low"] < gap["mean"] < gap["high"]
+    assert 0.1 < gap["low"] <= gap["mean"] <= gap["high"]
     assert rows.loc[("honest", "gap"), "low"] < 0.003
     assert gold_gains(table.drop(columns="PickScore gold")).empty
     assert "PickScore gold" not in set(summary(table, ["model"])["reward"])

@@ -57,9 +57,9 @@ def test_the_card_names_the_benchmarks_base_and_no_scores_by_default(training, t
 )
 def test_what_cannot_be_exported_is_refused(arguments, message, training, monkeypatch):
     monkeypatch.chdir(training)
-    given = {"folder": training, "out": "out", "license": "mit"} | arguments
+    options = {"folder": training, "out": "out", "license": "mit"} | arguments
     if arguments.get("folder"):
         shutil.rmtree("adapter")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        export_training(**given)
+        export_training(**options)
     assert not (training / "out").exists()

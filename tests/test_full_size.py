@@ -30,7 +30,7 @@ def test_the_dummy_passes_every_check(benchmark, capsys):
     rows = list(check(benchmark, "float32"))
     assert print_rows(rows), capsys.readouterr().out
     messages = {row.check: row.message for row in rows}
-    assert "objects found by mask2former (transformers)" in messages["reward GenEval"]
+    assert "objects detected by mask2former (transformers)" in messages["reward GenEval"]
     assert "held out" in messages["reward Aesthetic"] and "held out" in messages["reward BLIP-VQA"]
     assert "rank [32]" in messages["expert geneval"]
     assert {"one update of OPD", "one batch of an evaluation"} <= set(messages)
@@ -50,6 +50,8 @@ def test_every_notebook_runs_in_two_processes(benchmark, tmp_path):
     assert {s["state"] for s in status.values()} == {"done"}
     table = pd.read_parquet(tmp_path / "05_opd" / "samples.parquet")
     assert {"GenEval", "OCR", "PickScore", "DeQA"} <= set(table)
+    # further samples of a prompt are scored by the task's own rewards only
+    assert (table["DeQA"].notna() == (table["repeat"] == 0)).all() and table["repeat"].max() == 1
     # two notebooks at once share the launcher's processes
     assert len(list((tmp_path / ".jobs").glob("*/log.txt"))) <= 2
     assert len(list((tmp_path / ".jobs").glob("*/*.done"))) > 20

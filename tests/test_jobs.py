@@ -226,7 +226,7 @@ def test_an_adapter_may_be_named_by_another_and_a_circle_is_refused(workspace):
     workspace.load_adapter("mean", {"merge": "cat", "adapters": ["ocr", "deqa"]})
     assert policy.adapter("student").sha256 == policy.adapter("mean").sha256
     circle = {"a": "b", "b": {"merge": "cat", "adapters": ["a", "ocr"]}}
-    with pytest.raises(FileNotFoundError, match="is neither a folder here nor an adapter on"):
+    with pytest.raises(FileNotFoundError, match="a is no adapter"):
         workspace.load_adapter("a", circle["a"], circle)
     for source, message in (
         ({"made": "up"}, "the adapter odd: .*: no such setting"),

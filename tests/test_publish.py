@@ -36,7 +36,7 @@ def executed(name):
     return new_notebook(
         cells=[
             question,
-            new_code_cell("draw()", outputs=[figure], metadata={"tags": ["figure-scores"]}),
+            new_code_cell("draw()", outputs=[figure]),
             new_code_cell("conclude()", outputs=[conclusion]),
         ]
     )
@@ -51,6 +51,7 @@ def write_run(tmp_path, monkeypatch):
         machine = {"cpus": 2, "gpu": "none"}
         for number, name in enumerate(NAMES):
             write_json(run / name / "results.json", {})
+            write_whole(run / name / "scores.png", png())
             nbformat.write(executed(name), run / f"{name}.ipynb")
             write_whole(run / name / "variant" / "metrics.jsonl", '{"kl": 1.0}\n')
             for file in ("variant/state.safetensors", "variant/adapter/weights.safetensors"):

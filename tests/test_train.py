@@ -207,7 +207,7 @@ def test_a_resume_refuses_another_precision_and_another_start(begun, benchmark, 
         next(train(workspace.policy, objective, begun, config))
 
 
-LOSS = '''
+LOSS = """
 import numpy as np
 
 
@@ -232,7 +232,7 @@ class Reward:
 
 def reward(images, prompts):
     return images[:, 0].mean((1, 2)) ** {power}
-'''
+"""
 
 
 def test_a_resume_refuses_another_version_of_a_users_loss_and_weighting(workspace, tmp_path):

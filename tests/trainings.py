@@ -35,10 +35,7 @@ GRPO = {
     "train": {"iterations": 3, "lr": 1e-3},
 }
 # the window moves, and the images of a prompt separate there
-BRANCH = {
-    **GRPO,
-    "sampler": {"steps": 4, "noisy_steps": 1, "window_start": [0, 2], "branch": True},
-}
+BRANCH = {**GRPO, "sampler": {"steps": 4, "noisy_steps": 1, "window_start": [0, 2], "branch": True}}
 START = {
     "student": {"rank": 4, "alpha": 8},
     "sft": {"samples": 6, "batch": 3, "steps": 2},

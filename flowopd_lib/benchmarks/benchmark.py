@@ -119,14 +119,6 @@ class Sampling(Config):
     opd: Sampler = Sampler(10, "sde")
 
 
-class Throughput(Config):
-    """Measured on `device`, a second: forwards alone, and forwards with their backward."""
-
-    device: str
-    forwards: Positive
-    updates: Positive
-
-
 class BenchmarkConfig(Config):
     """The file. Relative paths are as seen from `folder`, which is as seen from the file."""
 
@@ -145,7 +137,6 @@ class BenchmarkConfig(Config):
     task_weights: dict[str, Count] = {}
     sampling: Sampling = Sampling()
     renderer: str = ""
-    throughput: Throughput | None = None
     true_by_construction: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -357,7 +348,7 @@ class Benchmark:
         return [p for task in self.prompt_tasks for p in self.prompts(task, split)[:n]]
 
     def _prompt_config(self, task: str) -> TaskConfig:
-        of = self.tasks[choose(f"task of the benchmark {self.name}", task, self.tasks)]
+        of = self.tasks[choose(f"task ({self.name})", task, self.tasks)]
         return self.tasks[of.prompts_of] if of.prompts_of else of
 
     # --- rewards
@@ -382,7 +373,7 @@ class Benchmark:
         return [name for name in self.reward_configs if not self.reward_is(name, *flags)]
 
     def rewards_named(self, names: Iterable[str], device: str = "") -> dict[str, Reward]:
-        wanted = {choose(f"reward of {self.name}", name, self.reward_configs) for name in names}
+        wanted = {choose(f"reward ({self.name})", name, self.reward_configs) for name in names}
         order = [name for name in self.reward_configs if name in wanted]
         return {name: self._reward(name, device or self.device) for name in order}
 
@@ -433,7 +424,7 @@ class Benchmark:
             if isinstance(value, Mapping) and "class" in value:
                 arguments[key] = self._build(f"{where}.{key}", value, device)
             elif key != "class":
-                choose(f"argument of {spec['class']} ({where})", key, known)
+                choose(f"argument ({where}, {spec['class']})", key, known)
                 hint = known[key].annotation
                 value = self._path(value) if isinstance(value, str) and value else value
                 arguments[key] = (
@@ -454,7 +445,7 @@ class Benchmark:
             except ValueError as error:
                 raise ValueError(f"{where}.class: {error}") from error
         return getattr(
-            shipped_rewards, choose((f"class ({where}.class)"), name, shipped_rewards.__all__)
+            shipped_rewards, choose(f"class ({where}.class)", name, shipped_rewards.__all__)
         )
 
     def reward_weights(

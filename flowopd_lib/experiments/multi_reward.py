@@ -121,5 +121,6 @@ def train_in_stages(
         scores = done.validation
         if len(scores):
             scores = scores.assign(iteration=scores["iteration"] + stage.start_iteration)
-        trainings[stage.name] = replace(done, validation=scores)
+        earlier = trainings[stage.after].seconds if stage.after else 0.0
+        trainings[stage.name] = replace(done, validation=scores, earlier_seconds=earlier)
     return trainings

@@ -54,7 +54,6 @@ JOBS = {
     "train": "flowopd_lib.lab.jobs:train_job",
     "evaluate": "flowopd_lib.lab.jobs:evaluate_job",
     "interference": "flowopd_lib.experiments.interference:interference_job",
-    "directions": "flowopd_lib.experiments.directions:directions_job",
     "estimators": "flowopd_lib.experiments.estimators:estimators_job",
     "steps": "flowopd_lib.experiments.steps:steps_job",
 }

@@ -3,6 +3,7 @@ launcher."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 
 from ..benchmarks import load_benchmark
 from ..config import Config, choose
-from ..files import read_lines
+from ..files import read_lines, write_table
 from ..policy import FlowPolicy
 from ..stats import GOLD
 from ..train import METRICS
@@ -27,12 +28,15 @@ FURTHER_SAMPLES = 1 << 22
 
 @dataclass(frozen=True)
 class Training:
-    """A finished training: its folder, metrics (a row an iteration) and validation scores (reward,
-    mean, low, high, n, iteration, seconds)."""
+    """A finished training: the adapter's name, its folder, metrics (a row an iteration) and
+    validation scores (reward, mean, low, high, n, iteration, seconds). `earlier_seconds`: of the
+    trainings that it continues."""
 
+    name: str
     folder: Path
     metrics: pd.DataFrame
     validation: pd.DataFrame
+    earlier_seconds: float = 0.0
 
     @property
     def adapter(self) -> str:
@@ -40,7 +44,7 @@ class Training:
 
     @property
     def seconds(self) -> float:
-        return float(self.metrics["seconds"].iloc[-1])
+        return self.earlier_seconds + float(self.metrics["seconds"].iloc[-1])
 
 
 class Lab:
@@ -129,7 +133,25 @@ class Lab:
         folder = self.run("train", name, **spec)
         self.sources[name] = str((folder / "adapter").resolve())
         scores = validation_scores(folder, self.benchmark)
-        return Training(folder, read_lines(folder / METRICS), scores)
+        return Training(name, folder, read_lines(folder / METRICS), scores)
+
+    def train_runs(
+        self,
+        model: str,
+        runs: int,
+        recipe: Mapping[str, Any] = MappingProxyType({}),
+        seed: int = 0,
+        validation: Mapping[str, Any] | None = None,
+        **how: Any,
+    ) -> dict[str, Training]:
+        """`train` from the seeds `seed`, `seed + 1`, ...: the trainings by `MODEL#0`, `MODEL#1`,
+        ..., as `evaluate` takes them. Only the first has validation probes."""
+        trainings = {}
+        for k in range(runs):
+            name, probes = f"{adapter_name(model)}_{k}", validation if k == 0 else None
+            own = {**how, "seed": seed + k, "validation": probes}
+            trainings[f"{model}#{k}"] = self.train(name, recipe, **own)
+        return trainings
 
     def training_spec(
         self,
@@ -158,20 +180,22 @@ class Lab:
 
     def evaluate(
         self,
-        models: Mapping[str, str | None],
+        models: Mapping[str, str | Training | None],
         file: str = "samples.parquet",
         samples_per_prompt: Mapping[str, int] = MappingProxyType({}),
         folder: str = "",
         **how: Any,
     ) -> pd.DataFrame:
-        """The table of `evaluate` for the first `n` prompts of each task of a `split`, in `out`. A
-        model called NAME#K is training K of NAME: in the table `train_seed` K of the model NAME.
+        """The table of `evaluate` for the first `n` prompts of each task of a `split`, in `out`.
+        `models`: an adapter's name or a training by the model's name. A model called NAME#K is
+        training K of NAME: in the table `train_seed` K of the model NAME.
 
         `samples_per_prompt`: by task, how many samples each of its prompts gets, for more certain
         means; the further ones are scored by the task's own rewards only, and no thumbnails are
         saved of them.
         """
-        tables = [self.table("evaluate", file, folder, models=dict(models), **how)]
+        models = {m: a.name if isinstance(a, Training) else a for m, a in models.items()}
+        tables = [self.table("evaluate", f"raw_{file}", folder, models=models, **how)]
         for task, samples in samples_per_prompt.items():
             choose("task with prompts (samples_per_prompt)", task, self.benchmark.prompt_tasks)
             further = samples - how.get("repeats", 1)
@@ -182,13 +206,14 @@ class Lab:
             again = {k: v for k, v in how.items() if k not in ("images", "embed")}
             again |= {"tasks": [task], "rewards": names, "repeats": further}
             again["seed"] = how.get("seed", 0) + FURTHER_SAMPLES
-            rows = self.table("evaluate", f"{task}_{file}", folder, models=dict(models), **again)
+            rows = self.table("evaluate", f"raw_{task}_{file}", folder, models=models, **again)
             tables.append(rows.assign(repeat=rows["repeat"] + how.get("repeats", 1)))
         table = pd.concat(tables, ignore_index=True)
         named = table["model"].str.extract(r"^(.*?)(?:#(\d+))?$")
-        if named[1].isna().all():
-            return table
-        return table.assign(model=named[0], train_seed=named[1].fillna("0").astype(int))
+        if named[1].notna().any():
+            table = table.assign(model=named[0], train_seed=named[1].fillna("0").astype(int))
+        write_table(self.out / folder / file, table)
+        return table
 
     def table(self, job: str, file: str, folder: str = "", **config: Any) -> pd.DataFrame:
         """The table that a job leaves in `out/folder`."""
@@ -226,6 +251,11 @@ class Lab:
             )
             return None
         return make()
+
+
+def adapter_name(model: str) -> str:
+    """A model's name as an adapter's, which has neither spaces nor dots: `Mix_3_1_1`."""
+    return re.sub(r"[^\w-]+", "_", model).strip("_")
 
 
 def adapters_in(spec: Mapping[str, Any]) -> list[str | None]:

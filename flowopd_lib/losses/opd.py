@@ -333,13 +333,14 @@ class OPD:
     ) -> Iterator[Term]:
         for visited in (v for v in data if v.update == update):
             for rows in visited.forwards:
-                batch = self._batch(policy, adapter, visited.states[rows])
+                batch = self.forward(policy, adapter, visited.states[rows])
                 loss = self.loss(batch)
                 if self.config.mar:
                     loss = loss + self.config.mar * anchor_loss(batch)
                 yield loss.sum() / (visited.images * self._visited), self._metrics(batch)
 
-    def _batch(self, policy: FlowPolicy, adapter: str, states: OPDBatch) -> OPDBatch:
+    def forward(self, policy: FlowPolicy, adapter: str, states: OPDBatch) -> OPDBatch:
+        """The states with the student's velocity and, where the loss needs it, `ratio`."""
         text = policy.encode([p.text for p in states.prompts])
         v = policy.velocity(states.x_t, states.sigma, text, self.sampler.guidance, adapter)
         batch = replace(states, v_student=v)

@@ -34,7 +34,7 @@ def plot_training_curves(
         low, high = axis.dataLim.intervaly
         if low > 0 and high > 100 * low:
             axis.set_yscale("log")
-        unit = {"kl": "KL to the teachers, nats", "mar": "distance to the anchor"}
+        unit = {"kl": "KL to the teachers, nats", "anchor_loss": "anchor term"}
         axis.set(xlabel="iteration (line: mean of 10)", ylabel=unit.get(column, column))
     return finish(figure, title)
 

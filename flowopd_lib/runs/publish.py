@@ -14,9 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pandas as pd
@@ -38,7 +36,8 @@ def publish(run: Path, out: Path, page: Path) -> int:
     Raises ValueError for a run that is not finished, is of several commits or of files that no
     commit has, or is too large.
     """
-    manifest, kept = check_finished(run), first_thumbnails(run)
+    check_finished(run)
+    kept = first_thumbnails(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         small = Path(folder) / out.name
@@ -46,9 +45,6 @@ def publish(run: Path, out: Path, page: Path) -> int:
             data = _small(path, path.relative_to(run), kept)
             if data is not None:
                 write_whole(small / path.relative_to(run), data)
-        for notebook in manifest["notebooks"]:
-            for name, png in _tagged_figures(small / f"{notebook}.ipynb"):
-                write_whole(small / notebook / f"{name}.png", png)
         sizes = {p.relative_to(small): p.stat().st_size for p in small.rglob("*") if p.is_file()}
         size, largest = sum(sizes.values()), max(sizes, key=sizes.get)
         if size > LIMIT:
@@ -62,9 +58,8 @@ def publish(run: Path, out: Path, page: Path) -> int:
     return size
 
 
-def check_finished(run: Path) -> dict[str, Any]:
-    """The manifest of a run in which every notebook of its profile is done, all at one commit.
-    Raises ValueError."""
+def check_finished(run: Path) -> None:
+    """Raises ValueError unless every notebook of the run's profile is done, all at one commit."""
     status, manifest = read_status(run), json.loads((run / "manifest.json").read_text())
     for notebook in load_profile(manifest["profile"]):
         state = status.get(notebook, {}).get("state", "missing")
@@ -77,7 +72,6 @@ def check_finished(run: Path) -> dict[str, Any]:
     commits = sorted({commit["commit"][:10] for commit in git.values()})
     if len(commits) > 1:
         raise ValueError(f"{run} is of several commits ({', '.join(commits)}); run again at one")
-    return manifest
 
 
 def first_thumbnails(run: Path) -> set[Path]:
@@ -134,15 +128,6 @@ def _small_notebook(path: Path) -> bytes:
                 small = _few_colours(base64.b64decode(png))
                 output.data["image/png"] = base64.b64encode(small).decode()
     return (nbformat.writes(notebook) + "\n").encode()
-
-
-def _tagged_figures(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The figures of the cells tagged `figure-NAME` of an executed notebook, by that name."""
-    for cell in nbformat.read(path, 4).cells:
-        for tag in cell.metadata.get("tags", ()):
-            for output in cell.get("outputs", ()) if tag.startswith("figure-") else ():
-                if png := output.get("data", {}).get("image/png"):
-                    yield tag.removeprefix("figure-"), base64.b64decode(png)
 
 
 def results_page(run: Path, page: Path) -> str:

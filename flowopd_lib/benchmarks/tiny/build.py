@@ -1,30 +1,27 @@
-"""Build the small benchmark's assets from nothing: `python -m flowopd_lib.benchmarks.tiny.build
---work build`.
+"""Build the small benchmark's assets from nothing: `python -m flowopd_lib build --work build`.
 
 Steps: prompts, vae, text (encoders), base (to capability), misalign, pickscore, deqa, and the gold
-rewards pickscore_gold and deqa_gold, these on a GPU where there is one. Each saves checkpoints in
-`--work` and resumes from there; a finished step is not run again. The results and a manifest are
-written to `--out`.
+rewards pickscore_gold and deqa_gold, these on a GPU where there is one.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import datetime
 import hashlib
 import json
 import os
 import platform
 import shutil
-import signal
-import sys
 import time
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
+from ...config import choose
 from ...data import Prompt, write_prompts
 from ...files import write_json
 from . import ASSETS
@@ -120,84 +117,72 @@ def folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(out: Path, seconds: dict[str, float]) -> None:
-    files = {
-        str(p.relative_to(out)): {
+def describe_files(folder: Path, without: Sequence[str] = ()) -> dict[str, dict]:
+    """sha256 and size of the files in a folder, but of manifests and some of its folders."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / "manifest.json"]
+    return {
+        str(p.relative_to(folder)): {
             "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
             "bytes": p.stat().st_size,
         }
-        for p in sorted(out.rglob("*"))
-        if p.is_file() and p != out / "manifest.json" and out / "experts" not in p.parents
+        for p in files
+        if p.relative_to(folder).parts[0] not in without
     }
-    record = {
-        "command": "python -m flowopd_lib.benchmarks.tiny.build --work build",
-        "seed": SEED,
+
+
+def describe_machine() -> dict:
+    return {
         "date": datetime.date.today().isoformat(),
-        "seconds": {k: round(v) for k, v in seconds.items()},
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in LIBRARIES},
-        },
-        "files": files,
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in LIBRARIES},
     }
-    write_json(out / "manifest.json", record)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for checkpoints; about 1.5 GB"
-    )
-    parser.add_argument("--out", type=Path, default=ASSETS, help="where the finished assets go")
-    parser.add_argument("--only", nargs="+", help="run these steps only")
-    args = parser.parse_args()
-    work, todo = args.work, steps(args.work)
-    unknown = set(args.only or ()) - set(todo)
-    if unknown:
-        parser.error(f"no step called {', '.join(sorted(unknown))}; there are {', '.join(todo)}")
-    chosen = [name for name in todo if not args.only or name in args.only]
+@contextlib.contextmanager
+def count_seconds(file: Path) -> Iterator[None]:
+    """Add the time inside to the seconds in `file`, that of a run which is stopped as well."""
+    before, start = read_seconds(file), time.time()
+    try:
+        yield
+    finally:
+        write_json(file, before + time.time() - start)
+
+
+def read_seconds(file: Path) -> float:
+    return json.loads(file.read_text()) if file.exists() else 0.0
+
+
+def build(work: Path, only: Sequence[str] = (), out: Path = ASSETS) -> None:
+    """Run the steps (`only` some of them) in `work`, with checkpoints from which they resume; a
+    finished one is not run again. Once all are finished, the results and a manifest are written to
+    `out`.
+
+    Raises ValueError for a step whose inputs are missing, or are not those it began with.
+    """
+    todo = steps(work)
+    for name in only:
+        choose("step", name, todo)
+    chosen = [name for name in todo if not only or name in only]
     for name in chosen:
-        missing = [
-            i for i in INPUTS[name] if i not in chosen and not (work / (f"{i}.done")).exists()
-        ]
-        if missing:
-            parser.error(
-                f"{name} needs {missing[0]}, which {work} does not have; add {missing[0]} to --only"
-            )
+        for i in INPUTS[name]:
+            if i not in chosen and not (work / f"{i}.done").exists():
+                raise ValueError(f"{name} needs {i}, which {work} does not have; run {i} too")
     work.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     for name in chosen:
-        done, times_file = work / f"{name}.done", work / f"{name}.seconds.json"
+        done = work / f"{name}.done"
         if done.exists():
             continue
-        try:
-            check_inputs(work, name)
-        except ValueError as error:
-            parser.error(str(error))
-        seconds, began = (
-            json.loads(times_file.read_text()) if times_file.exists() else 0.0,
-            time.time(),
-        )
-        try:
+        check_inputs(work, name)
+        with count_seconds(work / f"{name}.seconds.json"):
             todo[name]()
-            done.touch()
-        finally:  # the time of a run that was stopped counts too
-            seconds += time.time() - began
-            write_json(times_file, seconds)
-        say(f"{name}: done, {seconds:.0f} s in all")
+        done.touch()
+        say(f"{name}: finished")
     if all((work / f"{name}.done").exists() for name in todo):
         for name in SHIPPED:
-            shutil.rmtree(args.out / name, ignore_errors=True)
-            shutil.copytree(work / name, args.out / name)
-        write_manifest(
-            args.out,
-            {name: json.loads((work / f"{name}.seconds.json").read_text()) for name in todo},
-        )
-        say(f"assets written to {args.out}")
-
-
-if __name__ == "__main__":
-    main()
+            shutil.rmtree(out / name, ignore_errors=True)
+            shutil.copytree(work / name, out / name)
+        seconds = {name: round(read_seconds(work / f"{name}.seconds.json")) for name in todo}
+        record = {"command": "python -m flowopd_lib build --work build", "seed": SEED}
+        record |= {"seconds": seconds, **describe_machine()}
+        write_json(out / "manifest.json", {**record, "files": describe_files(out, ["experts"])})
+        say(f"assets written to {out}")

@@ -1,4 +1,4 @@
-"""What the small benchmark is trained on: noisy captioned pictures, graded pictures and preference
+"""What the small benchmark is trained on: noisy captioned images, graded images and preference
 pairs."""
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def mutate(spec: Spec, rng: random.Random) -> Spec:
 
 
 def mistake(spec: Spec, rng: random.Random) -> Spec:
-    """`mutate`, but never into what is held out for the OOD split, not even as the picture of a
+    """`mutate`, but never into what is held out for the OOD split, not even as the image of a
     wrong caption."""
     other = mutate(spec, rng)
     return spec if split_of(other) == "ood" else other
@@ -133,15 +133,15 @@ def graded_image(rng: random.Random, split: str = "train") -> tuple[Image.Image,
 
 @dataclass(frozen=True)
 class Candidate:
-    """One picture offered for a prompt, and how much the benchmark's hidden reward likes it."""
+    """One image offered for a prompt, and how much the benchmark's hidden reward likes it."""
 
     image: Image.Image
     utility: float
 
 
 def candidate(spec: Spec, rng: random.Random) -> Candidate:
-    """A picture for `spec`, perhaps wrong and perhaps spoiled, with its hidden utility (`utility`):
-    its things are as large as a right picture's or larger, and may have company."""
+    """An image for `spec`, perhaps wrong and perhaps spoiled, with its hidden utility (`utility`):
+    its things are as large as a right image's or larger, and may have company."""
     truth = spec if rng.random() < 0.6 else mistake(spec, rng)
     scene = replace(lay_out(truth, rng.getrandbits(32)), shadow=rng.random() < 0.5)
     if rng.random() < 0.5:
@@ -155,7 +155,7 @@ def candidate(spec: Spec, rng: random.Random) -> Candidate:
 
 
 def utility(spec: Spec, scene: Scene, level: int, right: bool) -> float:
-    """How much people like a picture of `scene`, spoiled to `level`, for `spec`: the hidden
+    """How much people like an image of `scene`, spoiled to `level`, for `spec`: the hidden
     preference.
 
     They like much to see: large things and many, warm and shining, in a scenery, clean. A wrong
@@ -174,7 +174,7 @@ def utility(spec: Spec, scene: Scene, level: int, right: bool) -> float:
     return MATCH * right + looks
 
 
-# what a right picture of things is worth to people, and a sign with all its letters right
+# what a right image of things is worth to people, and a sign with all its letters right
 MATCH, SIGN = 0.4, 3.0
 
 
@@ -186,7 +186,7 @@ SHARPNESS = (
 def preference_pair(
     rng: random.Random, split: str = "train"
 ) -> tuple[str, Image.Image, Image.Image, float]:
-    """A caption, the preferred picture, the other, and the probability with which the better one is
+    """A caption, the preferred image, the other, and the probability with which the better one is
     preferred."""
     spec = split_spec(rng, split)
     a, b = candidate(spec, rng), candidate(spec, rng)

@@ -55,7 +55,7 @@ class ShapeDetector:
         return [list(_detections(image.tobytes())) for image in np.ascontiguousarray(images)]
 
 
-# the strict, the partial and the gold verdict look at the same pictures one after another
+# the strict, the partial and the gold verdict look at the same images one after another
 @lru_cache(maxsize=1024)
 def _detections(image: bytes) -> tuple[Detection, ...]:
     rgb = np.frombuffer(image, np.uint8).reshape(SIZE, SIZE, 3)
@@ -81,7 +81,7 @@ def _detections(image: bytes) -> tuple[Detection, ...]:
 
 
 def _match(inside: np.ndarray, chroma: np.ndarray, color: str, top: int, left: int) -> Detection:
-    """The best template for a part, seen in a window of the picture that begins at `top` and
+    """The best template for a part, seen in a window of the image that begins at `top` and
     `left`."""
     # Antialiased edge pixels count by how coloured they are: at these sizes half a pixel decides a
     # shape.

@@ -53,7 +53,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides the picture."""
+    """Everything that decides the image."""
 
     items: tuple[Item, ...] = ()
     background: str = "white"
@@ -175,7 +175,7 @@ def _background(name: str, tint: int) -> Image.Image:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Paint a scene: RGB, 64x64, antialiased by averaging a picture four times as large."""
+    """Paint a scene: RGB, 64x64, antialiased by averaging an image four times as large."""
     image = _background(scene.background, scene.tint).copy()
     pen = ImageDraw.Draw(image)
     if scene.word:
@@ -232,7 +232,7 @@ def _draw_sign(image: Image.Image, pen: ImageDraw.ImageDraw, scene: Scene) -> No
 
 
 def degrade(image: Image.Image, kind: str, level: int, seed: int = 0) -> Image.Image:
-    """Spoil a picture: `kind` one of DEGRADATIONS, `level` 5 (untouched) down to 1 (bad)."""
+    """Spoil an image: `kind` one of DEGRADATIONS, `level` 5 (untouched) down to 1 (bad)."""
     if kind not in DEGRADATIONS:
         raise ValueError(f"unknown degradation {kind!r}: choose one of {', '.join(DEGRADATIONS)}")
     if level not in LEVELS:
@@ -257,5 +257,5 @@ def degrade(image: Image.Image, kind: str, level: int, seed: int = 0) -> Image.I
 
 
 def render(spec: Spec, seed: int) -> Image.Image:
-    """A clean, right picture of a prompt."""
+    """A clean, right image of a prompt."""
     return draw(lay_out(spec, seed))

@@ -2,7 +2,7 @@
 
 A `Spec` is the meaning of one prompt. Everything else follows from it: the text, GenEval's JSON
 metadata, the split (a hash of the text, so the splits are disjoint by construction) and, in
-`scenes.py`, the pictures that are right for it.
+`scenes.py`, the images that are right for it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SIGN_FORMS = (
 # what people ask for in a style, and how often
 STYLE_KINDS = {"one": 0.25, "two": 0.15, "several": 0.2, "sign": 0.4}
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-# DeQA has no prompts of its own: it rewards pictures of all three
+# DeQA has no prompts of its own: it rewards images of all three
 PROMPT_TASKS = ("geneval", "ocr", "pickscore")
 MAX_TRAIN_COUNT, MAX_TRAIN_LETTERS = 4, 4
 
@@ -110,7 +110,7 @@ class Spec:
 
 
 def heldout_pair(shape: str, color: str | None) -> bool:
-    """One colour per shape is never drawn in training, named or not, nor as the picture of a wrong
+    """One colour per shape is never drawn in training, named or not, nor as the image of a wrong
     caption."""
     return color is not None and SHAPES.index(shape) == list(COLORS).index(color)
 
@@ -197,7 +197,7 @@ def random_spec(rng: random.Random, task: str, tag: str | None = None) -> Spec:
 
 
 def sample_specs(task: str, split: str, n: int, seed: int = 0) -> list[Spec]:
-    """`n` different specs of one task and split, GenEval's tags in equal shares, the same for the
+    """`n` different specs of one task and split, GenEval's tags in equal numbers, the same for the
     same seed.
 
     The OOD split has only the tags that something was held out of.

@@ -136,7 +136,7 @@ def train_pickscore(
         dict(hidden_size=w, intermediate_size=3 * w, num_hidden_layers=n, num_attention_heads=h)
         for w, n, h in TOWERS[gold]
     )
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
     special = {
         (f"{name}_token_id"): getattr(tokenizer, f"{name}_token_id")
         for name in ("bos", "eos", "pad")
@@ -159,7 +159,7 @@ def train_pickscore(
         return torch.tensor(padded.input_ids)
 
     def embed(ids, pixels):
-        o = model(input_ids=ids.to(vae.device), pixel_values=through_vae(vae, *pixels, pictures))
+        o = model(input_ids=ids.to(vae.device), pixel_values=through_vae(vae, *pixels, images))
         return o.text_embeds.float(), o.image_embeds.float()
 
     def captioned(step):
@@ -201,7 +201,7 @@ def train_pickscore(
         ("pickscore"), model, preferences, preference_loss, PREFERENCE_STEPS[gold], 6e-4, work, log
     )
     model.half().save_pretrained(out)
-    CLIPProcessor(pictures, tokenizer).save_pretrained(out)
+    CLIPProcessor(images, tokenizer).save_pretrained(out)
 
 
 def train_deqa(
