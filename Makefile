@@ -31,8 +31,8 @@ test: setup
 
 # While working: lint, and a fast selection of the tests (method, configuration, one notebook).
 check: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check flowopd_lib tests docs notebooks
+	$(BIN)/ruff format --check flowopd_lib tests docs notebooks
 	$(BIN)/python -m pytest -m fast
 
 # Notebook 09 in JupyterLab in headless Chromium (Debian's; installing it needs root). Screenshots: build/browser.

@@ -1,4 +1,4 @@
-"""The figures of README.md and docs/: `make figures`, which also drives the gallery in a browser."""
+"""The figures of README.md and docs/: `make figures`, which drives the gallery in a browser too."""
 
 from pathlib import Path
 

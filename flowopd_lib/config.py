@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, TypeVar
+from types import ModuleType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -22,7 +23,9 @@ from pydantic.dataclasses import dataclass
 from .fingerprint import PLUGIN
 
 T = TypeVar("T")
-UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's kinds of fault
+# pydantic's kinds of fault
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+MISSING_KEY = ("missing", "missing_argument")
 CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 Count = Annotated[int, Field(ge=1)]
@@ -50,36 +53,63 @@ def validate(kind: type[T], value: Any, where: str = "") -> T:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise ValueError(sentence(error, where, kind)) from None
+        raise ValueError(sentence(error, where, kind, value)) from None
 
 
-def sentence(error: ValidationError, where: str = "", kind: Any = None) -> str:
+def sentence(error: ValidationError, where: str = "", kind: Any = None, value: Any = None) -> str:
     """One fault of a ValidationError in one line: of a union, that of the alternative that matched
-    best, and a misspelt key before the one that is missing for it."""
+    best, and a misspelt key before the one that is missing for it. `value`: what was validated."""
     faults = error.errors(include_url=False)
     fault = max(faults, key=lambda e: (len(e["loc"]), e["type"] in UNKNOWN_KEY))
-    keys = [str(key) for key in fault["loc"] if not str(key).startswith(("function-", "tagged-"))]
-    message = fault["msg"].removeprefix("Value error, ")
+    keys, message = _keys(fault, value), fault["msg"].removeprefix("Value error, ")
     if fault["type"] in UNKNOWN_KEY:
         message = f"no such setting{nearest(keys[-1], fields_at(kind, keys[:-1]))}"
-    elif fault["type"] not in ("value_error", "missing", "missing_argument"):
+    elif fault["type"] not in ("value_error", *MISSING_KEY):
         message += f", not {fault['input']!r}"
     return ": ".join(part for part in (where, ".".join(keys), message) if part)
 
 
+def _keys(fault: Mapping, value: Any) -> list[str]:
+    """Where a fault is: without pydantic's names for the alternatives of a union, which are no keys
+    of the value."""
+    if value is None:
+        return [str(key) for key in fault["loc"]]
+    keys = []
+    for key in fault["loc"]:
+        with contextlib.suppress(LookupError, TypeError):
+            value = value[key]
+            keys.append(str(key))
+    return [*keys, str(fault["loc"][-1])] if fault["type"] in MISSING_KEY else keys
+
+
 def fields_at(kind: Any, keys: Iterable[str]) -> list[str]:
     """The names of the settings of `kind`, or of the section of it under `keys`."""
+    kinds = list(_alternatives(kind))
     for key in keys:
-        field = (
-            getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {})
-        ).get(key)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        kind = next((o for o in options if fields_at(o, ())), None)
-    return list(
-        getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {})
-        if inspect.isclass(kind)
-        else {}
-    )
+        inside = []
+        for kind in kinds:
+            if get_origin(kind) in (dict, Mapping):
+                inside.append(get_args(kind)[1])
+            elif key in _fields(kind):
+                inside.append(_fields(kind)[key].annotation)
+        kinds = [alternative for kind in inside for alternative in _alternatives(kind)]
+    return [name for kind in kinds for name in _fields(kind)]
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """The types of a union, without what annotates them."""
+    if get_origin(kind) is Annotated:
+        yield from _alternatives(get_args(kind)[0])
+    elif get_origin(kind) in (Union, UnionType):
+        for one in get_args(kind):
+            yield from _alternatives(one)
+    else:
+        yield kind
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    fields = getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {})
+    return fields if inspect.isclass(kind) else {}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

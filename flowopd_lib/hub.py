@@ -4,8 +4,11 @@ sentence."""
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
+# Loading a model changes states of the whole process, such as the device of new tensors.
+LOADING = threading.RLock()
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
 
 
@@ -43,24 +46,25 @@ def hub_fault(name: str, error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No progress bar for each file loaded and no advice about torchvision, which is not used here:
-    notebooks and logs are for results.
+    notebooks and logs are for results. One thread at a time.
 
     Wherever a model is loaded, diffusers, transformers and PEFT are imported by the function that
     needs them: importing them takes longer than everything else."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    before = [
-        (library, library.get_verbosity(), library.is_progress_bar_enabled())
-        for library in (diffusers_logging, transformers_logging)
-    ]
-    for library, *_ in before:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, verbosity, bars in before:
-            library.set_verbosity(verbosity)
-            if bars:
-                library.enable_progress_bar()
+    with LOADING:
+        before = [
+            (library, library.get_verbosity(), library.is_progress_bar_enabled())
+            for library in (diffusers_logging, transformers_logging)
+        ]
+        for library, *_ in before:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library, verbosity, bars in before:
+                library.set_verbosity(verbosity)
+                if bars:
+                    library.enable_progress_bar()

@@ -36,7 +36,7 @@ def policy(benchmark):
 
 @pytest.fixture
 def workspace(policy):
-    """A workspace of the shipped model, without adapters, in one thread, as processes of a launcher."""
+    """A workspace of the shipped model without adapters, in one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     policy.remove_adapters()

@@ -35,7 +35,7 @@ LIMITS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DE
 TRAIN = {
     "student": {"rank": 4, "alpha": 8},
     "schedule": {"tasks": ["ocr"], "prompts_per_batch": 4, "images_per_prompt": 4},
-    "sampler": {"steps": 4},
+    "sampler": {"steps": 4, "noisy_steps": 1, "window_start": [0, 2], "branch": True},
     "grpo": {"reward_weights": {"OCR": 0.6, "DeQA": 0.4}, "micro_batch_size": 8, "updates": 2},
     "train": {"iterations": 60, "lr": 1e-3, "save_every": 2},
 }
@@ -184,8 +184,8 @@ class FaultInjection:
         process = self.start("train", folder, RANKS, *torchrun)
         while process.poll() is None and "3/12" not in process.stdout.readline():
             pass
-        if ranks := psutil.Process(process.pid).children():
-            self.random.choice(ranks).kill()
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            self.random.choice(psutil.Process(process.pid).children()).kill()
         ended, _ = finish(process)
         code, error = finish(self.start("train", folder, RANKS, *torchrun))
         wrong = error if code else difference(whole, folder)

@@ -1,4 +1,4 @@
-"""A policy small enough to average over thousands of rollouts: v = a x + b + c sigma, by adapter."""
+"""A policy small enough to average over thousands of rollouts: v = a x + b (1 + sigma)."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,8 @@ from flowopd_lib.text import TextEmbedding
 
 
 class SmallPolicy:
-    """The part of FlowPolicy that samplers and objectives use; weights are one (2, D) tensor an adapter:
-    slope, bias."""
+    """The part of FlowPolicy that samplers and objectives use; weights are one (2, D) tensor an
+    adapter: slope, bias."""
 
     device = torch.device("cpu")
     pipeline = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))

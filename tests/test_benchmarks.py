@@ -1,456 +1,388 @@
+"""Benchmarks as data: the shipped ones, the example of docs/benchmarks.md, and faults in a file."""
+
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 
-from flowopd_lib import FlowPolicy, Lab, build, load_benchmark
+from flowopd_lib import load_benchmark
 from flowopd_lib.benchmarks.tiny.scenes import SIGN_BOX, SIZE
-from flowopd_lib.check import Check
+from flowopd_lib.check import check
+from flowopd_lib.config import read_yaml, validate
 from flowopd_lib.files import ROOT
-from flowopd_lib.objectives import Share
-from flowopd_lib.rewards import OCR, attribute, can_reward
-from flowopd_lib.runs.profiles import parameters_of
+from flowopd_lib.lab import Lab, build
+from flowopd_lib.lab.jobs import run_job
+from flowopd_lib.lab.recipe import SFT_SEED, Recipe
+from flowopd_lib.lab.workspace import Workspace
+from flowopd_lib.rewards import applies_to, attribute
+from flowopd_lib.rollout import Sampler, sample, trajectory
 
 ASSETS = ROOT / "flowopd_lib" / "assets"
+TINY = read_yaml(ROOT / "flowopd_lib" / "benchmarks" / "tiny" / "benchmark.yaml")
 BLOCK = re.compile(r"```\w+ (\S+\.\w+)\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture
-def warm(tmp_path, monkeypatch, policy):
-    """The example of docs/benchmarks.md as a reader would write it, with an expert that nobody trained."""
-    for name, text in BLOCK.findall((ROOT / "docs" / "benchmarks.md").read_text()):
-        (tmp_path / name).write_text(text)
-    for split, n in (("train", 12), ("test", 6)):
-        lines = [
-            f"a photo of a red circle, warm and bright, number {i} of {split}" for i in range(n)
-        ]
-        (tmp_path / f"warm_{split}.txt").write_text("\n".join(lines) + "\n")
-    monkeypatch.setenv("FLOWOPD_ASSETS", str(ASSETS))
-    monkeypatch.setenv("WARM", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(ASSETS / "experts" / "pickscore", tmp_path / "warm-expert")
-    return tmp_path / "warm.yaml"
+def mine(tmp_path):
+    """Writes the small benchmark's file with something else in it, and loads it."""
+
+    def load(**changes):
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump({**TINY, "folder": str(ASSETS), **changes}))
+        return load_benchmark(path)
+
+    return load
 
 
-def benchmark_with(tmp_path: Path, **changes) -> Path:
-    """The small benchmark's file with something else in it."""
-    benchmark = yaml.safe_load(
-        (ROOT / "flowopd_lib" / "benchmarks" / "tiny" / "benchmark.yaml").read_text()
-    )
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({**benchmark, "folder": str(ASSETS), **changes}))
-    return path
+def built(recipe, workspace):
+    return build(validate(Recipe, recipe), workspace)[0]
 
 
-def test_the_shipped_benchmark_is_the_papers_four(benchmark):
-    assert benchmark.own == ("geneval", "ocr", "pickscore")
-    assert list(benchmark.rewards("cpu")) == ["GenEval", "OCR", "PickScore", "DeQA"]
-    assert benchmark.home == (
+# ---- the shipped benchmarks
+
+
+def test_the_shipped_benchmark_is_the_papers_four_tasks(benchmark, rewards):
+    assert benchmark.prompt_tasks == ("geneval", "ocr", "pickscore")
+    assert list(rewards) == ["GenEval", "OCR", "PickScore", "DeQA"]
+    assert benchmark.domains == (
         ("GenEval", "geneval", 1.0),
         ("OCR", "ocr", 1.0),
         ("PickScore", "pickscore", 26.0),
         ("DeQA", "pickscore", 5.0),
     )
-    assert benchmark.teachers == dict.fromkeys(benchmark.tasks) | {t: t for t in benchmark.tasks}
+    assert benchmark.teachers == {task: task for task in benchmark.tasks}
+    assert benchmark.experts_of == {benchmark.tasks[t].reward: t for t in benchmark.tasks}
     assert benchmark.reward_weights() == {
-        "geneval": {"GenEval": 0.5, "GenEvalScore": 0.5},
+        "geneval": {"GenEvalScore": 1.0},
         "ocr": {"OCR": 1.0},
         "pickscore": {"PickScore": 1.0},
     }
-    assert benchmark.reward_weights(auxiliary=True)["geneval"] == pytest.approx(
-        {"GenEval": 0.4, "GenEvalScore": 0.4, "DeQA": 0.2}
-    )
-    sign = benchmark.rewards_named(["OCR"], "cpu")["OCR"]
-    assert tuple(sign.region) == SIGN_BOX and tuple(sign.size) == (SIZE, SIZE)
+    assert benchmark.reward_weights(tasks=["deqa"]) == {"deqa": {"DeQA": 0.4, "PickScore": 0.6}}
+    with_auxiliary = benchmark.reward_weights(auxiliary=True)["geneval"]
+    assert with_auxiliary == pytest.approx({"GenEvalScore": 0.8, "DeQA": 0.2})
+    assert (tuple(rewards["OCR"].region), tuple(rewards["OCR"].size)) == (SIGN_BOX, (SIZE, SIZE))
 
 
-def test_which_rewards_can_reward_which_prompts(benchmark, rewards):
-    can = {
-        t: [n for n, j in rewards.items() if can_reward(j, benchmark.prompts(t, "test")[0])]
-        for t in benchmark.tasks
-    }
-    looks = ["PickScore", "DeQA"]
-    assert can == {
-        "geneval": ["GenEval", *looks],
-        "ocr": ["OCR", *looks],
-        "pickscore": looks,
-        "deqa": looks,
+def test_which_rewards_apply_to_which_prompts(benchmark, rewards):
+    first = {task: benchmark.prompts(task, "test")[0] for task in benchmark.tasks}
+    of_task = {t: [n for n, r in rewards.items() if applies_to(r, p)] for t, p in first.items()}
+    preference = ["PickScore", "DeQA"]
+    assert of_task == {
+        "geneval": ["GenEval", *preference],
+        "ocr": ["OCR", *preference],
+        "pickscore": preference,
+        "deqa": preference,
     }
 
 
-def test_a_reward_is_loaded_once_and_those_for_training_are_not_reported(benchmark):
-    assert benchmark.rewards("cpu")["OCR"] is benchmark.all_training_rewards("cpu")["OCR"]
-    assert set(benchmark.all_training_rewards("cpu")) - set(benchmark.rewards("cpu")) == {
-        "GenEvalScore"
-    }
-    assert set(benchmark.held_out_rewards("cpu")) == {
-        f"{name} gold" for name in ("GenEval", "OCR", "PickScore", "DeQA")
-    }
+def test_a_reward_is_loaded_once_and_those_for_training_are_not_reported(benchmark, rewards):
+    training, held_out = benchmark.training_rewards("cpu"), benchmark.held_out_rewards("cpu")
+    assert rewards["OCR"] is training["OCR"]
+    assert set(training) - set(rewards) == {"GenEvalScore"}
+    assert set(held_out) == {f"{name} gold" for name in rewards}
+    assert set(benchmark.all_rewards("cpu")) == set(rewards) | set(held_out)
 
 
-def test_a_scale_that_the_file_leaves_out_is_that_of_the_rewards_class(tmp_path):
-    """What GRPO divides a reward by, the Average divides it by."""
-    benchmark = yaml.safe_load(
-        (ROOT / "flowopd_lib" / "benchmarks" / "tiny" / "benchmark.yaml").read_text()
-    )
-    rewards = {
-        n: {k: v for k, v in j.items() if k != "scale"} for n, j in benchmark["rewards"].items()
-    }
-    mine = load_benchmark(benchmark_with(tmp_path, rewards=rewards))
-    assert mine.scales == load_benchmark().scales
-    reward = mine.rewards_named(["PickScore"], "cpu")["PickScore"]
-    assert mine.scales["PickScore"] == attribute(reward, "scale") == 26.0
-
-
-def test_the_full_size_benchmark_says_what_the_paper_does():
+def test_the_full_size_benchmark_has_the_papers_settings(monkeypatch):
     benchmark = load_benchmark("sd35")
-    assert (benchmark.resolution, benchmark.text_length, benchmark.rank, benchmark.alpha) == (
-        512,
-        128,
-        32,
-        64.0,
-    )
-    assert benchmark.evaluation.steps == 40 and benchmark.evaluation.guidance == 4.5
-    assert benchmark.task_schedule == {
-        "geneval": 3,
-        "ocr": 1,
-        "pickscore": 1,
-    } and benchmark.auxiliary_rewards == {"DeQA": 0.2}
-    assert benchmark.base == "stabilityai/stable-diffusion-3.5-medium"
-    assert benchmark.adapter("ocr") == "jieliu/SD3.5M-FlowGRPO-Text"
-    assert [n for n in benchmark.specs if benchmark.reward_is(n, "held_out")] == [
-        "Aesthetic",
-        "ImageReward",
-        "HPS",
-    ]
-    assert [n for n in benchmark.specs if benchmark.reward_is(n, "training")] == ["GenEvalScore"]
+    config = benchmark.config
+    assert (config.resolution, config.text_length) == (512, 128)
+    assert (benchmark.rank, benchmark.alpha) == (32, 64.0)
     # the joint attention alone: neither attn2 nor the feed-forward layers
     assert all(t.startswith("attn.") for t in benchmark.targets) and len(benchmark.targets) == 8
-
-
-def test_it_asks_for_the_variables_it_needs(monkeypatch):
+    assert benchmark.sampling.evaluation == Sampler(40, guidance=4.5)
+    assert benchmark.task_schedule == {"geneval": 3, "ocr": 1, "pickscore": 1}
+    assert config.grpo_mix.auxiliary_rewards == {"DeQA": 0.2}
+    assert benchmark.base == "stabilityai/stable-diffusion-3.5-medium"
+    assert benchmark.adapter("ocr") == "jieliu/SD3.5M-FlowGRPO-Text"
+    of_kind = {
+        kind: {n for n in benchmark.reward_configs if benchmark.reward_is(n, kind)}
+        for kind in ("held_out", "training_only")
+    }
+    assert of_kind["training_only"] == {"GenEvalScore"}
+    assert of_kind["held_out"] == {"Aesthetic", "ImageReward", "HPS"}
     monkeypatch.delenv("FLOW_GRPO", raising=False)
     with pytest.raises(ValueError, match="needs the environment variable FLOW_GRPO"):
-        load_benchmark("sd35").prompts("ocr", "train")
+        benchmark.prompts("ocr", "train")
 
 
-def test_resolution_text_length_and_targets_belong_to_the_benchmark(tmp_path):
-    path = benchmark_with(
-        tmp_path,
-        resolution=32,
-        text_length=20,
-        adapters={"rank": 2, "alpha": 4.0, "targets": ["attn.to_q"]},
-    )
-    benchmark = load_benchmark(path)
-    policy = benchmark.policy("float32", "cpu")
+def test_resolution_text_length_and_targets_are_the_benchmarks(mine):
+    adapters = {"rank": 2, "alpha": 4.0, "targets": ["attn.to_q"]}
+    workspace = Workspace(mine(resolution=32, text_length=20, adapters=adapters), "float32")
+    policy = workspace.policy
     assert policy.latent_shape[1:] == (4, 4) and policy.max_sequence_length == 20
     assert policy.encode(["a photo of a red circle"]).tokens.shape[1] > 20 - 1
-    lab = Lab(str(path), "", tmp_path / "out")
-    lab.sources["new"] = {"rank": benchmark.rank, "alpha": benchmark.alpha}
-    lab.load(["new"])
-    places = lab.policy.adapter("new").ranks
-    assert set(places.values()) == {2} and all(p.endswith("attn.to_q") for p in places)
+    built({"sft": {"samples": 3, "steps": 1}, "train": {"iterations": 1}}, workspace)
+    student = policy.adapter("student")
+    assert set(student.ranks.values()) == {2} and set(student.alpha.values()) == {4.0}
+    assert all(name.endswith("attn.to_q") for name in student.a)
 
 
-def test_a_resolution_the_model_cannot_have():
-    with pytest.raises(ValueError, match="must be a multiple of 16 up to"):
-        FlowPolicy(ASSETS / "tiny-sd3", resolution=60)
+def test_a_scale_that_the_file_leaves_out_is_the_classs(mine, benchmark):
+    """What GRPO divides a reward by, the Average divides it by."""
+    without = {k: v for k, v in TINY["rewards"]["PickScore"].items() if k != "scale"}
+    other = mine(rewards={**TINY["rewards"], "PickScore": without})
+    assert other.scales["PickScore"] == benchmark.scales["PickScore"] == 26.0
+    assert attribute(other.rewards_named(["PickScore"], "cpu")["PickScore"], "scale") == 26.0
 
 
-def test_held_out_prompts_are_val_and_no_longer_train(warm):
-    benchmark = load_benchmark(warm)
-    train, val = benchmark.prompts("warm", "train"), benchmark.prompts("warm", "val")
-    assert (len(train), len(val)) == (8, 4)
-    assert not {p.text for p in train} & {p.text for p in val}
+def test_a_gold_reward_has_its_rewards_tasks_and_scale_and_trains_nothing(mine):
+    rewards = {n: {k: v for k, v in r.items() if k != "gold"} for n, r in TINY["rewards"].items()}
+    rewards["DeQA"]["gold"] = {"class": "DeQA", "model_id": "deqa"}
+    rewards["OCR"] |= {"tasks": ["ocr"], "gold": {"class": "OCR"}}
+    benchmark = mine(rewards=rewards)
+    gold = benchmark.held_out_rewards("cpu")
+    assert set(gold) == {"OCR gold", "DeQA gold"}
+    assert gold["OCR gold"].tasks == ["ocr"] and benchmark.scales["DeQA gold"] == 5.0
+    assert not set(gold) & {*benchmark.rewards("cpu"), *benchmark.training_rewards("cpu")}
+
+
+# ---- the example of the documentation
+
+
+@pytest.fixture
+def warm(tmp_path, monkeypatch, policy):
+    """The example of docs/benchmarks.md as a reader would write it, with an expert that nobody
+    trained."""
+    for name, content in BLOCK.findall((ROOT / "docs" / "benchmarks.md").read_text()):
+        (tmp_path / name).write_text(content)
+    for split, n in (("train", 12), ("test", 6)):
+        lines = [f"a photo of a red circle, warm, number {i} of {split}" for i in range(n)]
+        (tmp_path / f"warm_{split}.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("FLOWOPD_ASSETS", str(ASSETS))
+    monkeypatch.setenv("WARM", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ASSETS / "experts" / "pickscore", tmp_path / "warm-run" / "adapter")
+    policy.remove_adapters()
+    yield Workspace("warm.yaml", policy=policy)
+    policy.remove_adapters()
+
+
+def test_a_fifth_task_is_a_file_and_a_class(warm):
+    benchmark = warm.benchmark
+    assert benchmark.prompt_tasks == ("geneval", "ocr", "pickscore", "warm")
+    assert len(benchmark.domains) == 5
+    assert benchmark.rewards_named(["Warmth"])["Warmth"].strength == 2.0
+    train, val = (benchmark.prompts("warm", split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (8, 4) and not {*train} & {*val}
     assert benchmark.splits("warm") == ["train", "test", "val"]
     with pytest.raises(FileNotFoundError, match="have no split ood; they have train, test, val"):
         benchmark.prompts("warm", "ood")
+    rows = list(check(benchmark, "float32"))
+    assert [row.message for row in rows if not row.passed] == []
+    assert {"expert warm", "reward Warmth", "one update of OPD"} <= {row.check for row in rows}
 
 
-def test_a_fifth_task_by_a_file_and_a_class(warm, policy):
-    benchmark = load_benchmark(warm)
-    assert benchmark.own == ("geneval", "ocr", "pickscore", "warm") and len(benchmark.home) == 5
-    assert benchmark.rewards_named(["Warmth"])["Warmth"].strength == 2.0
-    check = Check(benchmark, "float32")
-    lines = list(check.run())
-    assert [line.told for line in lines if not line.right] == []
-    assert {"expert warm", "reward Warmth", "one update of a distillation"} <= {
-        line.what for line in lines
-    }
-
-
-def test_the_fifth_task_is_trained_distilled_and_rewardd(warm, tmp_path):
-    recipe = yaml.safe_load((tmp_path / "warm_expert.yaml").read_text())
+def test_the_fifth_task_is_trained_distilled_and_evaluated(warm, tmp_path):
+    recipe = yaml.safe_load(Path("warm_expert.yaml").read_text())
     recipe["train"]["iterations"] = 1
-    _, objective, _ = build(recipe, "cpu", "float32")
-    assert objective.weights_of("warm") == {"Warmth": 1.0}
-    lab = Lab(str(warm), "", tmp_path / "out")
-    lab.sources["merged"] = lab.benchmark.average("cat")
-    distil = {
-        "student": lab.sources["merged"],
-        "schedule": {"tasks": list(lab.benchmark.tasks), "prompts_per_batch": 5},
-        "opd": {"steps": 1, "anchor": "deqa"},
-        "train": {"iterations": 1},
-    }
-    curve, probes = lab.train("student", distil, {"every": 1, "n": 2, "steps": 2})
-    assert len(curve) == 1 and curve["gap_warm"].notna().all()
-    assert set(probes["reward"]) == {"GenEval", "OCR", "PickScore", "DeQA", "Warmth", "Average"}
-    table = lab.evaluate({"base": None, "student": "student"}, n=2, steps=2)
-    warmth = table.groupby("task")["Warmth"].apply(lambda scores: scores.notna().all())
-    assert warmth.to_dict() == {"geneval": False, "ocr": False, "pickscore": False, "warm": True}
-    more = lab.evaluate(
-        {"student#2": "student"},
-        "more.parquet",
-        {"geneval": 2},
-        n=2,
-        steps=2,
-        tasks=["geneval", "warm"],
+    assert built(recipe, warm).weights_of("warm") == {"Warmth": 1.0}
+    shutil.rmtree("warm-run")
+    run_job(recipe, "warm-run", warm)  # as the command of the page does
+    lab = Lab("warm.yaml", out=tmp_path / "out")
+    lab.workspace = warm
+    training = lab.train(
+        "student",
+        {"student": lab.benchmark.average("cat")},
+        schedule={"tasks": list(lab.benchmark.tasks), "prompts_per_batch": 5},
+        sampler={"steps": 3},
+        opd={"trained_steps": 1, "anchor": "deqa"},
+        train={"iterations": 1},
+        validation={"every": 1, "n": 2, "steps": 1},
     )
+    assert training.metrics["kl_warm"].notna().all()
+    names = {"GenEval", "OCR", "PickScore", "DeQA", "Warmth"}
+    assert set(training.validation["reward"]) == {*names, "Average"}
+    table = lab.evaluate({"base": None, "student": "student"}, n=2, steps=1)
+    scored = table.groupby("task")["Warmth"].apply(lambda scores: scores.notna().all())
+    assert scored.to_dict() == {"geneval": False, "ocr": False, "pickscore": False, "warm": True}
+    how = {"n": 2, "steps": 1, "tasks": ["geneval", "warm"]}
+    more = lab.evaluate({"student#2": "student"}, "more.parquet", {"geneval": 2}, **how)
     assert set(more["model"]) == {"student"} and set(more["train_seed"]) == {2}
     sizes = more.groupby(["task", "prompt"], sort=False)["seed"].nunique()
-    assert sizes["geneval"].tolist() == [3, 3] and sizes["warm"].tolist() == [1, 1]
-    again = more[more["repeat"] > 0]
-    assert (
-        again["GenEval"].notna().all() and again["DeQA"].isna().all()
-    )  # which rewards other prompts
-    with pytest.raises(
-        ValueError, match="noises must be one of geneval, ocr, pickscore, warm, not 'signs'"
-    ):
-        lab.evaluate({"student": "student"}, noises={"signs": 1}, n=2)
+    assert sizes["geneval"].tolist() == [2, 2] and sizes["warm"].tolist() == [1, 1]
+    further = more[more["repeat"] > 0]  # scored by the task's own rewards only
+    assert further["GenEval"].notna().all() and further["DeQA"].isna().all()
+    with pytest.raises(ValueError, match="there is no task with prompts .samples_per_prompt. 'sig"):
+        lab.evaluate({"student": "student"}, samples_per_prompt={"signs": 2}, **how)
 
 
-def test_the_example_trains_by_its_own_command(warm, tmp_path):
-    recipe = yaml.safe_load((tmp_path / "warm_expert.yaml").read_text())
-    recipe["train"]["iterations"] = 1
-    (tmp_path / "warm_expert.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "flowopd_lib.jobs", "warm_expert.yaml", "--folder", "warm-run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "warm-run" / "adapter" / "adapter_model.safetensors").is_file()
+def test_a_reward_may_be_a_function_and_arguments_are_checked(warm):
+    content, images = Path("warm.yaml").read_text(), torch.rand(2, 3, 8, 8)
+    function = content.replace('"warmth.py:Warmth", strength: 2.0', '"warmth.py:blueness"')
+    Path("function.yaml").write_text(function)
+    reward = load_benchmark("function.yaml").rewards_named(["Warmth"])["Warmth"]
+    assert torch.equal(reward(images, [None] * 2), images[:, 2].mean((1, 2)))
+    assert reward.tasks == ["warm"] and reward.name == "blueness"
+    Path("bad.yaml").write_text(content.replace("strength: 2.0", "strength: much"))
+    with pytest.raises(ValueError, match="rewards.Warmth.strength: Input should be a valid number"):
+        load_benchmark("bad.yaml").rewards_named(["Warmth"])
 
 
-def test_an_unseen_reward_trains_nothing(tmp_path):
-    benchmark = yaml.safe_load(
-        (ROOT / "flowopd_lib" / "benchmarks" / "tiny" / "benchmark.yaml").read_text()
-    )
-    rewards = benchmark["rewards"] | {"Gold": {"class": "OCR", "held_out": True, "tasks": ["ocr"]}}
-    path = benchmark_with(tmp_path, rewards=rewards)
-    assert load_benchmark(path).reward_is("Gold", "held_out")
-    recipe = {
-        "benchmark": str(path),
-        "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 2},
-        "grpo": {"reward_weights": {"Gold": 1.0}},
-        "train": {"iterations": 1},
-    }
-    with pytest.raises(
-        ValueError, match="Gold is an held-out reward, by which nothing may be trained"
-    ):
-        build(recipe, "cpu")
+# ---- guidance and samplers
 
-
-def test_a_gold_reward_has_its_rewards_tasks_and_scale_and_trains_nothing(tmp_path):
-    benchmark = yaml.safe_load(
-        (ROOT / "flowopd_lib" / "benchmarks" / "tiny" / "benchmark.yaml").read_text()
-    )
-    rewards = {
-        name: {k: v for k, v in reward.items() if k != "gold"}
-        for name, reward in benchmark["rewards"].items()
-    }
-    rewards["DeQA"]["gold"] = {"class": "DeQA", "model_id": "deqa"}
-    rewards["OCR"]["gold"] = {"class": "OCR"}
-    found = load_benchmark(benchmark_with(tmp_path, rewards=rewards))
-    gold_rewards = found.held_out_rewards("cpu")
-    assert set(gold_rewards) == {"OCR gold", "DeQA gold"}
-    assert gold_rewards["OCR gold"].tasks == ["ocr"] and found.scales["DeQA gold"] == 5.0
-    assert not set(gold_rewards) & {*found.rewards("cpu"), *found.all_training_rewards("cpu")}
-
-
-def test_grpo_refuses_an_unseen_reward_that_it_is_handed(benchmark, policy):
-    from flowopd_lib import GRPO, Schedule
-
-    reward = OCR()
-    reward.held_out = True
-    schedule = Schedule({"ocr": benchmark.prompts("ocr", "train")}, 2, 2)
-    with pytest.raises(ValueError, match="held-out reward"):
-        GRPO(schedule, {"OCR": reward}, {"OCR": 1.0})
-
-
-FAULTS = {
-    "unknown key": ({"juges": {}}, "the benchmark has no 'juges' .did you mean 'rewards'"),
-    "reward there is not": (
-        {"tasks": {"ocr": {"reward": "OCRR", "prompts": "ocr/{split}.txt", "kind": "quoted"}}},
-        "tasks.ocr names reward 'OCRR' .did you mean 'OCR'",
-    ),
-    "no kind": (
-        {"tasks": {"ocr": {"reward": "OCR", "prompts": "ocr/{split}.txt"}}},
-        "tasks.ocr lacks kind",
-    ),
-    "kind": (
-        {"tasks": {"ocr": {"reward": "OCR", "prompts": "ocr/{split}.txt", "kind": "signs"}}},
-        "tasks.ocr.kind must be one of geneval, quoted, plain",
-    ),
-    "like nobody": (
-        {"tasks": {"deqa": {"reward": "DeQA", "like": "looks"}}},
-        "tasks.deqa.like names 'looks'",
-    ),
-    "expert without adapter": (
-        {"experts": {"ocr": {"guidance": 1.0}}},
-        "experts.ocr lacks adapter",
-    ),
-    "anchor": ({"anchor": "beauty"}, "anchor names 'beauty'"),
-    "guidance": (
-        {"experts": {"ocr": {"adapter": "experts/ocr", "guidance": -1.0}}},
-        "experts.ocr.guidance must be at least 0",
-    ),
-    "sampler": ({"sampling": {"evaluation": {"stepps": 3}}}, "sampling.evaluation has no 'stepps'"),
-    "gold of what is not trained on": (
-        {"rewards": {"OCR": {"class": "OCR", "held_out": True, "gold": {"class": "OCR"}}}},
-        "rewards.OCR.gold: only a reward that is reported and trained on has a gold",
-    ),
-    "a gold's scale": (
-        {"rewards": {"OCR": {"class": "OCR", "gold": {"class": "OCR", "scale": 2.0}}}},
-        "rewards.OCR.gold has scale, which it takes from OCR",
-    ),
-    "a gold of no class": (
-        {"rewards": {"OCR": {"class": "OCR", "gold": {}}}},
-        "rewards.OCR.gold lacks class",
-    ),
-    "a gold's name": (
-        {
-            "rewards": {
-                "OCR": {"class": "OCR", "gold": {"class": "OCR"}},
-                "OCR gold": {"class": "OCR"},
-            }
-        },
-        "rewards.OCR.gold is the reward OCR gold, which is there already",
-    ),
-    "task_schedule": ({"mix": {"task_schedule": {"deqa": 1}}}, "mix.task_schedule names 'deqa'"),
-    "resolution": ({"resolution": 0}, "resolution must be at least 1"),
+GUIDED = {
+    "sampling": {
+        "evaluation": {"steps": 2, "guidance": 3.0},
+        "grpo": {"steps": 4, "kind": "sde", "guidance": 3.0, "noisy_steps": 2},
+        "opd": {"steps": 4, "kind": "sde", "guidance": 3.0},
+    },
+    "experts": {
+        "geneval": {"adapter": "experts/geneval"},
+        "ocr": {"adapter": "experts/ocr", "guidance": 1.0},
+    },
+    "anchor": "geneval",
+}
+OPD = {
+    "schedule": {"tasks": ["geneval", "ocr", "pickscore"], "prompts_per_batch": 3},
+    "opd": {"teachers": {"geneval": "geneval", "ocr": "ocr", "pickscore": None}},
+    "train": {"iterations": 1},
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_one_sentence_with_file_and_key(tmp_path, fault):
-    changes, told = FAULTS[fault]
-    with pytest.raises(ValueError, match=f"mine.yaml.*{told}") as error:
-        load_benchmark(benchmark_with(tmp_path, **changes))
+@pytest.fixture
+def guided(mine, policy):
+    """A benchmark of guidance 3, one of whose experts has guidance 1."""
+    policy.remove_adapters()
+    yield Workspace(mine(**GUIDED), policy=policy)
+    policy.remove_adapters()
+
+
+def test_a_sampler_of_a_recipe_keeps_what_it_leaves_out(guided):
+    opd = built({**OPD, "sampler": {"steps": 8}}, guided)
+    assert opd.sampler == Sampler(8, "sde", guidance=3.0)
+    grpo = {"schedule": {"prompts_per_batch": 2, "images_per_prompt": 2}, "grpo": {}}
+    grpo = built({**OPD, "opd": None, **grpo, "sampler": {"steps": 8}}, guided)
+    assert grpo.sampler == Sampler(8, "sde", guidance=3.0, noisy_steps=2)
+
+
+def test_an_experts_guidance_is_used_wherever_it_is_sampled(guided, tmp_path, monkeypatch):
+    policy = guided.policy
+    # as a teacher and as an anchor; the base, as a teacher, is guided as the student
+    opd = built({**OPD, "opd": {**OPD["opd"], "anchor": "geneval", "mar": 1.0}}, guided)
+    batch = opd.schedule.draw(0)
+    states, _ = opd._states(policy, "student", batch.prompts, batch.seeds, [[1]] * 3)
+    for i, p in enumerate(states.prompts):
+        state = states.x_t[i : i + 1], states.sigma[i : i + 1], policy.encode([p.text])
+        name = {"geneval": "geneval", "ocr": "ocr", "pickscore": None}[p.task]
+        expected = policy.velocity(*state, 1.0 if name == "ocr" else 3.0, name)
+        torch.testing.assert_close(states.v_teacher[i], expected[0], rtol=1e-4, atol=1e-4)
+        anchor = policy.velocity(*state, 3.0, "geneval")
+        torch.testing.assert_close(states.v_anchor[i], anchor[0], rtol=1e-4, atol=1e-4)
+    # an adapter that is no expert, as the student
+    other = {**OPD, "adapters": {"mine": "ocr"}, "opd": {"teachers": {"ocr": "mine"}}}
+    other["schedule"] = {**OPD["schedule"], "tasks": ["ocr"]}
+    assert built(other, guided).config.guidance == {"mine": 3.0, None: 3.0}
+    # samples that a supervised start learns from
+    sft = built(
+        {"sft": {"samples": 2, "tasks": ["geneval", "ocr"]}, "train": {"iterations": 1}}, guided
+    )
+    for i, (p, guidance) in enumerate(zip(sft.prompts, (3.0, 1.0))):
+        sampler = Sampler(2, guidance=guidance)
+        *_, step = trajectory(policy, [p], [SFT_SEED + i], sampler, p.task)
+        torch.testing.assert_close(sft.latents[i : i + 1], step.x_next, rtol=1e-4, atol=1e-4)
+    # evaluations, where the base has the benchmark's
+    sampled = {}
+
+    def record(policy, prompts, seeds, sampler, adapter, batch):
+        sampled[adapter] = sampler.guidance
+        return sample(policy, prompts, seeds, sampler, adapter, batch)
+
+    monkeypatch.setattr(sys.modules["flowopd_lib.evaluate"], "sample", record)
+    models = {"base": None, "expert": "ocr", "other expert": "geneval"}
+    evaluation = {"job": "evaluate", "n": 1, "tasks": ["ocr"], "rewards": ["PickScore"]}
+    run_job({**evaluation, "models": models}, tmp_path, guided)
+    assert sampled == {None: 3.0, "ocr": 1.0, "geneval": 3.0}
+
+
+# ---- faults
+
+# A change of the file, as YAML, and the error.
+FAULTS = {
+    "rewrads: {}": "rewrads: no such setting .did you mean 'rewards'",
+    "tasks: {ocr: {reward: OCRR, prompts: x}}": r"reward \(tasks.ocr\) 'OCRR' .did you mean 'OCR'",
+    "tasks: {ocr: {reward: OCR, prompts: x, kind: signs}}": "tasks.ocr.kind: Input should be 'gene",
+    "tasks: {ocr: {reward: OCR}}": "tasks.ocr: give either prompts",
+    "tasks: {deqa: {reward: DeQA, prompts_of: x}}": "task with prompts .tasks.deqa.prompts_of. 'x'",
+    "experts: {ocr: {guidance: 1.0}}": "experts.ocr.adapter: Field required",
+    "experts: {ocr: {adapter: x, guidance: -1}}": "experts.ocr.guidance: Input should be greater",
+    "anchor: beauty": r"there is no expert \(anchor\) 'beauty'",
+    "sampling: {opd: {stepps: 3}}": "sampling.opd.stepps: no such setting .did you mean 'steps'",
+    "rewards: {OCR: {class: OCR, held_out: true, gold: {class: OCR}}}": "OCR.gold: only a reward",
+    "rewards: {OCR: {class: OCR, gold: {class: OCR, scale: 2}}}": "gold has scale, which it takes",
+    "rewards: {OCR: {class: OCR, gold: {class: OCR}}, OCR gold: {class: OCR}}": "exists already",
+    "rewards: {OCR: {class: OCR, gold: {}}}": "rewards.OCR.gold: class: Field required",
+    "grpo_mix: {task_schedule: {deqa: 1}}": r"task with prompts .grpo_mix.task_schedule. 'deqa'",
+    "task_weights: {looks: 1}": "there is no task 'looks'",
+    "resolution: 0": "resolution: Input should be greater than or equal to 1",
+}
+
+
+@pytest.mark.parametrize("change", FAULTS)
+def test_a_fault_of_a_benchmarks_file_is_one_sentence_with_file_and_key(mine, change):
+    changes = yaml.safe_load(change)
+    for section in {"rewards", "tasks"} & set(changes):
+        changes[section] = TINY[section] | changes[section]
+    with pytest.raises(ValueError, match=f"mine.yaml: .*{FAULTS[change]}") as error:
+        mine(**changes)
     assert "\n" not in str(error.value)
 
 
-def test_faults_that_only_the_rewards_class_knows(tmp_path):
-    rewards = {
-        "GenEval": {"class": "GenEvall"},
-        "OCR": {"class": "OCR", "upscal": 2},
-        "DeQA": {"class": "DeQA"},
-    }
-    rewards["PickScore"] = {"class": "nobody.py:Reward"}
-    benchmark = yaml.safe_load(
-        (ROOT / "flowopd_lib" / "benchmarks" / "tiny" / "benchmark.yaml").read_text()
-    )
-    tasks = {
-        **benchmark["tasks"],
-        "geneval": {**benchmark["tasks"]["geneval"], "reward_weights": {"GenEval": 1.0}},
-    }
-    mine = load_benchmark(benchmark_with(tmp_path, rewards=rewards, tasks=tasks))
-    for name, told in {
-        "GenEval": "rewards.GenEval.class 'GenEvall' is none of ours .did you mean 'GenEval'",
-        "OCR": "rewards.OCR has no 'upscal' .did you mean 'upscale'",
-        "DeQA": "rewards.DeQA lacks model_id",
-        "PickScore": "rewards.PickScore.class 'nobody.py:Reward' cannot be loaded",
-    }.items():
-        with pytest.raises(ValueError, match=told):
-            mine.rewards_named([name])
+REWARD_FAULTS = {
+    "GenEval: {class: GenEvall}": "class .rewards.GenEval.class. 'GenEvall' .did you mean 'GenEva",
+    "OCR: {class: OCR, upscal: 2}": "rewards.OCR.*'upscal' .did you mean 'upscale'",
+    "OCR: {class: OCR, upscale: x}": "rewards.OCR.upscale: Input should be a valid integer",
+    "DeQA: {class: DeQA}": "rewards.DeQA lacks model_id",
+    "DeQA: {class: DeQA, token: secret}": "set FLOWOPD_REWARD_TOKEN",
+    "DeQA: {class: 'nobody.py:Reward'}": "rewards.DeQA.class: 'nobody.py:Reward' cannot be loaded",
+}
 
 
-def test_a_benchmark_there_is_not():
+@pytest.mark.parametrize("change", REWARD_FAULTS)
+def test_a_fault_of_a_reward_is_one_sentence(mine, change):
+    [(name, config)] = yaml.safe_load(change).items()
+    with pytest.raises(ValueError, match=REWARD_FAULTS[change]) as error:
+        mine(rewards=TINY["rewards"] | {name: config}).rewards_named([name])
+    assert "\n" not in str(error.value)
+
+
+def test_a_benchmark_that_does_not_exist():
     with pytest.raises(ValueError, match="there is no benchmark 'huge'; there are sd35, tiny"):
         load_benchmark("huge")
-    with pytest.raises(FileNotFoundError, match="there is no .*nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match="there is no nowhere.yaml"):
         load_benchmark("nowhere.yaml")
 
 
-def test_a_guided_anchor_is_asked_with_its_guidance(benchmark, policy):
-    """A student that walks with guidance is pulled to an anchor with it, not to one without."""
-    benchmark.load_experts(policy)
-    recipe = {
-        "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2},
-        "sampler": {"steps": 3, "kind": "sde", "guidance": 3.0},
-        "opd": {
-            "anchor": "deqa",
-            "guidance": {"ocr": 3.0, "deqa": 3.0},
-            "mar": 1.0,
-            "teachers": {"ocr": "ocr"},
-        },
-        "train": {"iterations": 1},
-    }
-    objective = build(recipe, "cpu", "float32")[1]
-    prompts = objective.schedule.draw(0).prompts
-    text = policy.encode([p.text for p in prompts])
-    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    teacher, anchor = objective._targets(policy, x, 0.8, text, prompts)
-    torch.testing.assert_close(
-        anchor, policy.velocity(x, 0.8, text, 3.0, "deqa"), rtol=1e-4, atol=1e-4
-    )
-    torch.testing.assert_close(
-        teacher, policy.velocity(x, 0.8, text, 3.0, "ocr"), rtol=1e-4, atol=1e-4
-    )
-
-
-def test_check_tells_everything_that_is_wrong(tmp_path, capsys):
-    changed = yaml.safe_load(
-        (ROOT / "flowopd_lib" / "benchmarks" / "tiny" / "benchmark.yaml").read_text()
-    )["experts"]
+def test_a_check_reports_everything_that_is_wrong(mine, tmp_path):
     shutil.copytree(ASSETS / "experts" / "ocr", tmp_path / "broken")
     config = tmp_path / "broken" / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 16', '"r": 8'))
     experts = {
-        **changed,
+        **TINY["experts"],
         "ocr": {"adapter": str(tmp_path / "broken")},
         "deqa": {"adapter": "no/where"},
     }
-    check = Check(
-        load_benchmark(benchmark_with(tmp_path, experts=experts, prompts="nowhere")), "float32"
-    )
-    wrong = {line.what for line in check.run() if not line.right}
-    assert {"prompts of geneval", "prompts of ocr", "expert ocr", "expert deqa"} <= wrong
-    assert "one update, one evaluation" in wrong  # not tried on top of what is wrong
-    assert not any(line.what.startswith("model") for line in check.found if not line.right)
+    rows = list(check(mine(experts=experts, prompts="nowhere"), "float32"))
+    failed = {row.check for row in rows if not row.passed}
+    assert {"prompts of geneval", "prompts of ocr", "expert ocr", "expert deqa"} <= failed
+    assert not any(name.startswith("model") for name in failed)
+    assert "one update of OPD" not in {row.check for row in rows}  # not on top of what is wrong
 
 
-NAMED = re.compile(
-    r"tinybenchmark|benchmarks[./]tiny|benchmarks import tiny|\btiny\.[A-Z]|small benchmark|tiny-sd3"
-)
+NAMED = re.compile(r"benchmarks[./]tiny|import tiny|\btiny\.[A-Z]|small benchmark|tiny-sd3")
 
 
 def test_nothing_outside_the_small_benchmark_names_it():
-    """But for the default, `benchmark = "tiny"`, and for what builds it."""
-    found = []
-    for path in (*(ROOT / "flowopd_lib").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")):
-        if "benchmarks/tiny" not in path.as_posix():
-            found += [f"{path.name}: {m}" for m in NAMED.findall(path.read_text())]
-    assert not found
-
-
-@pytest.mark.parametrize(
-    "notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
-)
-def test_a_notebook_asks_for_a_benchmark_and_a_launcher_first(notebook):
-    parameters = list(parameters_of(notebook).items())
-    assert parameters[:2] == [("benchmark", "tiny"), ("launcher", "")]
-
-
-def test_the_mean_of_uneven_parts_is_that_of_all():
-    """Three prompts for two processes: two and one, and the weights of their losses are those of three."""
-    shares = [Share(rank, 2) for rank in range(2)]
-    pieces = [share.updates_of(3, 1, 1, 8) for share in shares]
-    assert [[(rows.stop - rows.start, n) for _, rows, n in p] for p in pieces] == [
-        [(2, 3)],
-        [(1, 3)],
-    ]
-    assert np.isclose(sum((r.stop - r.start) / n for p in pieces for _, r, n in p), 1.0)
+    """But for the default and for the commands that build it."""
+    allowed = ("benchmarks/tiny/", "flowopd_lib/cli.py")
+    paths = [*(ROOT / "flowopd_lib").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    named = {
+        path.name: NAMED.findall(path.read_text())
+        for path in paths
+        if not any(part in path.as_posix() for part in allowed)
+    }
+    assert not {name: words for name, words in named.items() if words}

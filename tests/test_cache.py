@@ -114,7 +114,8 @@ def test_a_cached_training_can_be_merged(finished, place, workspace, tmp_path):
     cache.publish(finished)
     lab = Lab("tiny", out=tmp_path)
     lab.workspace = workspace
-    training = lab.train("again", SPEC)
+    recipe = {key: value for key, value in SPEC.items() if key != "validation"}
+    training = lab.train("again", recipe, validation=SPEC["validation"])
     assert len(training.metrics) == 2 and set(training.validation["iteration"]) == {0, 2}
     assert "again" not in workspace.policy.adapters  # it was not trained here
     lab.sources["mean"] = {"merge": "cat", "adapters": ["again", "geneval"]}

@@ -23,6 +23,8 @@ from flowopd_lib.files import (
     write_whole,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def test_json_holds_the_types_of_numpy_and_pandas(tmp_path):
     values = {  # value: as it is read again

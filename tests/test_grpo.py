@@ -1,4 +1,4 @@
-"""GRPO's advantages, losses and rollouts, supervised fine-tuning, the schedule of prompts, windows of noise."""
+"""GRPO's advantages, losses and rollouts, windows of noise, schedules, supervised fine-tuning."""
 
 from collections import Counter
 from dataclasses import replace
@@ -15,6 +15,8 @@ from flowopd_lib.lab.recipe import Recipe
 from flowopd_lib.losses import GRPO, OPD, SFT, GRPOConfig, OPDConfig, SFTConfig, Shard, advantages
 from flowopd_lib.rollout import Sampler, generator, trajectory
 from flowopd_lib.sde import log_prob
+
+pytestmark = pytest.mark.fast
 
 TASKS = {
     task: [Prompt(f"{task} {i}", task) for i in range(7)]

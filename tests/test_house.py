@@ -76,10 +76,11 @@ def test_a_module_imports_from_its_own_row_and_those_above(module):
 
 
 @pytest.mark.parametrize("command", (["check"], ["format", "--check"]), ids=" ".join)
-def test_the_code_is_formatted_and_has_no_lint(command):
-    words = [sys.executable, "-m", "ruff", *command, "--no-cache"]
+def test_code_and_notebooks_are_formatted_and_have_no_lint(command):
+    words = [sys.executable, "-m", "ruff", *command, "--no-cache", "--quiet"]
+    words += ["flowopd_lib", "tests", "docs", "notebooks"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, (done.stdout + done.stderr)[:2000]
 
 
 # Words for which the field has a standard term, and the expressions in which they are right.

@@ -112,13 +112,13 @@ def test_a_training_continues_with_another_number_of_processes(trained, labs, tm
     assert [line["iteration"] for line in metrics(tmp_path / "mixed")] == [0, 1, 2]
 
 
-EVALUATE = {"job": "evaluate", "models": {"base": None, "ocr expert": "ocr"}, "n": 4, "steps": 3}
-EVALUATE |= {"batch": 1, "images": True}
+EVALUATE = {"models": {"base": None, "ocr expert": "ocr"}, "n": 4, "steps": 3, "batch": 1}
+EVALUATE_JOB = {"job": "evaluate", **EVALUATE, "images": True}
 
 
 def test_a_killed_process_leaves_its_finished_batches(labs, workspace, tmp_path):
     """kill -9 of one of two, then the same job: what was done is not done again."""
-    job = LaunchedJob(EVALUATE, tmp_path / "killed", labs[2].launcher)
+    job = LaunchedJob(EVALUATE_JOB, tmp_path / "killed", labs[2].launcher)
     job.start()
     partial = tmp_path / "killed" / ".samples.parquet.partial"
     wait_until(lambda: len(list(partial.glob("*.parquet"))) >= 6 or job.state != "running")
@@ -137,12 +137,12 @@ def test_a_killed_process_leaves_its_finished_batches(labs, workspace, tmp_path)
     watching = threading.Thread(target=watch)
     watching.start()
     try:
-        labs[2].run("evaluate", str(tmp_path / "killed"), **changed(EVALUATE, job=None))
+        labs[2].run("evaluate", str(tmp_path / "killed"), **EVALUATE, images=True)
     finally:
         finished.set()
         watching.join()
     assert times == done
-    run_job(EVALUATE, tmp_path / "one", workspace)
+    run_job(EVALUATE_JOB, tmp_path / "one", workspace)
     tables = [pd.read_parquet(tmp_path / name / "samples.parquet") for name in ("killed", "one")]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     images = [sorted((tmp_path / name / "images").glob("*.zip")) for name in ("killed", "one")]
@@ -150,7 +150,7 @@ def test_a_killed_process_leaves_its_finished_batches(labs, workspace, tmp_path)
 
 
 def test_processes_that_meet_in_files_share_an_evaluation(benchmark, workspace, tmp_path):
-    spec = changed(EVALUATE, batch=3, images=False)
+    spec = {**EVALUATE_JOB, "batch": 3, "images": False}
     run_job(spec, tmp_path / "one", workspace)
     workspaces = [Workspace(benchmark) for _ in range(2)]
     arguments = [({**spec, "shard": [r, 2]}, tmp_path / "two", w) for r, w in enumerate(workspaces)]

@@ -4,23 +4,24 @@ import os
 import signal
 
 import pytest
-import yaml
 from trainings import GRPO, OPD, START, assert_same_training, changed, launcher, metrics, wait_until
 
 from flowopd_lib.checkpoint import load_state
+from flowopd_lib.config import read_yaml, validate
 from flowopd_lib.files import read_lines
 from flowopd_lib.lab import Lab
 from flowopd_lib.lab.jobs import run_job
 from flowopd_lib.lab.launch import LaunchedJob, ThreadJob
+from flowopd_lib.lab.recipe import Recipe
 from flowopd_lib.lab.worker import Worker, work
 from flowopd_lib.thumbnails import read_thumbnail
 
 
 def test_stopped_killed_and_resumed_is_uninterrupted_to_the_bit(workspace, tmp_path):
     """In processes of its own, and ended in this one."""
-    recipe = changed(OPD, train={"iterations": 40, "lr": 1e-4, "save_every": 3})
+    recipe = changed(OPD, train={"iterations": 16, "lr": 1e-4, "save_every": 3})
     job = LaunchedJob(recipe, tmp_path / "cut", launcher(tmp_path))
-    assert job.state == "waiting" and job.iterations == 40
+    assert job.state == "waiting" and job.iterations == 16
     job.start()
     with pytest.raises(RuntimeError, match="running already"):
         job.start()
@@ -29,21 +30,22 @@ def test_stopped_killed_and_resumed_is_uninterrupted_to_the_bit(workspace, tmp_p
     job.wait()
     stopped = load_state(job.folder / "state.safetensors")["iteration"]
     assert job.state == "stopped" and not (job.folder / "adapter").exists()
-    assert 2 <= stopped == len(metrics(job.folder)) < 40
+    assert 2 <= stopped == len(metrics(job.folder)) < 16
     job.start()
     wait_until(lambda: len(metrics(job.folder)) >= stopped + 4 or job.state != "running")
     os.killpg(job.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="failed"):
         job.wait()
     saved = load_state(job.folder / "state.safetensors")["iteration"]
-    assert stopped < saved <= len(metrics(job.folder)) < 40
+    assert stopped < saved <= len(metrics(job.folder)) < 16
     before = (job.folder / "metrics.jsonl").read_text().splitlines()[:saved]
     for folder in ("cut", "whole"):
         run_job(recipe, tmp_path / folder, workspace)
     # what had been trained is not trained again
     assert (job.folder / "metrics.jsonl").read_text().splitlines()[:saved] == before
-    assert_same_training(tmp_path / "whole", tmp_path / "cut", 40)
-    assert yaml.safe_load((tmp_path / "cut" / "recipe.yaml").read_text()) == recipe
+    assert_same_training(tmp_path / "whole", tmp_path / "cut", 16)
+    written = read_yaml(tmp_path / "cut" / "recipe.yaml")
+    assert validate(Recipe, written) == validate(Recipe, recipe)
 
 
 def test_a_launched_recipe_that_fails_says_so_in_one_sentence(tmp_path):

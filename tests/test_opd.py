@@ -1,4 +1,4 @@
-"""The gradient estimators of on-policy distillation, on a policy whose expectations can be measured."""
+"""The gradient estimators of OPD, on a policy whose expectations can be measured."""
 
 import math
 from functools import cache
@@ -56,7 +56,7 @@ def mean_and_error(samples):
 
 
 def trajectory_kl(policy, weights, n=100_000):
-    """E[sum_k KL_k] along the student's own trajectory, with the same noise whatever the weights."""
+    """E[sum_k KL_k] along the student's trajectory, with the same noise whatever the weights."""
     g, grid = torch.Generator().manual_seed(5), policy.sigmas(STEPS)
     x, total = torch.randn(n, *policy.latent_shape, generator=g, dtype=torch.float64), 0.0
     for sigma, after in zip(grid[:-2], grid[1:-1]):
@@ -118,7 +118,9 @@ def test_antithetic_actions_cancel_the_noise_of_the_score_function():
     for once, twice in zip(data, mirrored(mirrored(data))):
         torch.testing.assert_close(once.states.x_next, twice.states.x_next, atol=1e-6, rtol=0)
     for name in ("paper", "as_coded", "log_ratio"):
-        sides = [gradient(objective(name, batch=20), policy, data=d) for d in (data, mirrored(data))]
+        sides = [
+            gradient(objective(name, batch=20), policy, data=d) for d in (data, mirrored(data))
+        ]
         found[name] = sum(sides) / 2, (sides[0] - sides[1]).abs().max()
     pathwise = gradient(objective(batch=20), policy)
     size = pathwise.abs().max()
@@ -147,7 +149,9 @@ def test_every_prompt_is_routed_to_its_own_teacher():
     [visited], _ = OPD(Schedule(tasks, 9), config, SAMPLER).collect(policy, "student", 0, Shard())
     states = visited.states
     for i, p in enumerate(states.prompts):
-        alone = policy.velocity(states.x_t[i : i + 1], states.sigma[i : i + 1], None, adapter=p.task)
+        alone = policy.velocity(
+            states.x_t[i : i + 1], states.sigma[i : i + 1], None, adapter=p.task
+        )
         torch.testing.assert_close(states.v_teacher[i], alone[0])
     assert states.v_anchor is None
     # one forward a teacher, none of them with a graph
@@ -228,9 +232,7 @@ def test_visited_states_are_those_of_whole_trajectories(kind, loss):
     policy = small_policy()
     if kind == "ode" and loss != "pathwise":
         return
-    o = objective(
-        loss, sampler=Sampler(STEPS, kind), batch=12, trained_steps=2, micro_batch_size=5
-    )
+    o = objective(loss, sampler=Sampler(STEPS, kind), batch=12, trained_steps=2, micro_batch_size=5)
     batch = o.schedule.draw(0)
     whole = list(trajectory(policy, batch.prompts, batch.seeds, o.sampler, "student"))
     policy.calls.clear()
@@ -245,7 +247,7 @@ def test_visited_states_are_those_of_whole_trajectories(kind, loss):
         for k, x in zip(step.tolist(), x_next):
             assert (whole[k].x_next - x).flatten(1).abs().sum(1).min() < 1e-5
         terms = list(o.losses(policy, "student", data, 0))
-        batches = [o._batch(policy, "student", v.states[r]) for v in data for r in v.forwards]
+        batches = [o.forward(policy, "student", v.states[r]) for v in data for r in v.forwards]
         assert terms and all((b.ratio == 1).all() for b in batches)  # before an update, exactly
     else:
         assert set(step.tolist()) == set(range(STEPS - 1))
@@ -278,7 +280,9 @@ def test_bad_settings_are_errors_before_anything_is_sampled(options, message):
 
 def means(terms):
     names = {n for _, metrics in terms for n in metrics}
-    return {n: torch.cat([m[n].reshape(-1) for _, m in terms if n in m]).mean().item() for n in names}
+    return {
+        n: torch.cat([m[n].reshape(-1) for _, m in terms if n in m]).mean().item() for n in names
+    }
 
 
 def test_the_kl_is_reported_by_task_and_by_step():
@@ -293,7 +297,9 @@ def test_the_kl_is_reported_by_task_and_by_step():
     assert metrics["velocity_mse_geneval"] == 0 < metrics["velocity_mse_ocr"]
 
 
-@pytest.mark.parametrize("options", [{}, {"trained_steps": 3}, {"trained_steps": 2, "draw": "iteration"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"trained_steps": 3}, {"trained_steps": 2, "draw": "iteration"}]
+)
 def test_the_reported_kl_does_not_depend_on_the_weighting(options):
     policy = small_policy()
     a, b = (run(objective(batch=12, weighting=w, **options), policy) for w in ("kl", "uniform_v"))

@@ -7,6 +7,8 @@ from flowopd_lib import OPD, FlowPolicy, OPDConfig, Prompt, Sampler, Schedule, s
 from flowopd_lib.losses import Shard
 from flowopd_lib.sde import log_prob
 
+pytestmark = pytest.mark.fast
+
 PROMPTS = [
     Prompt('a sign that says "CAT"', "ocr"),
     Prompt("a photo of a red circle left of a blue star", "geneval"),
@@ -147,7 +149,7 @@ def test_a_noisy_sample_depends_on_its_own_seed_and_prompt_alone(three, kind):
 
 @pytest.fixture(scope="module", params=DTYPES, ids=str)
 def student_and_teacher(request, benchmark):
-    """A policy of each precision whose frozen teacher has the weights of the student in training."""
+    """A policy of each precision whose frozen teacher has the weights of its student."""
     policy = FlowPolicy(benchmark.base, dtype=request.param)
     policy.load_adapter("teacher", benchmark.adapter("ocr"))
     policy.copy_adapter("teacher", "student")
@@ -206,17 +208,6 @@ def test_a_teacher_that_is_the_base_under_another_name_is_refused(workspace):
             check(**arguments)
     check(None)  # the base, by name
     check("ocr", anchor="null", mar=0.0)
-
-
-def test_a_prompt_that_a_closed_vocabulary_cannot_read_is_refused(policy):
-    for prompt, message in (
-        ("a photo of a Ж", "have characters that the model's tokenizer does not know"),
-        (f'a sign that says "{"LONG" * 9}"', "are longer than the .* tokens of .* tokenizer_3"),
-    ):
-        with pytest.raises(ValueError, match=f"1 of the ocr prompts {message}"):
-            policy.check_prompts([Prompt(prompt, "ocr")])
-    with pytest.warns(UserWarning, match="it will not see the end"):
-        policy.check_prompts([Prompt("a photo of a red circle" + " and a star" * 20, "geneval")])
 
 
 def test_resolutions_that_the_model_cannot_have_are_refused(benchmark):

@@ -1,4 +1,4 @@
-"""The precision: measured once, recorded in the folder, refused if a folder was begun in another."""
+"""The precision: measured once, recorded in the folder, refused if it was begun in another."""
 
 import json
 

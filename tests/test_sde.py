@@ -1,4 +1,4 @@
-"""The step as a Gaussian policy, against diffusers, closed forms, torch.distributions and Monte Carlo."""
+"""The step as a Gaussian policy: against diffusers, closed forms, torch and Monte Carlo."""
 
 import math
 
@@ -16,6 +16,8 @@ from flowopd_lib.sde import (
     predict_x0,
     transition,
 )
+
+pytestmark = pytest.mark.fast
 
 
 def grid(steps, shift=3.0):
@@ -51,8 +53,8 @@ def exact_velocity(x, sigma):
 
 
 def errors(kind, steps, n=100_000):
-    """[(sigma, error of the mean, error of the standard deviation)] along the grid, against those of
-    x_sigma."""
+    """[(sigma, error of the mean, error of the standard deviation)] along the grid, against those
+    of x_sigma."""
     _, sigmas = grid(steps)
     g = torch.Generator().manual_seed(1)
     x, found = torch.randn(n, 1, 1, 1, generator=g), []
@@ -83,8 +85,8 @@ def test_marginals_are_those_of_the_interpolation_and_a_finer_grid_is_nearer(kin
 
 @pytest.mark.parametrize("steps", [10, 320])
 def test_the_first_step_of_flow_grpo_adds_variance_however_fine_the_grid(steps):
-    """s^2 dt is a^2 there for every grid, so the variance becomes (1 - a^2/2)^2 + a^2 = 1 + a^4/4, where it
-    should be near 1."""
+    """s^2 dt is a^2 there for every grid, so the variance becomes (1 - a^2/2)^2 + a^2 = 1 + a^4/4,
+    where it should be near 1."""
     _, _, excess = errors("sde", steps)[0]
     first = grid(steps)[1][1]
     assert excess == pytest.approx(
@@ -125,7 +127,8 @@ def test_log_probability_and_kl_against_torch_and_monte_carlo(kind):
 
 
 def test_every_weighting_has_the_value_computed_by_hand():
-    """On the squared difference of the velocities *summed* over the latent, sigma .5 to .4: dt = .1, s = .7."""
+    """On the squared difference of the velocities *summed* over the latent, sigma .5 to .4: dt =
+    .1, s = .7."""
     by_hand = {
         "kl": 0.05 * (0.7 * 0.5 / 1.0 + 1 / 0.7) ** 2,
         "as_coded": 0.1 * 0.05 * (0.7 * 0.5 / 1.0 + 1 / 0.7) ** 2,
@@ -180,7 +183,7 @@ def test_finite_from_pure_noise_to_the_last_step(kind):
         assert mean.isfinite().all() and std.isfinite()
         if after:
             assert std > 0 and log_prob(x, mean, std).isfinite().all()
-    assert std == 0  # no noise is left in the picture
+    assert std == 0  # no noise is left in the image
     torch.testing.assert_close(mean, predict_x0(x, v, sigma))
     with pytest.raises(ValueError, match="deterministic"):
         log_prob(x, mean, std)

@@ -6,6 +6,7 @@ rewards and experts are counted, never assumed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -15,10 +16,10 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PydanticUserError, model_validator
 
 from .. import rewards as shipped_rewards
 from ..config import (
@@ -418,18 +419,16 @@ class Benchmark:
             raise ValueError(
                 f"{where}.token: a secret is not written in a file; set FLOWOPD_REWARD_TOKEN"
             )
-        known = inspect.signature(kind).parameters
-        arguments = {}
+        known, hints, arguments = inspect.signature(kind).parameters, _type_hints(kind), {}
         for key, value in spec.items():
             if isinstance(value, Mapping) and "class" in value:
                 arguments[key] = self._build(f"{where}.{key}", value, device)
             elif key != "class":
                 choose(f"argument ({where}, {spec['class']})", key, known)
-                hint = known[key].annotation
                 value = self._path(value) if isinstance(value, str) and value else value
-                arguments[key] = (
-                    value if isinstance(hint, str) else validate(hint, value, (f"{where}.{key}"))
-                )
+                with contextlib.suppress(PydanticUserError):  # a hint that cannot be checked
+                    value = validate(hints.get(key, Any), value, f"{where}.{key}")
+                arguments[key] = value
         if "device" in known:
             arguments.setdefault("device", device)
         missing = [k for k, p in known.items() if p.default is p.empty and k not in arguments]
@@ -473,6 +472,14 @@ class Benchmark:
         there."""
         text = expand(text)
         return str(self.folder / text) if (self.folder / text).exists() else text
+
+
+def _type_hints(kind: type) -> dict[str, Any]:
+    """Of a class's arguments; none where they name what is imported for type checkers only."""
+    try:
+        return get_type_hints(kind.__init__, include_extras=True)
+    except (NameError, TypeError):
+        return {}
 
 
 def expand(text: str) -> str:

@@ -36,10 +36,10 @@ CODE += ("losses", "rewards", "lab/recipe", "lab/jobs")
 
 def fingerprint(config, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
     """What a training follows from, as plain values and hashes, and their hash, its `key`."""
-    recipe = config.model_dump(
-        mode=("json"), exclude={"name", "continue_from", "benchmark"}, fallback=describe
-    )
-    recipe[("train")] = {
+    # where adapters come from is below, by the hashes of their files
+    elsewhere = {"name", "continue_from", "benchmark", "adapters", "student"}
+    recipe = config.model_dump(mode="json", exclude=elsewhere, fallback=describe)
+    recipe["train"] = {
         k: v for k, v in recipe["train"].items() if k == "iterations" or k not in MAY_CHANGE
     }
     sources = {name: _source(name, benchmark, config.adapters) for name in config.adapters}
@@ -86,7 +86,7 @@ def _benchmark(benchmark: Benchmark) -> dict[str, Any]:
     config = benchmark.config.model_dump(
         mode="json",
         by_alias=True,
-        exclude={"about", "experts", "throughput", "true_by_construction", "renderer"},
+        exclude={"about", "experts", "true_by_construction", "renderer"},
         fallback=describe,
     )
     config["rewards"] = {n: r for n, r in config["rewards"].items() if n not in held_out}
@@ -173,12 +173,9 @@ def _code_hash(path: Path) -> str:
 def fetch(fingerprint: dict[str, Any], folder: Path) -> None:
     """Copy the cached training of this key into `folder`, unless one of the folder's own is under
     way there. What was copied into it under another key is removed."""
-    if (folder / STATE).exists():
+    if (folder / STATE).exists() or is_finished(fingerprint, folder):
         return
-    source, other = (
-        PLACE / fingerprint[("key")],
-        (folder / RECORD).is_file() and not is_finished(fingerprint, folder),
-    )
+    source, other = PLACE / fingerprint["key"], (folder / RECORD).is_file()
     if not source.is_dir() and not other:
         return
     with locked(folder, "a cached training"):

@@ -176,7 +176,7 @@ def _with_iterations(train: TrainConfig, iterations: int) -> TrainConfig:
 
 
 def recipe_dict(config: Recipe) -> dict[str, Any]:
-    """The recipe as YAML can hold it, without defaults."""
+    """The recipe as YAML can hold it: functions by their names, sections as they were given."""
     sections = config.model_dump(mode="json", exclude_unset=True, fallback=plugin_name)
     return {k: v for k, v in sections.items() if k in Recipe.model_fields}
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import model_validator
+from pydantic import Discriminator, Tag, model_validator
 
 from ..benchmarks import DEFAULT, Benchmark
 from ..config import Config, Count, Positive, Seed, choose, validate
@@ -40,9 +40,22 @@ class LoadAdapter(Config):
     load: str
 
 
-# Where an adapter comes from: an expert of the benchmark, a folder or a hub id by its name, or one
-# of these.
-Source = str | NewAdapter | LoadAdapter | MergeConfig
+def _kind_of_source(value: Any) -> str:
+    keys = type(value).model_fields if isinstance(value, Config) else value
+    if not isinstance(keys, Mapping):
+        return "a name"
+    return "a merge" if "merge" in keys else "a copy" if "load" in keys else "a new one"
+
+
+# Where an adapter comes from: an expert of the benchmark, another adapter of the recipe, a folder
+# or a hub id by its name, or one of these.
+Source = Annotated[
+    Annotated[str, Tag("a name")]
+    | Annotated[NewAdapter, Tag("a new one")]
+    | Annotated[LoadAdapter, Tag("a copy")]
+    | Annotated[MergeConfig, Tag("a merge")],
+    Discriminator(_kind_of_source),
+]
 
 
 class Recipe(Config):
@@ -64,6 +77,10 @@ class Recipe(Config):
             raise ValueError("a recipe has one objective: grpo, opd or sft")
         if given != ["sft"] and self.schedule is None:
             raise ValueError("a recipe of grpo or opd has a schedule")
+        if given == ["sft"] and (self.schedule or self.sampler):
+            raise ValueError(
+                "a recipe of sft has neither schedule nor sampler: see sft.tasks, steps"
+            )
         return self
 
 

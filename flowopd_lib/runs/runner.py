@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -53,11 +53,10 @@ def run_profile(
         benchmark_hash(benchmark)
     with locked(folder, f"a run of the profile {name}"):
         before = read_status(folder)
-        runs = (read_status(RUNS / "reference"), read_status(RUNS / name), before)
         # seconds of other parameters, or of the rest of a notebook, predict nothing
         seconds = {
             n: s["seconds"]
-            for status in runs
+            for status in (read_status(RUNS / "reference"), before)
             for n, s in status.items()
             if s["state"] == "done" and s["parameters"] == chosen.get(n) and not s.get("resumed")
         }
@@ -127,9 +126,10 @@ class _Run:
             try:
                 for future in as_completed(self.futures.values()):
                     future.result()
-            except KeyboardInterrupt:
-                self.stopping = self.interrupted = True
-                stop_kernels()
+            except BaseException as error:
+                self.stopping, self.interrupted = True, isinstance(error, KeyboardInterrupt)
+                while self.interrupted and wait(self.futures.values(), timeout=0.5).not_done:
+                    stop_kernels()  # also those that were just starting
                 raise
 
     def run(self, notebook: str) -> None:
