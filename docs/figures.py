@@ -58,7 +58,8 @@ def draw_method() -> plt.Figure:
     states = [policy.decode(steps[k].x_t)[0] for k in (0, 2, 4, 6, 8)]
     states.append(policy.decode(steps[-1].x_next)[0])
     own = {n: sample(policy, [prompt], [seed], Sampler(20), n)[0] for n in (None, *REWARDS)}
-    figure, axis = plt.subplots(figsize=(13, 5.2))
+    figure = plt.figure(figsize=(13, 5.2), layout="none")
+    axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, 13), ylim=(0.4, 5.6))
     axis.axis("off")
     title = {"fontsize": 12, "weight": "bold"}
@@ -89,25 +90,29 @@ def draw_method() -> plt.Figure:
     anchor = "DeQA expert: the anchor, weakly, on all prompts"
     box(axis, 6.8, 1.1, 5.0, 0.5, anchor, color_of("DeQA"), linestyle="--")
     axis.text(6.6, 0.55, "4  Manifold Anchor Regularization (MAR) keeps images clean", **title)
-    axis.text(6.75, 2.2, "noise", fontsize=9, color=".3")
-    axis.text(12.75, 2.2, "image", fontsize=9, color=".3", ha="right")
+    axis.text(6.8, 2.25, "noise", fontsize=9, color=".3")
+    axis.text(12.75, 2.25, "image", fontsize=9, color=".3", ha="right")
     return figure
 
 
 def draw_samples(task: str, n: int = 24) -> plt.Figure:
-    """The base, and below it the base with the adapter that undoes its misalignment, on the first
-    test prompts of a task, with scores."""
+    """Contact sheet of the first test prompts of a task, with scores: below each image of the base
+    that of the base with the adapter that undoes its misalignment (`ability`), and those of the
+    experts whose prompts these are, from the same noise."""
     policy, rewards = BENCHMARK.policy(), BENCHMARK.rewards()
     policy.load_adapter("ability", ASSETS / "ability")
+    names = [e for e in BENCHMARK.experts if (BENCHMARK.tasks[e].prompts_of or e) == task]
+    for name in names:
+        policy.load_adapter(name, BENCHMARK.adapter(name))
     prompts, images, captions = BENCHMARK.prompts(task, "test")[:n], [], []
     for i in range(0, n, 8):
-        for adapter in (None, "ability"):
+        for adapter in (None, "ability", *names):
             some = prompts[i : i + 8]
             samples = sample(policy, some, range(i, i + len(some)), Sampler(20), adapter)
             images += list(samples)
             captions += format_captions(score(samples, some, rewards))
-    title = f"{task} prompts of the test split: base, and below it what the base can do (ability)"
-    return plot_image_grid(images, captions, 8, title)
+    rows = "; below it ".join(["base", "what it can do (ability)", *(f"{e} expert" for e in names)])
+    return plot_image_grid(images, captions, 8, f"{task} prompts of the test split: {rows}")
 
 
 if __name__ == "__main__":

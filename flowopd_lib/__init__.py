@@ -1,6 +1,7 @@
-"""On-policy distillation of flow-matching text-to-image models: sampler, losses, rewards, experiments.
+"""On-policy distillation of flow-matching text-to-image models: sampler, losses, rewards,
+experiments.
 
-Names are imported from their modules when they are first used, for torch and diffusers take seconds.
+Names are imported from their modules when they are first used: torch and diffusers take seconds.
 """
 
 import os
@@ -34,7 +35,3 @@ def __getattr__(name: str):
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]

@@ -1,32 +1,26 @@
 """What a long run would trip over, found in a minute before it begins: `python -m flowopd_lib check
-BENCHMARK`. Every prompt file, the memory, every expert's adapter, every reward on one image, one
+BENCHMARK`. Every prompt file, every expert's adapter, every reward on one image, one
 update of OPD and one batch of an evaluation."""
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from .benchmarks import Benchmark
 from .config import validate
 from .evaluate import evaluate
-from .hub import hub_fault, quiet
 from .lab.recipe import Recipe, build
 from .lab.workspace import Workspace
-from .policy import NETWORKS
-from .precision import resolve
+from .loading import hub_fault
 from .rewards import applies_to, score_images
 from .rollout import initial_noise
 from .train import train
-
-GIB = 1 << 30
 
 
 class Row(NamedTuple):
@@ -61,7 +55,6 @@ def check(benchmark: Benchmark | str, precision: str = "auto") -> Iterator[Row]:
         yield run("the hub", check_hub)
     for task in benchmark.prompt_tasks:
         yield run(f"prompts of {task}", check_prompts, task)
-    yield run("memory", check_memory)
     yield run(f"model {benchmark.base_name}", lambda w: f"{w.policy.device}, {w.policy.precision}")
     for name in benchmark.experts if rows[-1].passed else ():
         yield run(f"expert {name}", check_expert, name)
@@ -104,29 +97,6 @@ def check_prompts(workspace: Workspace, task: str) -> str:
     benchmark = workspace.benchmark
     splits = dict.fromkeys(["train", *benchmark.splits(task), "test"])
     return ", ".join(f"{split} {len(benchmark.prompts(task, split))}" for split in splits)
-
-
-def check_memory(workspace: Workspace) -> str:
-    """The weights of all networks in the run's precision, by their configs, against the memory that
-    is free."""
-    base, device, count = workspace.benchmark.base, workspace.device, 0
-    with quiet(), torch.device("meta"):
-        from diffusers import DiffusionPipeline
-
-        index = DiffusionPipeline.load_config(base)
-        for name, (library, kind) in ((n, index[n]) for n in NETWORKS if index[n][0]):
-            kind = getattr(importlib.import_module(library), kind)
-            if library == "diffusers":
-                network = kind.from_config(kind.load_config(base, subfolder=name))
-            else:
-                network = kind(kind.config_class.from_pretrained(base, subfolder=name))
-            count += network.num_parameters()
-    need = count * resolve(workspace.dtype, device).itemsize
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    message = f"{need / GIB:.1f} GiB of weights, {free / GIB:.1f} GiB free on {device}"
-    if need > free:
-        raise MemoryError(f"{message}: use a device with more memory, or a smaller model")
-    return message
 
 
 def check_expert(workspace: Workspace, name: str) -> str:

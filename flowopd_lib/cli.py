@@ -57,7 +57,7 @@ def job(
 
 def _work(path: Path | None, folder: Path, precision: str, parent: int = 0, **job: str) -> None:
     from .config import read_yaml, validate
-    from .lab.worker import work
+    from .lab.launch import work
 
     spec = path and validate(dict[str, Any], read_yaml(path), str(path)) | job
     work(spec, folder, precision, parent)
@@ -73,8 +73,7 @@ def run(
     jobs: Annotated[int, "notebooks at once (default: 1)"] = 1,
 ) -> None:
     """Execute the notebooks of a profile headlessly, and write report.html."""
-    from .runs.profiles import parse_overrides
-    from .runs.runner import run_profile
+    from .runs.runner import parse_overrides, run_profile
 
     folder = run_profile(profile, only, parse_overrides(set), folder, resume, jobs)
     print(f"see {folder / 'report.html'}")
@@ -84,17 +83,16 @@ def jobs(
     list: Annotated[Path, "a YAML file: `- {folder: F, spec: {job: train, ...}}`"],
     *,
     processes: Annotated[int, "jobs at once"],
-    launcher: Annotated[str, "what runs each (default: local)"] = "local",
+    launcher: Annotated[str, "what starts each (default: local)"] = "local",
 ) -> None:
-    """Run a list of jobs, several at once, such as the trainings of an experiment."""
-    from .config import read_yaml
+    """Run a list of jobs, several at once: finished ones are skipped, others resume."""
     from .runs.jobs import run_jobs
 
-    run_jobs(read_yaml(list), processes, list.with_suffix(".jobs"), launcher)
+    run_jobs(list, processes, launcher)
 
 
 def check(benchmark: Annotated[str, "a shipped benchmark's name, or a YAML file"]) -> None:
-    """Check a benchmark before a long run: prompts, memory, experts, rewards, one update."""
+    """Check a benchmark before a long run: prompts, experts, rewards, one update."""
     from .check import check, print_rows
 
     if not print_rows(check(benchmark)):
@@ -106,29 +104,27 @@ def export(
     *,
     out: Annotated[Path, "a new folder"],
     license: Annotated[str, "its name on the hub, such as apache-2.0"],
-    base: Annotated[str, "the base model's name, if not the recipe's"] = "",
     scores: Annotated[Path | None, "a results.json with the model's scores"] = None,
     model: Annotated[str, "its name in those scores (default: student)"] = "student",
 ) -> None:
     """Write a trained adapter in diffusers' format, with a model card."""
     from .export import export_training
 
-    print(export_training(training, out, license, base, scores, model))
+    print(export_training(training, out, license, scores, model))
 
 
 def bench(
     *,
     model: Annotated[str, "a benchmark, or sd35-random (default: tiny)"] = "tiny",
     batch_sizes: Annotated[list[int], "images in a batch (default: 8 32)"] = [8, 32],
-    parts: Annotated[list[str], "some of model, imports, gallery, reward_server"] = ["model"],
     out: Annotated[Path | None, "a JSON file for the results"] = None,
 ) -> None:
-    """Measure speed and memory: rollouts, updates, evaluations, gallery, reward server."""
+    """Measure speed and memory: rollouts, updates, evaluations."""
     import json
 
-    from .bench.run import run
+    from .bench import run
 
-    print(json.dumps(run(model, batch_sizes, parts, out=out), indent=1))
+    print(json.dumps(run(model, batch_sizes, out=out), indent=1))
 
 
 def build(*, work: Folder, only: Some = []) -> None:
@@ -140,7 +136,7 @@ def build(*, work: Folder, only: Some = []) -> None:
 
 def experts(*, work: Folder, only: Some = []) -> None:
     """Train the small benchmark's experts by their recipes into flowopd_lib/assets/experts."""
-    from .benchmarks.tiny.train_experts import train_experts
+    from .benchmarks.tiny.build import train_experts
 
     train_experts(work, only)
 
@@ -164,7 +160,7 @@ def diff(
     notebooks: Annotated[bool, "also how the text of the notebooks differs"] = False,
 ) -> None:
     """Show what differs between two runs: parameters, scores with intervals, notebooks."""
-    from .runs.diff import compare
+    from .runs.report import compare
 
     compare(run_a, run_b, notebooks)
 

@@ -7,14 +7,13 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from types import ModuleType
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -82,34 +81,15 @@ def _keys(fault: Mapping, value: Any) -> list[str]:
     return [*keys, str(fault["loc"][-1])] if fault["type"] in MISSING_KEY else keys
 
 
-def fields_at(kind: Any, keys: Iterable[str]) -> list[str]:
-    """The names of the settings of `kind`, or of the section of it under `keys`."""
-    kinds = list(_alternatives(kind))
-    for key in keys:
-        inside = []
-        for kind in kinds:
-            if get_origin(kind) in (dict, Mapping):
-                inside.append(get_args(kind)[1])
-            elif key in _fields(kind):
-                inside.append(_fields(kind)[key].annotation)
-        kinds = [alternative for kind in inside for alternative in _alternatives(kind)]
-    return [name for kind in kinds for name in _fields(kind)]
-
-
-def _alternatives(kind: Any) -> Iterator[Any]:
-    """The types of a union, without what annotates them."""
-    if get_origin(kind) is Annotated:
-        yield from _alternatives(get_args(kind)[0])
-    elif get_origin(kind) in (Union, UnionType):
-        for one in get_args(kind):
-            yield from _alternatives(one)
-    else:
-        yield kind
-
-
-def _fields(kind: Any) -> dict[str, Any]:
-    fields = getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {})
-    return fields if inspect.isclass(kind) else {}
+def fields_at(kind: Any, keys: Sequence[str]) -> list[str]:
+    """The names of the settings of `kind`, or of the section of it under `keys`; of a union, those
+    of all its alternatives."""
+    if fields := getattr(kind, "__pydantic_fields__", {}):
+        if not keys:
+            return list(fields)
+        return fields_at(fields[keys[0]].annotation, keys[1:]) if keys[0] in fields else []
+    below = keys[1:] if get_origin(kind) in (dict, Mapping) else keys
+    return [name for part in get_args(kind) for name in fields_at(part, below)]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -121,9 +101,9 @@ def choose(what: str, name: str, known: Iterable[str]) -> str:
     """`name`, if it is one of `known`. Raises ValueError with the nearest one."""
     known = list(known)
     if name not in known:
+        there = ", ".join(known) or "none"
         raise ValueError(
-            f"there is no {what} {name!r}{nearest(str(name), known)}; there are "
-            f"{', '.join(known) or 'none'}"
+            f"there is no {what} {name!r}{nearest(str(name), known)}; there are {there}"
         )
     return name
 
@@ -138,11 +118,7 @@ def read_yaml(path: str | Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        hint = "; indent with spaces, not with a tab" if "\\t" in problem else ""
-        raise ValueError(f"{path}{line} is not YAML: {problem}{hint}") from error
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def load_plugin(name: str, folder: str | Path = ".") -> Any:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictInt, model_validator
 
@@ -38,9 +38,6 @@ class Prompt:
     def tag(self) -> str:
         return self.metadata.get("tag", self.task)
 
-    def identity(self) -> dict:
-        return {"text": self.text, "task": self.task, "metadata": self.metadata}
-
 
 class Requirement(BaseModel):
     """One entry of `include` or `exclude` in a GenEval record."""
@@ -48,9 +45,8 @@ class Requirement(BaseModel):
     label: Line = Field(alias="class")
     count: Annotated[StrictInt, Field(ge=1)]
     color: str | None = None
-    position: tuple[str, Index] | None = (
-        None  # a relation, and the number of an entry before this one
-    )
+    # a relation, and the number of an entry before this one
+    position: tuple[str, Index] | None = None
 
 
 class GenEvalRecord(BaseModel):
@@ -65,26 +61,16 @@ class GenEvalRecord(BaseModel):
     def _positions(self):
         for number, entry in enumerate(self.include):
             if entry.position and entry.position[1] >= number:
-                raise ValueError(
-                    f"include[{number}].position names entry {entry.position[1]}, which must come "
-                    "before it"
-                )
+                raise ValueError(f"include[{number}].position names no entry before it")
         return self
 
 
 def read_prompts(path: str | Path, task: str, kind: Kind) -> list[Prompt]:
     """Read a file of prompts for a task. Raises ValueError, with file and line, for what is not in
-    the format, and FileNotFoundError with the files there are."""
-    path = Path(path)
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise FileNotFoundError(
-            f"no prompts at {path}; {path.parent} holds {', '.join(there) or 'nothing'}"
-        )
+    the format, and FileNotFoundError."""
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # splitlines() would split at U+2028 too
+        # splitlines() would split at U+2028 too
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
     prompts = []
@@ -120,9 +106,7 @@ def quoted_words(prompt: str, where: str = "") -> str:
     without any."""
     parts = prompt.split('"')
     if len(parts) < 3 or not parts[1].strip():
-        raise ValueError(
-            f"{where or repr(prompt)} has no words in double quotes for the OCR reward to look for"
-        )
+        raise ValueError(f"{where or repr(prompt)} has no words in double quotes")
     return parts[1]
 
 
@@ -136,6 +120,47 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+
+def slices(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process's part of every iteration: items `rank::processes` of it, a way to gather
+    everybody's values (tensors), and one to wait for the others."""
+
+    rank: int = 0
+    processes: int = 1
+    gather: Callable[[Any], Any] = field(default=lambda values: values)
+    wait: Callable[[], None] = field(default=lambda: None)
+
+    def of(self, batch: Batch, group: int = 1) -> Batch:
+        """Whole groups of `group` neighbours (the samples of one prompt) go to one process. Where
+        they are no multiple of the processes, some have one less, or none."""
+        groups = range(self.rank, len(batch) // group, self.processes)
+        rows = [g * group + i for g in groups for i in range(group)]
+        return Batch([batch.prompts[r] for r in rows], [batch.seeds[r] for r in rows])
+
+    def micro_batches(
+        self, groups: int, group: int, updates: int, size: int
+    ) -> list[tuple[int, slice, int]]:
+        """How this process's part of `groups` groups of `group` neighbours is cut into forwards:
+        (update, rows, images of that update over all processes).
+
+        The groups of an iteration are dealt to its updates in blocks, so which images an update
+        sees follows from the iteration alone, not from the processes or from `size`, the images in
+        a forward.
+        """
+        mine, pieces, row = range(self.rank, groups, self.processes), [], 0
+        for update in range(updates):
+            block = range(update * groups // updates, (update + 1) * groups // updates)
+            here, images = sum(g in block for g in mine) * group, len(block) * group
+            for s in slices(here, size):
+                pieces.append((update, slice(row + s.start, row + s.stop), images))
+            row += here
+        return pieces
 
 
 class ScheduleConfig(Config):
@@ -172,26 +197,14 @@ class Schedule:
         weights = dict(task_weights or dict.fromkeys(prompts, 1))
         if not prompts or not all(prompts.values()):
             raise ValueError("a schedule needs at least one prompt for every task")
-        if set(weights) != set(prompts) or not all(
-            isinstance(n, int) and n > 0 for n in weights.values()
-        ):
-            raise ValueError(
-                f"task_weights must give a positive integer for each of {', '.join(prompts)}, not "
-                f"{weights}"
-            )
-        if prompts_per_batch < 1 or images_per_prompt < 1:
-            raise ValueError("a batch needs at least one prompt and one image a prompt")
-        if seed < 0:
-            raise ValueError(f"the seed of a schedule must be at least 0, not {seed}")
+        if set(weights) != set(prompts):
+            raise ValueError(f"task_weights must be of {', '.join(prompts)}, not {weights}")
         self.prompts = {task: list(p) for task, p in prompts.items()}
         self.prompts_per_batch, self.images_per_prompt = prompts_per_batch, images_per_prompt
         self.alternate, self.seed = alternate, seed
-        turns = sorted(
-            ((i / n, task) for task, n in weights.items() for i in range(n)), key=lambda t: t[0]
-        )
-        self.task_order = [
-            task for _, task in turns
-        ]  # 3:1:1 -> geneval ocr pickscore geneval geneval
+        turns = [(i / n, task) for task, n in weights.items() for i in range(n)]
+        # 3:1:1 -> geneval ocr pickscore geneval geneval
+        self.task_order = [task for _, task in sorted(turns, key=lambda turn: turn[0])]
 
     @property
     def all_prompts(self) -> list[Prompt]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,15 +16,21 @@ import pandas as pd
 import pyarrow.parquet
 import torch
 
-from .data import Prompt
-from .files import locked, set_aside, write_json, write_table, write_whole
+from .data import Prompt, Shard, slices
+from .files import (
+    encode_webp,
+    locked,
+    progress,
+    set_aside,
+    write_json,
+    write_table,
+    write_thumbnails,
+    write_whole,
+)
 from .fingerprint import describe, sha256_of_json
-from .losses import Shard
 from .policy import FlowPolicy
-from .progress import progress
 from .rewards import Reward, applies_to, score_images
 from .rollout import Sampler, sample
-from .thumbnails import encode_webp, write_thumbnails
 
 
 def score(
@@ -31,13 +38,8 @@ def score(
 ) -> pd.DataFrame:
     """One row an image: task, tag, prompt and a column per reward, NaN where a reward does not
     apply."""
-    table = pd.DataFrame(
-        {
-            "task": [p.task for p in prompts],
-            "tag": [p.tag for p in prompts],
-            "prompt": [p.text for p in prompts],
-        }
-    )
+    columns = {"task": [p.task for p in prompts], "tag": [p.tag for p in prompts]}
+    table = pd.DataFrame({**columns, "prompt": [p.text for p in prompts]})
     for name, reward in rewards.items():
         rows = [i for i, p in enumerate(prompts) if applies_to(reward, p)]
         table[name] = np.nan
@@ -82,29 +84,22 @@ def evaluate(
     """
     if not len(prompts):
         raise ValueError("nothing to evaluate: the list of prompts is empty")
-    if seed < 0 or repeats < 1 or batch < 1:
-        raise ValueError(
-            f"seed must be at least 0, repeats and batch at least 1, not {seed}, {repeats}, {batch}"
-        )
-    if shard.processes > 1 and into is None:
-        raise ValueError("several processes share an evaluation by way of a file: give into")
     policy.check_adapters(a for a in models.values() if a is not None)
     policy.check_prompts(prompts)
-    main, all_prompts = shard.rank == 0, list(prompts) * repeats
+    every, main = list(prompts) * repeats, shard.rank == 0
 
-    def sample_batch(adapter: str | None, i: int) -> pd.DataFrame:
-        """The batch that begins at sample i."""
-        here = all_prompts[i : i + batch]
-        seeds = list(range(seed + i, seed + i + len(here)))
+    def sample_batch(adapter: str | None, rows: slice) -> pd.DataFrame:
+        numbers = range(len(every))[rows]
+        seeds = [seed + i for i in numbers]
         own = replace(sampler, guidance=guidance.get(adapter, sampler.guidance))
-        pixels = sample(policy, here, seeds, own, adapter, batch)
-        repeat = [j // len(prompts) for j in range(i, i + len(here))]
-        rows = score(pixels, here, rewards).assign(repeat=repeat, seed=seeds)
+        pixels = sample(policy, every[rows], seeds, own, adapter, batch)
+        repeat = [i // len(prompts) for i in numbers]
+        table = score(pixels, every[rows], rewards).assign(repeat=repeat, seed=seeds)
         if images is not None:
-            rows["thumbnail"] = [encode_webp(image) for image in pixels]
+            table["thumbnail"] = [encode_webp(image) for image in pixels]
         if embed is not None:
-            rows["embedding"] = list(embed(pixels))
-        return rows
+            table["embedding"] = list(embed(pixels))
+        return table
 
     follows_from = {
         "sampler": sampler,
@@ -120,99 +115,58 @@ def evaluate(
         "embedded": embed is not None,
         "images": images is not None,
     }
+    fingerprint = sha256_of_json(describe(follows_from))
+    batches = [(m, rows) for m in range(len(models)) for rows in slices(len(every), batch)]
+    mine, adapters = batches[shard.rank :: shard.processes], list(models.values())
     with contextlib.ExitStack() as stack:
-        partial = None
-        if into is not None:
-            partial = PartialTable(Path(into), sha256_of_json(describe(follows_from)))
-            if main:
-                stack.enter_context(locked(partial.folder, f"an evaluation into {into}"))
-                partial.prepare()
-            shard.wait()
-            if partial.finished:
-                stack.close()
-                return partial.table(main)
-        if images is not None and main:
-            about = {
-                "sampler": {k: v for k, v in asdict(sampler).items() if k != "noise_scale"},
-                "batch": batch,
-                "dtype": policy.precision,
-                "adapters": dict(models),
-                "guidance": dict(guidance),
-            }
-            write_json(Path(images) / "about.json", about)
-        starts = [(m, i) for m in range(len(models)) for i in range(0, len(all_prompts), batch)]
-        mine, adapters, tables = starts[shard.rank :: shard.processes], list(models.values()), {}
-        what = f"evaluate {len(models)} models on {len(all_prompts)} prompts"
+        if into is None:
+            into = f"{stack.enter_context(tempfile.TemporaryDirectory())}/samples.parquet"
+        into = Path(into)
+        partial = into.parent / f".{into.name}.partial"
+        files = {(m, rows.start): partial / f"{m}_{rows.start}.parquet" for m, rows in batches}
+        if main:
+            stack.enter_context(locked(partial, f"an evaluation into {into}"))
+            _set_aside_other(into, partial, fingerprint)
+        shard.wait()
+        if finished := into.is_file():
+            mine = []
+        what = f"evaluate {len(models)} models on {len(every)} prompts"
         with progress(len(mine) * batch, what, show_progress and main) as advance:
-            for m, i in mine:
-                rows = partial.read(m, i) if partial else None
-                if rows is None:
-                    rows = sample_batch(adapters[m], i)
-                    rows = partial.write(m, i, rows) if partial else rows
-                tables[m, i] = rows
+            for m, rows in mine:
+                if not files[m, rows.start].is_file():
+                    write_table(files[m, rows.start], sample_batch(adapters[m], rows))
                 advance(batch)
         shard.wait()
-        if main:
-            whole = []
+        if main and not finished:
+            tables = []
             for number, model in enumerate(models):
-                own = [
-                    tables[s] if s in tables else partial.read(*s) for s in starts if s[0] == number
-                ]
-                rows = pd.concat(own, ignore_index=True).assign(model=model)
+                own = [pd.read_parquet(file) for (m, _), file in files.items() if m == number]
+                table = pd.concat(own, ignore_index=True).assign(model=model)
                 if images is not None:
-                    paths = write_thumbnails(images, number, model, rows.pop("thumbnail"))
-                    rows.insert(rows.columns.get_loc("seed") + 1, "image", paths)
-                whole.append(rows)
-            table = pd.concat(whole, ignore_index=True)
-            if partial is None:
-                return table
-            partial.finish(table)
+                    paths = write_thumbnails(images, number, model, table.pop("thumbnail"))
+                    table.insert(table.columns.get_loc("seed") + 1, "image", paths)
+                tables.append(table)
+            if images is not None:
+                settings = {k: v for k, v in asdict(sampler).items() if k != "noise_scale"}
+                about = {"sampler": settings, "batch": batch, "dtype": policy.precision}
+                about |= {"adapters": dict(models), "guidance": dict(guidance)}
+                write_json(Path(images) / "about.json", about)
+            write_with_fingerprint(into, fingerprint, pd.concat(tables, ignore_index=True))
         shard.wait()
-    return partial.table(main)
-
-
-class PartialTable:
-    """The finished batches of an evaluation next to the table they become, and what both follow
-    from (a hash)."""
-
-    def __init__(self, path: Path, fingerprint: str):
-        self.path, self.folder = path, path.parent / f".{path.name}.partial"
-        self.fingerprint = fingerprint
-
-    def prepare(self) -> None:
-        """Move what lies there of something else aside. For one process of several."""
-        about = self.folder / "fingerprint.txt"
-        other = self.path.is_file() and read_fingerprint(self.path) != self.fingerprint
-        begun = about.read_text() if about.is_file() else ""
-        if other or (begun and begun != self.fingerprint):
-            batches = list(self.folder.glob("*.parquet"))
-            set_aside(self.path.parent, self.path, *batches)
-        if not self.finished:
-            write_whole(about, self.fingerprint)
-
-    @property
-    def finished(self) -> bool:
-        return self.path.is_file()
-
-    def read(self, model: int, start: int) -> pd.DataFrame | None:
-        file = self.folder / f"{model}_{start}.parquet"
-        return pd.read_parquet(file) if file.is_file() else None
-
-    def write(self, model: int, start: int, rows: pd.DataFrame) -> pd.DataFrame:
-        """Save a batch; the batch as it will be read again."""
-        write_table(self.folder / f"{model}_{start}.parquet", rows)
-        return self.read(model, start)
-
-    def finish(self, table: pd.DataFrame) -> None:
-        write_with_fingerprint(self.path, self.fingerprint, table)
-
-    def table(self, main: bool) -> pd.DataFrame:
-        """The finished table; `main` removes the batches, which are in it."""
         if main:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        table = pd.read_parquet(self.path)
-        table.attrs.clear()  # a table made of this one follows from something else
-        return table
+            shutil.rmtree(partial, ignore_errors=True)
+        table = pd.read_parquet(into)
+    table.attrs.clear()  # a table made of this one follows from something else
+    return table
+
+
+def _set_aside_other(into: Path, partial: Path, fingerprint: str) -> None:
+    """Move a table, or batches of one, that follow from something else into `earlier/`."""
+    about = partial / "fingerprint.txt"
+    before = about.read_text() if about.is_file() else fingerprint
+    if before != fingerprint or (into.is_file() and read_fingerprint(into) != fingerprint):
+        set_aside(into.parent, into, *partial.glob("*.parquet"))
+    write_whole(about, fingerprint)
 
 
 def read_fingerprint(path: Path) -> str | None:

@@ -58,16 +58,15 @@ def export_training(
     folder: str | Path,
     out: str | Path,
     license: str,
-    base: str = "",
     scores: str | Path | None = None,
     model: str = "student",
 ) -> Path:
     """Write the adapter of a finished training into `out`, a new folder.
 
-    `license`: its name on the hub, such as apache-2.0. `base`: the base's name, by default the
-    benchmark's. `scores`: a notebook's results.json, from which the card takes those of `model`.
-    Raises ValueError for a licence without a name, a folder that is not empty, or scores without
-    the model, and FileNotFoundError for a training that has not finished.
+    `license`: its name on the hub, such as apache-2.0. `scores`: a notebook's results.json, from
+    which the card takes those of `model`. Raises ValueError for a licence without a name, a folder
+    that is not empty, or scores without the model, and FileNotFoundError for a training that has
+    not finished.
     """
     folder, out = Path(folder), Path(out)
     if not license.strip():
@@ -78,7 +77,7 @@ def export_training(
         raise FileNotFoundError(f"{folder} has no adapter/: has the training finished?")
     recipe = read_yaml(folder / "recipe.yaml")
     benchmark = load_benchmark(recipe.get("benchmark", DEFAULT))
-    base = base or benchmark.base_name
+    base = benchmark.base_name
     kind = next(key for key in METHODS if recipe.get(key) is not None)
     tasks = (recipe.get("schedule") or recipe[kind]).get("tasks") or ["all tasks"]
     card = CARD.format(

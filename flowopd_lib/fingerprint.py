@@ -64,10 +64,8 @@ def describe(node: Any, ours: bool = True) -> Any:
         return sha256_of(dict(node.state_dict()))
     if isinstance(node, (torch.Tensor, np.ndarray)):
         return sha256_of(node)
-    if isinstance(node, (torch.dtype, torch.device)):
+    if isinstance(node, (torch.dtype, torch.device, np.generic)):
         return str(node)
-    if isinstance(node, np.generic):
-        return node.item()
     if isinstance(node, Mapping):
         return {str(key): describe(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
@@ -80,16 +78,8 @@ def describe(node: Any, ours: bool = True) -> Any:
         return {**about, **describe(node.identity())}
     if not ours:
         return about["class"]
-    values = (
-        {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-        if dataclasses.is_dataclass(node)
-        else getattr(node, "__dict__", {})
-    )
-    return about | {
-        name: describe(value, ours=_is_ours(value))
-        for name, value in values.items()
-        if not name.startswith("_") and name not in NOT_COMPARED
-    }
+    values = {k: v for k, v in getattr(node, "__dict__", {}).items() if k not in NOT_COMPARED}
+    return about | {k: describe(v, _is_ours(v)) for k, v in values.items() if k[0] != "_"}
 
 
 def _is_ours(node: Any) -> bool:
@@ -113,17 +103,15 @@ def source_hash(node: Any) -> dict[str, str]:
 
 
 def sha256_of_code(source: str) -> str:
-    """Of what Python code does: without comments, docstrings and layout, and the same in every
-    version of Python."""
+    """Of what Python code does: without comments, docstrings and layout."""
     try:
         tree = ast.parse(textwrap.dedent(source))
     except SyntaxError:  # a lambda's lines are part of an expression
         return hashlib.sha256(source.encode()).hexdigest()
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(getattr(body[0].value, "value", None), str):
-                del body[0]
+        match getattr(node, "body", None):
+            case [ast.Expr(ast.Constant(str())), *_]:
+                del node.body[0]
     return hashlib.sha256(repr(_syntax(tree)).encode()).hexdigest()
 
 

@@ -59,9 +59,8 @@ def merge_loras(
     if len(weights) != len(loras):
         raise ValueError(f"{len(loras)} adapters need as many weights, not {weights}")
     rank = rank or max(r for lora in loras for r in lora.ranks.values())
-    if rank < 1 or not 0 < density <= 1:
-        raise ValueError(f"rank must be at least 1 and density in (0, 1], not {rank} and {density}")
-    names = list(dict.fromkeys(name for lora in loras for name in lora.a))
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], not {density}")
     a, b, alpha = {}, {}, {}
     # a training knows its start by its weights, so rounding must not follow the number of threads
     threads = torch.get_num_threads()
@@ -69,30 +68,22 @@ def merge_loras(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for name in names:
+            for name in dict.fromkeys(name for lora in loras for name in lora.a):
                 here = [(lora, w) for lora, w in zip(loras, weights) if name in lora.a]
                 if method == "cat":
                     a[name] = torch.cat([lora.a[name] for lora, _ in here])
-                    b[name] = torch.cat(
-                        [
-                            w * lora.alpha[name] / len(lora.a[name]) * lora.b[name]
-                            for lora, w in here
-                        ],
-                        1,
-                    )
-                    alpha[name] = float(len(a[name]))
+                    scaled = [
+                        w * lora.alpha[name] / len(lora.a[name]) * lora.b[name] for lora, w in here
+                    ]
+                    b[name] = torch.cat(scaled, 1)
                 elif method == "factor_wise":
-                    a[name], b[name], alpha[name] = _mean_of_factors(name, loras, weights)
+                    a[name], b[name] = _mean_of_factors(name, loras, weights)
                 else:
-                    mean = _combine(
-                        [lora.delta(name) for lora, _ in here],
-                        [w for _, w in here],
-                        method,
-                        density,
-                    )
+                    deltas, of_deltas = [lora.delta(name) for lora, _ in here], [w for _, w in here]
+                    mean = _combine(deltas, of_deltas, method, density)
                     u, s, vh = torch.linalg.svd(mean, full_matrices=False)
                     a[name], b[name] = vh[:rank].contiguous(), u[:, :rank] * s[:rank]
-                    alpha[name] = float(len(a[name]))
+                alpha[name] = float(len(a[name]))
     finally:
         torch.set_num_threads(threads)
     return Lora(a, b, alpha)
@@ -111,7 +102,7 @@ def _combine(
 
 def _mean_of_factors(
     name: str, loras: Sequence[Lora], weights: Sequence[float]
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     ranks = [lora.ranks.get(name) for lora in loras]
     if len(set(ranks)) > 1:
         raise ValueError(
@@ -119,27 +110,14 @@ def _mean_of_factors(
             f"{name} they are {ranks}; take cat or svd"
         )
     # each factor with the root of its adapter's scale
-    roots = [(lora.alpha[name] / ranks[0]) ** 0.5 for lora in loras]
-    a, b = (
-        sum(w * root * factors[name] for w, root, factors in zip(weights, roots, parts))
-        for parts in ([lora.a for lora in loras], [lora.b for lora in loras])
-    )
-    return a, b, float(ranks[0])
+    roots = [w * (lora.alpha[name] / ranks[0]) ** 0.5 for lora, w in zip(loras, weights)]
+    a = sum(root * lora.a[name] for root, lora in zip(roots, loras))
+    return a, sum(root * lora.b[name] for root, lora in zip(roots, loras))
 
 
 def merge(
     policy: FlowPolicy, adapters: Sequence[str], name: str, method: Method = "cat", **how
 ) -> None:
     """Add adapter `name`, made of others of the policy by `merge_loras`."""
-    unknown = set(adapters) - set(policy.adapters)
-    if not adapters or unknown:
-        raise ValueError(
-            f"merging takes some of the adapters {', '.join(policy.adapters) or '(none)'}, not "
-            f"{list(adapters)}"
-        )
-    loras = [policy.adapter(a) for a in adapters]
-    cpu = [
-        Lora({n: w.cpu() for n, w in x.a.items()}, {n: w.cpu() for n, w in x.b.items()}, x.alpha)
-        for x in loras
-    ]
-    policy.set_adapter(name, merge_loras(cpu, method, **how))
+    loras = [policy.adapter(a).cpu() for a in adapters]
+    policy.set_adapter(name, merge_loras(loras, method, **how))

@@ -8,9 +8,11 @@ the base alone.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import Prompt
 from .fingerprint import sha256_of
-from .hub import hub_fault, quiet
+from .loading import dtype_name, hub_fault, quiet, resolve
 from .lora import (
     ATTENTION,
     MLP,
@@ -32,8 +34,6 @@ from .lora import (
     read_adapter,
     write_peft,
 )
-from .precision import resolve
-from .text import TextEmbedding, TokenizerCheck
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -44,6 +44,17 @@ TEXT_BATCH = 8  # prompts encoded together
 CACHE_BYTES = 1 << 30
 
 
+@dataclass(frozen=True)
+class TextEmbedding:
+    """`tokens` (B, S, D) for the joint attention and `pooled` (B, P) for the modulation."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+
+    def __getitem__(self, rows) -> TextEmbedding:
+        return TextEmbedding(self.tokens[rows], self.pooled[rows])
+
+
 def load_pipeline(
     model_id: str | Path, device: str | torch.device, dtype: torch.dtype
 ) -> StableDiffusion3Pipeline:
@@ -51,23 +62,14 @@ def load_pipeline(
     neither."""
     with quiet():
         from diffusers import StableDiffusion3Pipeline
-    local = (
-        isinstance(model_id, Path) or Path(model_id).is_absolute() or str(model_id).startswith(".")
-    )
-    if local and not (Path(model_id) / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{model_id} is not a diffusers pipeline folder (it has no model_index.json); give "
-            "such a folder or a hub id"
-        )
+    model_id, options = str(model_id), {"dtype": dtype, "use_safetensors": True}
     try:
         with quiet():
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                model_id, dtype=dtype, use_safetensors=True
-            ).to(device)
-    except OSError as error:
+            pipeline = StableDiffusion3Pipeline.from_pretrained(model_id, **options).to(device)
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{str(model_id)!r} is neither a diffusers pipeline folder nor a hub id that can be "
-            f"loaded with safetensors weights: {hub_fault(str(model_id), error)}"
+            f"{model_id!r} is neither a diffusers pipeline folder nor a hub id that can be loaded "
+            f"with safetensors weights: {hub_fault(model_id, error)}"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     for name in NETWORKS:
@@ -92,7 +94,7 @@ class FlowPolicy:
     """A `StableDiffusion3Pipeline` folder or hub id, taken apart into what samplers and losses
     need.
 
-    `dtype`: see `precision.resolve`. `resolution`: pixels at a side, `text_length`: T5 tokens;
+    `dtype`: see `loading.resolve`. `resolution`: pixels at a side, `text_length`: T5 tokens;
     None: the model's own.
     """
 
@@ -118,15 +120,13 @@ class FlowPolicy:
             patch = factor * self.transformer.config.patch_size
             largest = factor * self.transformer.config.pos_embed_max_size
             if resolution % patch or not 0 < resolution <= largest:
-                raise ValueError(
-                    f"the resolution must be a multiple of {patch} up to {largest} pixels, not "
-                    f"{resolution}"
-                )
+                allowed = f"a multiple of {patch} up to {largest} pixels"
+                raise ValueError(f"the resolution must be {allowed}, not {resolution}")
             side = resolution // factor
         self.latent_shape = (self.transformer.config.in_channels, side, side)
         # a model with a closed vocabulary says so in its T5 tokenizer's config
-        strict = bool(getattr(tokenizer, "init_kwargs", {}).get("strict", False))
-        self._tokenizers = TokenizerCheck(self.pipeline, self.max_sequence_length, strict)
+        self.closed_vocabulary = bool(getattr(tokenizer, "init_kwargs", {}).get("strict", False))
+        self._checked: set[str] = set()
         self._texts: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._active: list[str | None] = [None]
         self._loras: dict[str, Lora] = {}
@@ -140,19 +140,16 @@ class FlowPolicy:
         """Embed prompts; each different prompt is encoded once and cached. See `check_prompts` for
         prompts that the model cannot read whole."""
         new = [t for t in dict.fromkeys(texts) if t not in self._texts]
-        self._tokenizers.check(new)
+        self._check_texts(new)
         # always as many at once, filled up with empty prompts: rounding that followed their number
         # would differ in a resumed training
         for i in range(0, len(new), TEXT_BATCH):
             batch = new[i : i + TEXT_BATCH]
             with quiet():  # the pipeline's own warning of what it cuts off comes after ours
+                padded = batch + [""] * (TEXT_BATCH - len(batch))
+                length = {"max_sequence_length": self.max_sequence_length, "device": self.device}
                 tokens, _, pooled, _ = self.pipeline.encode_prompt(
-                    batch + [""] * (TEXT_BATCH - len(batch)),
-                    None,
-                    None,
-                    do_classifier_free_guidance=False,
-                    max_sequence_length=self.max_sequence_length,
-                    device=self.device,
+                    padded, None, None, do_classifier_free_guidance=False, **length
                 )
             self._texts |= {t: (tokens[i].clone(), pooled[i].clone()) for i, t in enumerate(batch)}
         rows = [self._texts[t] for t in texts]
@@ -166,7 +163,32 @@ class FlowPolicy:
         """Before a training or an evaluation begins: a model with a closed vocabulary raises
         ValueError for prompts that its tokenizers cannot read whole; any other warns, once a
         task."""
-        self._tokenizers.check_prompts(prompts)
+        for task in dict.fromkeys(p.task for p in prompts):
+            self._check_texts([p.text for p in prompts if p.task == task], f"the {task} prompts")
+
+    def _check_texts(self, texts: Sequence[str], what: str = "the prompts") -> None:
+        """A character that a tokenizer does not know is lost, and so is what comes after its last
+        token. CLIP's limit is no error: T5 reads on."""
+        texts = [t for t in dict.fromkeys(texts) if t not in self._checked]
+        clip_length, t5_length = self.pipeline.tokenizer_max_length, self.max_sequence_length
+        limits = {"tokenizer": clip_length, "tokenizer_3": t5_length}
+        for name, limit in limits.items() if texts else ():
+            if (tokenizer := getattr(self.pipeline, name)) is None:
+                continue
+            ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+            special, unknown = len(tokenizer("").input_ids), tokenizer.unk_token_id
+            unread = [t for t, row in zip(texts, ids) if unknown in row]
+            cut = [t for t, row in zip(texts, ids) if len(row) + special > limit]
+            for faulty, fault in (
+                (unread, f"have characters that the model's {name} does not know"),
+                (cut, f"are longer than the {limit} tokens of the model's {name}"),
+            ):
+                message = f"{len(faulty)} of {what} {fault}, such as {(faulty or texts)[0]!r}"
+                if faulty and self.closed_vocabulary and (faulty is unread or name != "tokenizer"):
+                    raise ValueError(message)
+                if faulty:
+                    warnings.warn(f"{message}: the model does not see them", stacklevel=3)
+        self._checked.update(texts)
 
     # --- adapters
 
@@ -186,9 +208,8 @@ class FlowPolicy:
         seed: int = 0,
     ) -> None:
         """A new LoRA adapter that changes nothing yet."""
-        self.set_adapter(
-            name, new_lora(linear_modules(self.transformer), rank, alpha, tuple(targets), seed)
-        )
+        modules = linear_modules(self.transformer)
+        self.set_adapter(name, new_lora(modules, rank, alpha, tuple(targets), seed))
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """An adapter in PEFT's or diffusers' format, from a folder, a file or the hub
@@ -207,12 +228,9 @@ class FlowPolicy:
                 layer = LoRALinear.wrap(layer, self._active)
                 setattr(self.transformer.get_submodule(parent), last, layer)
             layer.add(name, lora.a[path], lora.b[path], lora.alpha[path])
-        layers = {p: m for p, m in self._layers() if name in m.factors}
-        self._loras[name] = Lora(
-            {p: m.factors[name][0].data for p, m in layers.items()},
-            {p: m.factors[name][1].data for p, m in layers.items()},
-            {p: m.factors[name][2] for p, m in layers.items()},
-        )
+        factors = {p: m.factors[name] for p, m in self._layers() if name in m.factors}
+        a, b = ({p: f[i].data for p, f in factors.items()} for i in (0, 1))
+        self._loras[name] = Lora(a, b, {p: f[2] for p, f in factors.items()})
 
     def copy_adapter(self, source: str, name: str) -> None:
         self.set_adapter(name, self.adapter(source))
@@ -273,46 +291,37 @@ class FlowPolicy:
     def start_hash(self, name: str, folder: Path) -> str:
         """The adapter's hash when a training of it into `folder` first began: where that training
         starts."""
-        return self._start_hashes.setdefault(
-            (name, str(folder.resolve())), self.adapter(name).sha256
-        )
+        key = name, str(folder.resolve())
+        return self._start_hashes.setdefault(key, self.adapter(name).sha256)
 
     @cached_property
     def base_hash(self) -> str:
         """sha256 of everything but adapters that changes a velocity or an image: the weights of
         transformer, VAE and text encoders, the scheduler's and the VAE's settings, resolution and
         T5 length."""
-        networks = {n: getattr(self.pipeline, n) for n in NETWORKS}
         weights = {
             f"{name} {key}": sha256_of(w)
-            for name, network in networks.items()
-            if network is not None
+            for name in NETWORKS
+            if (network := getattr(self.pipeline, name)) is not None
             for key, w in network.state_dict().items()
         }
-        vae = self.vae.config
-        return sha256_of(
-            {
-                **weights,
-                "scheduler": sorted(
-                    (k, str(v)) for k, v in self.pipeline.scheduler.config.items() if k[0] != "_"
-                ),
-                "vae": [vae.scaling_factor, vae.shift_factor],
-                "latents": self.latent_shape,
-                "text length": self.max_sequence_length,
-            }
-        )
+        scheduler, vae = self.pipeline.scheduler.config, self.vae.config
+        settings = {
+            "scheduler": sorted((k, str(v)) for k, v in scheduler.items() if k[0] != "_"),
+            "vae": [vae.scaling_factor, vae.shift_factor],
+            "latents": self.latent_shape,
+            "text length": self.max_sequence_length,
+        }
+        return sha256_of(weights | settings)
 
     @property
     def precision(self) -> str:
         """float32 or bfloat16."""
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
     def _check_new(self, name: str) -> None:
-        if not isinstance(name, str) or not name or "." in name or name in self.adapters:
-            raise ValueError(
-                f"an adapter needs a new name without dots, not {name!r}; there are "
-                f"{', '.join(self.adapters) or 'none yet'}"
-            )
+        if not name or "." in name or name in self._loras:
+            raise ValueError(f"an adapter needs a new name without dots, not {name!r}")
 
     def check_adapters(self, names: Iterable[str]) -> None:
         """Raises ValueError for an adapter that does not exist."""
@@ -320,11 +329,9 @@ class FlowPolicy:
             self._known(name)
 
     def _known(self, name: str) -> str:
-        if name not in self.adapters:
-            raise ValueError(
-                f"no adapter {name!r}; there are {', '.join(self.adapters) or 'none'} (None is the "
-                "base)"
-            )
+        if name not in self._loras:
+            there = ", ".join(self._loras) or "none"
+            raise ValueError(f"no adapter {name!r}; there are {there} (None is the base)")
         return name
 
     # --- velocities and images
@@ -345,9 +352,8 @@ class FlowPolicy:
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).expand(len(x_t))
         if guidance != 1.0:
             empty = self.encode([""] * len(x_t))
-            text = TextEmbedding(
-                torch.cat([empty.tokens, text.tokens]), torch.cat([empty.pooled, text.pooled])
-            )
+            tokens = torch.cat([empty.tokens, text.tokens])
+            text = TextEmbedding(tokens, torch.cat([empty.pooled, text.pooled]))
             x_t, sigma = torch.cat([x_t, x_t]), torch.cat([sigma, sigma])
         # On a CPU the flash kernel's backward is slow in bf16; with the plain one everywhere an
         # update takes four fifths of the time.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .config import Count, Index, NonNegative, Plugin, settings
-from .data import Prompt
+from .data import Prompt, slices
 from .policy import FlowPolicy
 from .sde import (
     WEIGHTINGS,
@@ -36,10 +36,9 @@ class Sampler:
     by default. `noisy_steps`: how many steps, from `window_start`, have noise; the others are the
     ODE's, as in MixGRPO (2507.21802). None: all but the last. A pair (first, last) as
     `window_start` moves the window: its start is drawn for every iteration of a training from first
-    to last or, with `slide`, advances by one every so many iterations (`at` gives the sampler of an
-    iteration). With `branch` the images of a prompt share one ODE trajectory, from one initial
-    noise, down to the window, and separate there (Flow-GRPO-Fast; from step 0, DanceGRPO's shared
-    start).
+    to last (`at` gives the sampler of an iteration). With `branch` the images of a prompt share one
+    ODE trajectory, from one initial noise, down to the window, and separate there (Flow-GRPO-Fast;
+    from step 0, DanceGRPO's shared start).
     """
 
     steps: Count = 40
@@ -49,29 +48,21 @@ class Sampler:
     noise_scale: Plugin = flow_grpo_noise
     noisy_steps: Count | None = None
     window_start: Index | tuple[Index, Index] = 0
-    slide: Index = 0  # iterations
     branch: bool = False
 
     def __post_init__(self):
         if self.kind == "cps" and self.noise_level > 1:
             raise ValueError(f"the noise level of CPS lies in [0, 1], not at {self.noise_level}")
-        if self.noisy_steps is not None and self.noisy_steps >= self.steps:
-            raise ValueError(f"of {self.steps} steps at most {self.steps - 1} can have noise")
         first, last = self.window_range
         latest = self.steps - 1 - (self.noisy_steps or self.steps - 1)
         if self.steps > 1 and not first <= last <= latest:
             raise ValueError(
-                f"a window of {self.noisy_steps or self.steps - 1} noisy steps in {self.steps}, "
-                f"whose last has none, starts at a step from 0 to {latest}, not at "
+                f"of {self.steps} steps the last has no noise, so a window of noisy_steps "
+                f"{self.noisy_steps} starts at a step from 0 to {latest}, not at "
                 f"{self.window_start}"
             )
-        if self.slide and first == last:
-            raise ValueError("slide moves the window: give window_start as a pair (first, last)")
         if self.branch and not self.has_noise:
-            raise ValueError(
-                "branch separates the images of a prompt by noise: sample with sde or cps at a "
-                "positive noise level"
-            )
+            raise ValueError("branch separates the images of a prompt by noise: sample with sde")
 
     @property
     def has_noise(self) -> bool:
@@ -94,12 +85,30 @@ class Sampler:
         if first == last:
             return self
         starts = range(first, last + 1)
-        start = (
-            starts[iteration // self.slide % len(starts)]
-            if self.slide
-            else random.Random(f"window/{seed}/{iteration}").choice(starts)
-        )
-        return replace(self, window_start=start, slide=0)
+        start = random.Random(f"window/{seed}/{iteration}").choice(starts)
+        return replace(self, window_start=start)
+
+    def trained_steps(
+        self, which: int | list[int] | None, iteration: int = 0, seed: int = 0
+    ) -> list[int]:
+        """The steps that are trained: None all that have noise, a number that many of them drawn
+        for every iteration, a list exactly those. Raises ValueError for steps that do not exist or
+        have no noise."""
+        noisy = self.trainable_steps
+        if not noisy:
+            raise ValueError("the last step has no noise, so take at least 2 steps to train")
+        if which is None:
+            return list(noisy)
+        number = len(which) if isinstance(which, list) else which
+        chosen = which if isinstance(which, list) else noisy
+        if not 1 <= number <= len(noisy) or not set(chosen) <= set(noisy):
+            raise ValueError(
+                f"trained steps are numbers from {noisy[0]} to {noisy[-1]} (the others are "
+                f"deterministic), or how many of these, not {which}"
+            )
+        if chosen is noisy:
+            chosen = random.Random(f"steps/{seed}/{iteration}").sample(noisy, number)
+        return sorted(chosen)
 
     def transition(
         self,
@@ -173,21 +182,13 @@ class NoiseStreams:
         self.generators = [generator(seed) for seed in seeds]
 
     def draw(self) -> torch.Tensor:
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(
-            self.device
-        )
+        noise = [torch.randn(self.shape, generator=g) for g in self.generators]
+        return torch.stack(noise).to(self.device)
 
 
 def initial_noise(policy: FlowPolicy, seeds: Sequence[int]) -> torch.Tensor:
     """(B, C, H, W): where the trajectories of these seeds start."""
     return NoiseStreams(policy, seeds).draw()
-
-
-def check_batch(prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
-    if not len(prompts) or len(prompts) != len(seeds):
-        raise ValueError(
-            f"{len(prompts)} prompts with {len(seeds)} seeds; every sample needs one of each"
-        )
 
 
 @torch.no_grad()
@@ -205,12 +206,12 @@ def trajectory(
     on those of the first of its `group` neighbours, images of one prompt, whose steps down to the
     window are computed once.
     """
-    check_batch(prompts, seeds)
-    if sampler.branch and (group < 2 or len(seeds) % group):
+    if len(prompts) != len(seeds):
         raise ValueError(
-            f"branch is for several images of a prompt, not for {group}; sample without it, or "
-            "more images a prompt"
+            f"{len(prompts)} prompts with {len(seeds)} seeds; a sample has one of each"
         )
+    if sampler.branch and (group < 2 or len(seeds) % group):
+        raise ValueError(f"branch is for several images of a prompt, not for {group}")
     text = policy.encode([p.text for p in prompts])
     noise, grid = NoiseStreams(policy, seeds), policy.sigmas(sampler.steps)
     x_t = noise.draw()
@@ -249,7 +250,6 @@ def visited_states(
 ) -> Iterator[Visit]:
     """The states in which the `wanted` steps of each trajectory begin; a trajectory ends there at
     the last of them (with `actions`: after it). Trajectories are those of `trajectory`."""
-    check_batch(prompts, seeds)
     text = policy.encode([p.text for p in prompts])
     noise, grid = NoiseStreams(policy, seeds), policy.sigmas(sampler.steps)
     x_t, last = noise.draw(), [max(steps) for steps in wanted]
@@ -280,12 +280,9 @@ def sample(
     batch: int = 64,
 ) -> torch.Tensor:
     """Images (N, 3, H, W) in [0, 1] for N prompts and seeds, `batch` at a time."""
-    check_batch(prompts, seeds)
     images = []
-    for i in range(0, len(prompts), batch):
-        for step in trajectory(
-            policy, prompts[i : i + batch], seeds[i : i + batch], sampler, adapter
-        ):
-            pass
+    for rows in slices(len(seeds), batch):
+        for step in trajectory(policy, prompts[rows], seeds[rows], sampler, adapter):
+            pass  # no more than one is held in memory
         images.append(policy.decode(step.x_next).cpu())
     return torch.cat(images)

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-KINDS = ("ode", "sde", "cps")
-REDUCTIONS = ("sum", "mean")
+from .config import choose
+
 Kind = Literal["ode", "sde", "cps"]
 Reduction = Literal["sum", "mean"]
 Sigma = float | torch.Tensor
@@ -64,26 +64,18 @@ def coefficients(
     0, or noise too strong.
     """
     sigma, sigma_next = (torch.as_tensor(s, dtype=torch.float64).cpu() for s in (sigma, sigma_next))
-    if kind not in KINDS:
-        raise ValueError(f"unknown sampler {kind!r}: choose one of {', '.join(KINDS)}")
+    choose("sampler", kind, get_args(Kind))
     if not ((sigma <= 1) & (sigma > sigma_next) & (sigma_next >= 0)).all():
-        raise ValueError(
-            f"a step goes down, from at most 1 to at least 0, not from {sigma} to {sigma_next}"
-        )
+        raise ValueError(f"a step goes down, from 1 to 0 at most, not from {sigma} to {sigma_next}")
     dt = sigma - sigma_next
     euler = torch.ones_like(sigma), -dt, torch.zeros_like(sigma)
     if kind == "ode" or noise_level == 0:
         return euler  # diffusers' step
     if kind == "sde":
         s = noise_scale(sigma, sigma_next, noise_level)
-        noisy = (
-            1 - s**2 / (2 * sigma) * dt,
-            -(1 + s**2 * (1 - sigma) / (2 * sigma)) * dt,
-            s * dt.sqrt(),
-        )
+        a = 1 - s**2 / (2 * sigma) * dt
+        noisy = a, -(1 + s**2 * (1 - sigma) / (2 * sigma)) * dt, s * dt.sqrt()
     else:
-        if not 0 <= noise_level <= 1:
-            raise ValueError(f"the noise level of CPS lies in [0, 1], not at {noise_level}")
         s = sigma_next * math.sin(noise_level * math.pi / 2)
         # mean = (1 - sigma_next) x0_pred + kept eps_pred
         kept = (sigma_next**2 - s**2).sqrt()
@@ -118,14 +110,10 @@ def log_prob(
     std = torch.as_tensor(std, dtype=torch.float64)
     if not (std > 0).all():
         raise ValueError("a deterministic step has no log-probability; leave the last step out")
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"unknown reduction {reduction!r}: choose sum (the true density) or mean (Flow-GRPO's, "
-            "over the latent)"
-        )
     z = (x_next.float() - mean.float()) / per_row(std, mean)
     log_density = -0.5 * z**2 - per_row(std.log(), mean) - 0.5 * math.log(2 * math.pi)
-    return log_density.flatten(1).sum(1) if reduction == "sum" else log_density.flatten(1).mean(1)
+    log_density = log_density.flatten(1)
+    return log_density.sum(1) if reduction == "sum" else log_density.mean(1)
 
 
 # --- weights of the steps of a trajectory
@@ -139,17 +127,14 @@ def kl_weight(
     Forward and reverse KL are the same. Raises ValueError for a deterministic step."""
     _, b, std = coefficients(sigma, sigma_next, kind, noise_level, noise_scale)
     if not (std > 0).all():
-        raise ValueError(
-            "the KL needs a step with noise; use uniform_v, x0 or ode for deterministic steps"
-        )
+        raise ValueError("the KL needs a step with noise; without it use uniform_v, x0 or ode")
     return b**2 / (2 * std**2)
 
 
 def as_coded_weight(sigma, sigma_next, *how) -> torch.Tensor:
     """Flow-OPD's public code up to a constant factor: `s^2` where `std^2 = s^2 dt` belongs."""
-    return kl_weight(sigma, sigma_next, *how) * (
-        torch.as_tensor(sigma) - torch.as_tensor(sigma_next)
-    )
+    dt = torch.as_tensor(sigma) - torch.as_tensor(sigma_next)
+    return kl_weight(sigma, sigma_next, *how) * dt
 
 
 def uniform_v_weight(sigma, sigma_next, *how) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,25 +33,38 @@ def mean_interval(values: Sequence[float], resamples: int = 5000, seed: int = 0)
     values = np.asarray(values, float)
     if len(values) < 2:
         raise ValueError(f"an interval needs at least two values, not {len(values)}")
-    if np.isin(values, (0, 1)).all():  # a bootstrap of 0 hits in 50 would claim certainty
-        from scipy import stats
-
-        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-        return float(values.mean()), float(interval.low), float(interval.high)
-    return _bootstrap_mean(values, resamples, seed)
+    # a bootstrap of 0 hits in 50 would claim certainty
+    return _interval(values, resamples, seed, wilson=np.isin(values, (0, 1)).all())
 
 
-def _bootstrap_mean(values: np.ndarray, resamples: int = 5000, seed: int = 0) -> Interval:
+def _interval(values, resamples: int = 5000, seed: int = 0, wilson: bool = False) -> Interval:
     from scipy import stats  # takes a second to import
 
-    rng = np.random.default_rng(seed)
-    how = {"n_resamples": resamples, "method": "percentile", "batch": 500, "rng": rng}
-    interval = stats.bootstrap((values,), np.mean, **how).confidence_interval
+    if wilson:
+        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+    else:
+        rng = np.random.default_rng(seed)
+        how = {"n_resamples": resamples, "method": "percentile", "batch": 500, "rng": rng}
+        interval = stats.bootstrap((values,), np.mean, **how).confidence_interval
     return float(values.mean()), float(interval.low), float(interval.high)
 
 
 def _row(keys: Mapping[str, Any], interval: Sequence[float], n: int) -> dict[str, Any]:
     return {**keys, **dict(zip(("mean", "low", "high"), interval)), "n": n}
+
+
+def _intervals(
+    table: pd.DataFrame, by: Sequence[str], rewards: Sequence[str], interval: Callable
+) -> list[dict[str, Any]]:
+    """A row per group of the columns `by` and reward that has two scores there."""
+    rows = []
+    for key, group in table.groupby(list(by), sort=False) if by else [((), table)]:
+        for reward in rewards:
+            values = group[reward].dropna().to_numpy() if reward in group else []
+            if len(values) >= 2:
+                about = {**dict(zip(by, key)), "reward": reward}
+                rows.append(_row(about, interval(values), len(values)))
+    return rows
 
 
 def rewards_in(table: pd.DataFrame) -> list[str]:
@@ -66,14 +79,7 @@ def summary(
     """Long table: the columns of `by`, reward (None: all), mean, low, high (95 %), n. Rewards
     without scores in a group are left out."""
     rewards = rewards_in(table) if rewards is None else rewards
-    rows = []
-    for key, group in table.groupby(list(by), sort=False) if by else [((), table)]:
-        for reward in rewards:
-            values = group[reward].dropna() if reward in group else []
-            if len(values) >= 2:
-                keys = {**dict(zip(by, key)), "reward": reward}
-                rows.append(_row(keys, mean_interval(values), len(values)))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(_intervals(table, by, rewards, mean_interval))
 
 
 def paired_differences(
@@ -89,9 +95,7 @@ def paired_differences(
     for an unknown baseline.
     """
     if baseline not in set(table["model"]):
-        raise ValueError(
-            f"no model {baseline!r} in the table; it has {', '.join(table['model'].unique())}"
-        )
+        raise ValueError(f"no model {baseline!r} in the table, only {sorted(set(table['model']))}")
     rewards = rewards_in(table) if rewards is None else [name for name in rewards if name in table]
     keys = list(dict.fromkeys([*by, "task", "prompt"]))
     scores = table.groupby(["model", *keys], sort=False)[rewards].mean()
@@ -100,13 +104,8 @@ def paired_differences(
         if model == baseline:
             continue
         change = (scores.loc[model] - scores.loc[baseline]).reset_index()
-        for key, group in change.groupby(list(by), sort=False) if by else [((), change)]:
-            for reward in rewards:
-                values = group[reward].dropna().to_numpy()
-                if len(values) >= 2:
-                    # differences of yes-or-no scores are no fractions, so no Wilson here
-                    about = {"model": model, **dict(zip(by, key)), "reward": reward}
-                    rows.append(_row(about, _bootstrap_mean(values), len(values)))
+        # differences of yes-or-no scores are no fractions, so no Wilson here
+        rows += [{"model": model, **row} for row in _intervals(change, by, rewards, _interval)]
     return pd.DataFrame(rows)
 
 
@@ -126,7 +125,7 @@ def paper_average(
             part = group[group["task"] == task]
             if reward not in part or part[reward].isna().all():
                 raise ValueError(
-                    f"the Average needs {reward} on the {task} prompts, which {model} does not have"
+                    f"the Average needs {reward} on the {task} prompts, also of {model}"
                 )
             values = part.groupby("prompt", sort=False)[reward].mean().to_numpy() / scale
             if task not in drawn:  # rewards of the same images are drawn together
@@ -223,10 +222,7 @@ def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.
     prompt, keys = ["task", "prompt"], ["task", "prompt", "train_seed"]
     table = table if "train_seed" in table else table.assign(train_seed=0)
     if "embedding" not in table or table.groupby(["model", *keys]).size().min() < 2:
-        raise ValueError(
-            "diversity compares samples of one prompt: evaluate with embed= and repeats of at "
-            "least 2"
-        )
+        raise ValueError("diversity needs embeddings (embed=) and at least 2 repeats of a prompt")
 
     def spread(embeddings: pd.Series) -> float:
         z = np.stack(embeddings)
@@ -237,7 +233,7 @@ def diversity(table: pd.DataFrame, by: Sequence[str] = ("model", "task")) -> pd.
     for key, group in table.groupby(list(by), sort=False):
         trainings = group.groupby(keys, sort=False)["embedding"].agg(spread)
         spreads = trainings.groupby(prompt, sort=False).mean().to_numpy()
-        rows.append(_row(dict(zip(by, key)), _bootstrap_mean(spreads), len(spreads)))
+        rows.append(_row(dict(zip(by, key)), _interval(spreads), len(spreads)))
     return pd.DataFrame(rows)
 
 
@@ -250,10 +246,7 @@ def kernel_distance(embeddings: np.ndarray, reference: np.ndarray) -> Interval:
     """
     x, y = np.asarray(embeddings, float), np.asarray(reference, float)
     if x.shape != y.shape or len(x) < 3:
-        raise ValueError(
-            f"two samples of the same shape, at least three rows each, are needed, not {x.shape} "
-            f"and {y.shape}"
-        )
+        raise ValueError(f"two samples of one shape and 3 rows are needed: {x.shape}, {y.shape}")
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / a.shape[1] + 1) ** 3

@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from .checkpoint import load_state, save_state
-from .config import Count, Decay, Fraction, Index, NonNegative, Positive, settings
-from .files import append_lines, locked, read_lines, write_whole
+from .config import Count, Decay, Fraction, Index, NonNegative, Positive, choose, settings
+from .files import append_lines, load_state, locked, progress, read_lines, save_state, write_whole
 from .fingerprint import describe, differences
 from .losses import Objective, Shard
 from .policy import FlowPolicy
-from .progress import progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,6 +36,9 @@ STATE, METRICS, VALIDATION = "state.safetensors", "metrics.jsonl", "validation_s
 # start, the adapter's shape and scale, precision, optimizer. (Not compared either: images in a
 # forward, devices, processes.)
 MAY_CHANGE = ("iterations", "save_every", "save_seconds", "log_with")
+
+
+COUNTS = ("iteration", "updates", "seconds")
 
 
 class TrainingDiverged(RuntimeError):
@@ -64,19 +65,10 @@ class TrainConfig:
     log_with: str | None = None
 
     def __post_init__(self):
-        if self.log_with is None:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        if self.log_with is not None:  # accelerate would silently leave out one that it lacks
+            from accelerate.tracking import get_available_trackers
 
-        known, installed = map(str, LOGGER_TYPE_TO_CLASS), map(str, get_available_trackers())
-        if self.log_with not in (names := list(known)):
-            raise ValueError(
-                f"accelerate has no tracker {self.log_with!r}; it has {', '.join(names)}"
-            )
-        if self.log_with not in installed:  # accelerate would silently leave it out
-            raise ValueError(
-                f"the tracker {self.log_with} is not installed; pip install {self.log_with}"
-            )
+            choose("installed tracker", self.log_with, map(str, get_available_trackers()))
 
 
 @dataclass(frozen=True)
@@ -88,26 +80,17 @@ class StepInfo:
     update: int
     loss: float
     grad_norm: float
-    seconds: (
-        float  # of training so far, those before a resume included, the caller's pauses left out
-    )
+    seconds: float  # of training, also before a resume, without the caller's pauses
     metrics: dict[str, float]
     average: list[torch.Tensor] = field(repr=False)
 
 
 class _Run:
-    """What a checkpoint holds: the adapter, its average, the optimizer, and the count of iterations
-    done."""
+    """What a checkpoint holds: the adapter, its average, the optimizer, the count of iterations
+    done, and what the training follows from (`about`)."""
 
-    def __init__(
-        self,
-        policy: FlowPolicy,
-        adapter: str,
-        objective: Objective,
-        config: TrainConfig,
-        folder: Path,
-    ):
-        self.config, self.folder, self.state = config, folder, folder / STATE
+    def __init__(self, policy: FlowPolicy, adapter: str, config: TrainConfig, about: dict):
+        self.config, self.fingerprint = config, about
         self.parameters = policy.train_adapter(adapter)
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
@@ -115,23 +98,20 @@ class _Run:
         )
         self.iteration = self.updates = 0
         self.seconds = 0.0
-        self.fingerprint = fingerprint(policy, objective, folder, config, adapter)
 
-    def resume(self) -> None:
-        state = load_state(self.state)
+    def resume(self, file: Path) -> None:
+        state = load_state(file)
         own, saved = [*self.parameters, *self.average], [*state["parameters"], *state["average"]]
         with torch.no_grad():
             for p, value in zip(own, saved, strict=True):
                 p.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration, self.updates, self.seconds = (
-            state[k] for k in ("iteration", "updates", "seconds")
-        )
+        vars(self).update({k: state[k] for k in COUNTS})
 
-    def save(self) -> None:
-        counts = {k: getattr(self, k) for k in ("iteration", "updates", "seconds", "fingerprint")}
-        tensors = {"parameters": [p.data for p in self.parameters], "average": self.average}
-        save_state(self.state, {**tensors, **counts, "optimizer": self.optimizer.state_dict()})
+    def save(self, file: Path) -> None:
+        state = {k: getattr(self, k) for k in (*COUNTS, "fingerprint", "average")}
+        state["parameters"] = [p.data for p in self.parameters]
+        save_state(file, {**state, "optimizer": self.optimizer.state_dict()})
 
     def learning_rate(self) -> float:
         """Warmed up by updates; in the cooldown it falls by iterations, and is never 0."""
@@ -188,47 +168,37 @@ def check_folder(
 ) -> None:
     """Raises ValueError for a folder that holds a training of something else, or of more
     iterations."""
-    folder = Path(folder)
-    here = fingerprint(policy, objective, folder, config, adapter)
-    if not (folder / STATE).exists():
+    here = fingerprint(policy, objective, Path(folder), config, adapter)
+    if not (Path(folder) / STATE).exists():
         return
-    state = load_state(folder / STATE)
-    changed = list(differences(state.get("fingerprint", {}), here))
-    if changed:
-        more = f" (and {len(changed) - 6} more)" if len(changed) > 6 else ""
+    state = load_state(Path(folder) / STATE)
+    if changed := list(differences(state["fingerprint"], here)):
         raise ValueError(
-            f"{folder} holds another training: {'; '.join(changed[:6])}{more}. Give a new folder, "
-            "or the settings it was begun with"
+            f"{folder} holds another training: {'; '.join(changed[:6])}. Give a new folder, or the "
+            "settings it was started with"
         )
-    if state["iteration"] > config.iterations:
+    if (done := state["iteration"]) > config.iterations:
         raise ValueError(
-            f"{folder} holds {state['iteration']} iterations already, more than "
-            f"{config.iterations}; give a new folder"
+            f"{folder} holds {done} iterations already, more than {config.iterations}; give a new "
+            "folder"
         )
 
 
-class _Metrics:
+def mean_metrics(terms: list[dict[str, torch.Tensor]], accelerator: Accelerator) -> dict:
     """Means over the rows and micro-batches of an iteration, and over processes."""
+    from accelerate.utils import gather_object
 
-    def __init__(self):
-        self.values = defaultdict(list)
-
-    def add(self, metrics: dict[str, torch.Tensor]) -> None:
-        for name, value in metrics.items():
-            self.values[name].append(value.detach().reshape(-1))
-
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        sums = {
-            n: (float(v.sum()), len(v))
-            for n, v in ((n, torch.cat(v)) for n, v in self.values.items())
-        }
-        if accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            everyone = gather_object([sums])
-            names = sorted({name for part in everyone for name in part})
-            sums = {n: tuple(map(sum, zip(*(p[n] for p in everyone if n in p)))) for n in names}
-        return {name: total / n for name, (total, n) in sums.items() if n and math.isfinite(total)}
+    values = defaultdict(list)
+    for term in terms:
+        for name, value in term.items():
+            values[name].append(torch.as_tensor(value).detach().reshape(-1))
+    sums = {name: (float(torch.cat(v).sum()), len(torch.cat(v))) for name, v in values.items()}
+    totals = {}
+    for part in gather_object([sums]):
+        for name, (total, n) in part.items():
+            before = totals.get(name, (0.0, 0))
+            totals[name] = before[0] + total, before[1] + n
+    return {name: total / n for name, (total, n) in totals.items() if n and math.isfinite(total)}
 
 
 def shard_of(accelerator: Accelerator) -> Shard:
@@ -241,9 +211,8 @@ def shard_of(accelerator: Accelerator) -> Shard:
         every = accelerator.gather(padded.to(accelerator.device)).unflatten(0, (len(sizes), -1))
         return torch.cat([part[:size] for part, size in zip(every, sizes)]).to(values.device)
 
-    return Shard(
-        accelerator.process_index, accelerator.num_processes, gather, accelerator.wait_for_everyone
-    )
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    return Shard(rank, processes, gather, accelerator.wait_for_everyone)
 
 
 def train(
@@ -267,18 +236,14 @@ def train(
     if accelerator is None:
         from accelerate import Accelerator
 
-        accelerator = Accelerator(
-            cpu=policy.device.type == "cpu", log_with=config.log_with, project_dir=folder
-        )
-    folder = Path(folder)
+        on_cpu = policy.device.type == "cpu"
+        accelerator = Accelerator(cpu=on_cpu, log_with=config.log_with, project_dir=folder)
+    folder, main = Path(folder), accelerator.is_main_process
     objective.check(policy, adapter)
-    main = accelerator.is_main_process
     with locked(folder, f"a training of {adapter}") if main else contextlib.nullcontext():
         check_folder(policy, objective, folder, config, adapter)
-        if accelerator.log_with:
-            accelerator.init_trackers(
-                "flow-opd", init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
-            )
+        wandb = {"wandb": {"dir": str(folder), "name": folder.name}}
+        accelerator.init_trackers("flow-opd", init_kwargs=wandb)
         try:
             yield from _updates(policy, objective, folder, config, adapter, accelerator)
         finally:
@@ -287,79 +252,60 @@ def train(
                 tracker.finish()
 
 
-def _updates(
-    policy: FlowPolicy,
-    objective: Objective,
-    folder: Path,
-    config: TrainConfig,
-    adapter: str,
-    accelerator: Accelerator,
-) -> Iterator[StepInfo]:
-    run, log, main = (
-        _Run(policy, adapter, objective, config, folder),
-        folder / METRICS,
-        accelerator.is_main_process,
-    )
-    if run.state.exists():
-        run.resume()
+def _updates(policy, objective, folder, config, adapter, accelerator) -> Iterator[StepInfo]:
+    about = fingerprint(policy, objective, folder, config, adapter)
+    run, state, log = _Run(policy, adapter, config, about), folder / STATE, folder / METRICS
+    main, shard = accelerator.is_main_process, shard_of(accelerator)
+    if state.exists():
+        run.resume(state)
     if main:
         lines = log.read_text().splitlines()[: run.iteration] if log.exists() else []
         write_whole(log, "".join(line + "\n" for line in lines))
-    shard, saved = shard_of(accelerator), time.time()
+    saved = time.time()
     start = saved - run.seconds
     while run.iteration < config.iterations:
         try:
             data, collected = objective.collect(policy, adapter, run.iteration, shard)
-        except (
-            Exception
-        ):  # a reward server is gone, say: what was trained before is whole, in every process
+        except Exception:  # a reward server is gone, say: what was trained before is whole
             if run.iteration:
-                run.save()
+                run.save(state)
             raise
-        metrics = _Metrics()
-        metrics.add({name: torch.tensor(value) for name, value in collected.items()})
+        metrics = [collected]
         for update in range(objective.updates):
             total = torch.zeros((), device=policy.device)
             for loss, terms in objective.losses(policy, adapter, data, update):
                 loss.backward()
                 total += loss.detach()
-                metrics.add(terms)
+                metrics.append(terms)
             loss = accelerator.reduce(total, "sum").item()
             norm = run.step(accelerator)
             if not math.isfinite(loss) or not math.isfinite(norm):
-                good = (
-                    f"The last good state is in {run.state}"
-                    if run.state.exists()
-                    else "No checkpoint had been written yet"
-                )
                 raise TrainingDiverged(
                     f"iteration {run.iteration}: loss {loss}, gradient norm {norm}; lower lr (now "
-                    f"{config.lr}) or raise the KL or anchor weight. {good}"
+                    f"{config.lr}) or raise the KL or anchor weight. The last good state, if one "
+                    f"was saved, is in {state}"
                 )
             run.seconds, last = time.time() - start, update == objective.updates - 1
-            means = metrics.means(accelerator) if last else {}
+            means = mean_metrics(metrics, accelerator) if last else {}
             info = StepInfo(run.iteration, update, loss, norm, run.seconds, means, run.average)
             if last:
                 run.iteration += 1
                 line = {"loss": loss, "grad_norm": norm, **means}
-                if accelerator.log_with:
-                    accelerator.log(line, step=info.iteration)
+                accelerator.log(line, step=info.iteration)
                 if main:
                     line = {"iteration": info.iteration, "seconds": round(info.seconds, 2), **line}
                     append_lines(log, json.dumps(line) + "\n")
-                    due = (
-                        run.iteration % config.save_every == 0
-                        or time.time() - saved > config.save_seconds
-                    )
+                    due = run.iteration % config.save_every == 0
+                    due |= time.time() - saved > config.save_seconds
                     if due or run.iteration == config.iterations:
-                        run.save()
+                        run.save(state)
                         saved = time.time()
             paused = time.time()
             try:
                 yield info
             except GeneratorExit:  # between two iterations is a place to continue from
                 if last and main:
-                    run.save()
+                    run.save(state)
                 raise
             start += time.time() - paused
     if config.ema:
@@ -406,27 +352,22 @@ def fit(
             append_lines(log, rows.to_json(orient="records", lines=True))
 
     probe(0, 0.0)
-    finished = True
-    with (
-        progress(config.iterations, f"train {adapter}", show_progress and main) as advance,
-        contextlib.closing(
-            train(policy, objective, folder, config, adapter, accelerator)
-        ) as updates,
-    ):
-        before = 0
+    updates = train(policy, objective, folder, config, adapter, accelerator)
+    bar = progress(config.iterations, f"train {adapter}", show_progress and main)
+    shown, stopped = 0, False
+    with bar as advance, contextlib.closing(updates):
         for info in updates:
-            iteration = info.iteration + 1
             if info.update < objective.updates - 1:
                 continue
-            advance(iteration - before)
-            before = iteration
+            iteration = info.iteration + 1
+            advance(iteration - shown)
+            shown = iteration
             if every and iteration % every == 0 and iteration < config.iterations:
                 probe(iteration, info.seconds, info.average)
-            if on_step is not None and on_step(info):
-                finished = False
+            if stopped := bool(on_step and on_step(info)):
                 break
     metrics = read_lines(folder / METRICS)
-    if finished:
+    if not stopped:
         probe(len(metrics), metrics["seconds"].iloc[-1])
     if accelerator is not None:
         accelerator.wait_for_everyone()

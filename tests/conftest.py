@@ -4,6 +4,8 @@ import pytest
 
 # the same on every machine, and what bounds on rounding are made for
 os.environ.setdefault("FLOWOPD_PRECISION", "float32")
+# everything is on this machine; without this, loading a model asks the hub and waits for it
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The cores are shared out among the processes that run tests.
 os.environ.setdefault(
     "OMP_NUM_THREADS",

@@ -13,7 +13,7 @@ from dummy_rewards import write_aesthetic, write_blip_vqa, write_clip, write_mas
 from safetensors.torch import save_file
 
 from flowopd_lib import load_benchmark
-from flowopd_lib.bench.dummy_model import TINY, write_pipeline
+from flowopd_lib.bench import TINY, write_pipeline
 from flowopd_lib.benchmarks.benchmark import SHIPPED
 from flowopd_lib.config import read_yaml
 from flowopd_lib.lora import ATTENTION, linear_modules

@@ -1,21 +1,27 @@
 """The real rewards' architectures at tiny width with random weights, in the files that the
-published models have. Each takes a second or less. Their scores mean nothing.
+published models have. Each takes a second or less. Their scores mean nothing. And a reward server.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import re
+import signal
 import string
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from flowopd_lib.bench.dummy_model import special_tokens
+from flowopd_lib.bench import special_tokens
 from flowopd_lib.benchmarks import load_benchmark
-from flowopd_lib.hub import quiet
+from flowopd_lib.loading import quiet
+from flowopd_lib.rewards import server
 
 # COCO's classes in the order and the spelling of the published Mask2Former's config.
 COCO = tuple(
@@ -163,3 +169,26 @@ def write_blip_vqa(folder: str | Path, seed: int = 0) -> Path:
         BertTokenizer(vocab=ids, do_lower_case=True).save_pretrained(folder)
         BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     return Path(folder)
+
+
+@contextlib.contextmanager
+def reward_server(token: str = "", stop: int = signal.SIGTERM) -> Iterator[tuple]:
+    """The url and the process of a server with `brightness`, which ends by the signal `stop`."""
+    process = subprocess.Popen(
+        [sys.executable, server.__file__, "brightness", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, server.TOKEN: token},
+        cwd="/",
+    )
+    output = ""
+    try:
+        while "running on" not in output:
+            assert process.poll() is None, output
+            output += process.stdout.readline()
+        yield re.search(r"running on (\S+)", output)[1], process
+    finally:
+        process.send_signal(stop)
+        process.wait(10)
+        process.stdout.close()

@@ -28,7 +28,7 @@ import pandas as pd
 import psutil
 import yaml
 
-from flowopd_lib.checkpoint import load_state
+from flowopd_lib.files import load_state
 from flowopd_lib.fingerprint import sha256_of
 
 LIMITS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowopd_lib.text import TextEmbedding
+from flowopd_lib.policy import TextEmbedding
 
 
 class SmallPolicy:

@@ -8,7 +8,7 @@ import yaml
 
 from flowopd_lib import cli
 from flowopd_lib.files import ROOT
-from flowopd_lib.lab import cache, worker
+from flowopd_lib.lab import cache, launch
 from flowopd_lib.runs import runner
 
 pytestmark = pytest.mark.fast
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.fast
 def worked(monkeypatch):
     """The arguments of every call of the worker, which does nothing."""
     calls = []
-    monkeypatch.setattr(worker, "work", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(launch, "work", lambda *arguments: calls.append(arguments))
     return calls
 
 
@@ -78,12 +78,8 @@ def test_errors_are_one_sentence_and_name_the_process(tmp_path, capsys, monkeypa
     (tmp_path / "list.yaml").write_text("[1]")
     cases = {
         "error: there is no nowhere.yaml": ("train", "nowhere.yaml", "--folder", tmp_path),
-        "list.yaml: Input should be a valid dictionary": (
-            "job",
-            tmp_path / "list.yaml",
-            "--folder",
-            "f",
-        ),
+        "list.yaml: 0: Input should be": ("jobs", tmp_path / "list.yaml", "--processes", 2),
+        "list.yaml: Input should be": ("job", tmp_path / "list.yaml", "--folder", "f"),
         "error: a job needs its specification and --folder": ("job",),
         "error: there is no profile 'dmo' (did you mean 'demo'?)": ("run", "dmo"),
         "invalid choice: 'trian'": ("trian",),

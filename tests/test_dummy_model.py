@@ -7,7 +7,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
 
 from flowopd_lib import OPD, FlowPolicy, OPDConfig, Prompt, Sampler, Schedule, sample
-from flowopd_lib.bench.dummy_model import TINY, write_sd35
+from flowopd_lib.bench import TINY, write_pipeline
 from flowopd_lib.lora import linear_modules, write_diffusers
 from flowopd_lib.losses import Shard
 from flowopd_lib.merge import merge
@@ -19,7 +19,8 @@ PROMPTS = [Prompt("a photo of a heart", "geneval"), Prompt('a sign that says "CA
 def policy(tmp_path_factory):
     """With two experts as Flow-GRPO's are published."""
     folder = tmp_path_factory.mktemp("sd35")
-    policy = FlowPolicy(write_sd35(folder / "model", TINY, torch.float32), dtype="float32")
+    write_pipeline(folder / "model", TINY, torch.float32)
+    policy = FlowPolicy(folder / "model", dtype="float32")
     for seed, name in enumerate(("geneval", "ocr")):
         modules = linear_modules(policy.transformer)
         dummy_model.write_expert(folder / name, modules, seed)

@@ -9,7 +9,7 @@ import torch
 
 import flowopd_lib.evaluate  # noqa: F401
 from flowopd_lib import Sampler, diversity, load_benchmark
-from flowopd_lib.thumbnails import read_thumbnail
+from flowopd_lib.files import read_thumbnail
 
 BENCHMARK = load_benchmark()
 evaluate_module = sys.modules["flowopd_lib.evaluate"]

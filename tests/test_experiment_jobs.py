@@ -15,7 +15,7 @@ from flowopd_lib.rollout import Sampler
 def workspace(benchmark, policy, monkeypatch):
     """With short trajectories."""
     sampling = Sampling(opd=Sampler(3, "sde"), grpo=Sampler(3, "sde", noisy_steps=1, branch=True))
-    monkeypatch.setattr(benchmark.config, "sampling", sampling)
+    monkeypatch.setattr(benchmark, "sampling", sampling)
     yield Workspace(benchmark, policy=policy)
     policy.remove_adapters()
 

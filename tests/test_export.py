@@ -26,7 +26,7 @@ def training(tmp_path):
 
 def test_an_export_has_the_trained_weights_and_a_card(training, workspace, tmp_path):
     scores = training / "results.json"
-    out = export_training(training, tmp_path / "out", "apache-2.0", "someone/base", scores)
+    out = export_training(training, tmp_path / "out", "apache-2.0", scores)
     policy = workspace.policy
     policy.load_adapter("trained", training / "adapter")
     policy.load_adapter("exported", out)
@@ -34,7 +34,6 @@ def test_an_export_has_the_trained_weights_and_a_card(training, workspace, tmp_p
     text = (out / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["license"] == "apache-2.0" and "lora" in metadata["tags"]
-    assert metadata["base_model"] == "someone/base"
     assert "GRPO" in text and "2 iterations on\nthe training prompts of ocr" in text
     assert "| OCR | 0.800 [0.700, 0.900] | 300 |" in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == RECIPE

@@ -32,13 +32,13 @@ def test_json_holds_the_types_of_numpy_and_pandas(tmp_path):
         "integer": (np.int64(4), 4),
         "float": (np.float32(0.5), 0.5),
         "bool": (np.bool_(True), True),
-        "missing": ([pd.NA, pd.NaT, None], [None] * 3),
+        "missing": ([pd.NA, np.nan, None], [None] * 3),
         "array": (np.arange(3), [0, 1, 2]),
-        "date": (pd.Timestamp("2026-01-02"), "2026-01-02 00:00:00"),
+        "date": (pd.Timestamp("2026-01-02"), "2026-01-02T00:00:00"),
         "series": (pd.Series([1, 2]), [1, 2]),
         "set": ({1}, [1]),
         "table": (pd.DataFrame({"m": ["x"], "v": [np.float64(1)]}), [{"m": "x", "v": 1.0}]),
-        "infinite": ([float("inf"), -np.inf], ["Infinity", "-Infinity"]),
+        "infinite": ([float("inf"), -np.inf], [None, None]),
     }
     record = {name: value for name, (value, _) in values.items()}
     write_json(tmp_path / "r.json", {**record, np.int64(3): 1})
@@ -67,7 +67,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    message = r"No space left on device; what was there before is left as it was.*x\.json"
+    message = r"No space left on device: '.*x\.json'"
     with pytest.raises(OSError, match=message):
         write_whole(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
@@ -76,7 +76,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_partial_files_of_dead_writers_are_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    node = files.platform.node().replace(".", "-")
+    node = files.platform.node()
     of_dead, of_living, of_other_host = (
         tmp_path / f".x.json.{who}.partial"
         for who in (f"{node}.{dead.pid}", f"{node}.{os.getppid()}", "elsewhere.1")
@@ -125,14 +125,13 @@ def test_a_folder_has_one_writer_and_a_killed_writer_blocks_nobody(tmp_path, mon
         with pytest.raises(FolderInUse, match=f"process {os.getpid()} "):
             with locked(tmp_path, "mine again"):
                 pass
-    assert not (tmp_path / ".owner.json").exists()
+    assert not (tmp_path / ".owner").exists()
 
 
 def test_set_aside_moves_files_and_never_removes_them(tmp_path):
     for content in ("first", "second"):
         (tmp_path / "work").mkdir()
         (tmp_path / "work" / "x").write_text(content)
-        assert set_aside(tmp_path, tmp_path / "work", tmp_path / "none") is not None
+        set_aside(tmp_path, tmp_path / "work", tmp_path / "none")
         assert not (tmp_path / "work").exists()
     assert sorted(p.read_text() for p in tmp_path.rglob("x")) == ["first", "second"]
-    assert set_aside(tmp_path, tmp_path / "none") is None

@@ -1,5 +1,6 @@
 """The gallery: selection, exports, reproduction, and the widget."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from flowopd_lib import Sampler
 from flowopd_lib.evaluate import evaluate
-from flowopd_lib.thumbnails import encode_webp, write_thumbnails
+from flowopd_lib.files import encode_webp, write_thumbnails
 from flowopd_lib.widgets import SampleGallery, gallery
 from flowopd_lib.widgets.gallery import TEACHER, Query, Samples, export_rows, select
 
@@ -76,14 +77,6 @@ def test_sorting_keeps_the_noise_together_and_puts_missing_scores_last(samples):
         select(samples, Query(sort="Taste"))
 
 
-def test_without_the_same_noise_every_model_has_its_own_order(samples):
-    grid = select(samples, Query(task="geneval", sort="GenEval", same_noise=False))
-    assert samples.table["GenEval"].to_numpy()[grid].tolist() == [[1] * 3] * 2 + [[0] * 3] * 2
-    assert samples.label(grid[0], 1) == "rank 1"
-    few = select(samples, Query(range_of="DeQA", range=(0, 1.25), same_noise=False))
-    assert few.shape == (3, 3) and (few[:, 1:] == -1).all()
-
-
 def test_exports_and_regressions_have_the_differences_on_the_same_noise(samples):
     grid = select(samples, Query())[[1, 3]]
     rows = export_rows(samples, grid)
@@ -93,7 +86,7 @@ def test_exports_and_regressions_have_the_differences_on_the_same_noise(samples)
     assert samples.badges(position) == {"OCR": "OCR 0.42 ▲ +0.02", "DeQA": "DeQA 3.40 ▲ +2.00"}
     description = 'student, seed 54: a sign that says "E"; OCR 0.42, DeQA 3.40'
     assert samples.describe(position) == description
-    assert samples.label(grid[0], 1) == 'a sign that says "E"\nocr, seed 54'
+    assert samples.label(grid[0]) == 'a sign that says "E"\nocr, seed 54'
     page = gallery.export_html(samples, grid, MODELS)
     assert page.count("<img") == 6 and "OCR 0.42 ▲ +0.02" in page and page.startswith("<!doctype")
     grid[0, 1] = -1
@@ -112,7 +105,7 @@ def test_trainings_of_one_name_are_models_of_their_own_and_missing_columns_are_n
     assert both.models == [*MODELS, "student#1"]
     with pytest.raises(ValueError, match="samples without image; evaluate with images="):
         Samples(table.drop(columns="image"), samples.folder)
-    with pytest.raises(FileNotFoundError, match="there is no .*samples.parquet"):
+    with pytest.raises(FileNotFoundError, match="about.json"):
         gallery.load_samples(samples.folder)
 
 
@@ -138,9 +131,6 @@ def test_a_sample_is_made_again_to_the_bit_in_its_batch_with_its_adapter_and_gui
     samples.about["dtype"] = "float16"
     with pytest.raises(ValueError, match="made in float16"):
         gallery.redraw(policy, samples, 0)
-    samples.about["adapters"] = {}
-    with pytest.raises(ValueError, match="has no adapter of the model base"):
-        gallery.redraw(policy, samples, 0)
 
 
 # --- the widget
@@ -155,11 +145,11 @@ def shown(samples, monkeypatch):
 def test_pages_turn_and_reuse_their_cells(shown):
     tile = shown.cells[0, 2].children[0]
     assert 'alt="student, seed 50: a photo of 0 red stars; GenEval' in tile.value
-    assert "of 3; 8 rows, 24 of 24 samples" in shown.count.value and shown.models == MODELS
+    assert "page 1 of 3; 8 rows, 24 of 24 samples" in shown.count.value
     cells = list(shown.cells.values())
     shown.next.click()
-    assert shown.page_number.value == 2 and "seed 55" in tile.value
-    shown.page_number.value = 3
+    assert "page 2 of 3" in shown.count.value and "seed 55" in tile.value
+    shown.next.click()
     assert shown.next.disabled and len(shown.body.children) == 3 * 4
     assert list(shown.cells.values()) == cells
 
@@ -213,7 +203,8 @@ def test_an_error_of_a_callback_is_shown_until_the_next(shown):
 
 def test_headless_there_are_a_contact_sheet_and_a_table(samples, monkeypatch):
     monkeypatch.setenv("FLOWOPD_HEADLESS", "1")
+    before = plt.get_fignums()
     static = SampleGallery(samples, MODELS, Query(task="ocr", sort="OCR"), rows=2)
     figure, table = static.still()
     assert len(figure.axes) == 6 and len(table) == 6 and "image" not in table
-    assert len(static.table()) == 12 and not hasattr(static, "box")
+    assert plt.get_fignums() == before and not hasattr(static, "box")

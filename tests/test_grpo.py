@@ -257,8 +257,6 @@ def test_sft_learns_the_latents_and_goes_through_all_prompts():
     losses = [m["flow_matching_loss"] for m in optimize(objective, policy, 100)]
     assert losses[-1] < losses[0] / 2
     assert set(collect(objective, policy, 4).prompts) == set(prompts)
-    with pytest.raises(ValueError, match="one prompt for every latent"):
-        SFT(torch.zeros(3, 2, 1, 1), prompts)
 
 
 # ---- which steps have noise
@@ -277,9 +275,7 @@ def test_outside_the_window_a_step_is_the_odes_and_is_not_trained():
 
 
 def test_the_window_moves_by_iteration_and_seed_alone():
-    window = dict(noisy_steps=2, window_start=(1, 3))
-    drawn, sliding = (Sampler(8, "sde", **window, slide=slide) for slide in (0, 2))
-    assert [sliding.at(i, 0).window_start for i in range(8)] == [1, 1, 2, 2, 3, 3, 1, 1]
+    drawn = Sampler(8, "sde", noisy_steps=2, window_start=(1, 3))
     of_seed = [[drawn.at(i, seed).window_start for i in range(60)] for seed in (5, 5, 6)]
     assert set(of_seed[0]) == {1, 2, 3} and of_seed[0] == of_seed[1] != of_seed[2]
     rollouts = [collect(grpo(2, 2, drawn), student(1.0), i)[0] for i in range(20)]
@@ -338,14 +334,17 @@ def test_the_loss_of_a_branch_is_that_of_its_images_one_by_one():
     [
         (dict(sampler=Sampler(5, "ode")), "explores by noise"),
         (dict(images=1), "at least 2"),
-        (dict(trained_steps=5), "between 1 and 4"),
+        (dict(trained_steps=5), "or how many of these, not 5"),
         (dict(normalise="z"), "normalise: Input should be 'batch', 'group', 'gdpo' or 'none', not"),
         (dict(updates=9), "9 updates need as many prompts"),
         (dict(updates=0), "updates: Input should be greater than or equal to 1, not 0"),
         (dict(clip=0.0), "clip: Input should be greater than 0"),
-        (dict(loss="clippd"), r"unknown loss 'clippd' \(did you mean 'clipped'\?\)"),
+        (dict(loss="clippd"), r"there is no loss 'clippd' \(did you mean 'clipped'\?\)"),
         (dict(sampler=Sampler(1, "sde")), "take at least 2 steps"),
-        (dict(reward_weights={"Taste": 1.0}), "of ocr name Taste; the rewards are OCR"),
+        (
+            dict(reward_weights={"Taste": 1.0}),
+            "there is no reward .reward_weights of ocr. 'Taste'; there are OCR",
+        ),
         (
             dict(sampler=Sampler(6, "sde", noisy_steps=1, window_start=(0, 2)), trained_steps=[0]),
             "the window of noisy steps moves",
@@ -362,8 +361,7 @@ def test_bad_settings_of_grpo_are_refused(options, message):
     [
         (dict(noisy_steps=2, window_start=4), "starts at a step from 0 to 3, not at 4"),
         (dict(noisy_steps=2, window_start=(2, 1)), r"from 0 to 3, not at \(2, 1\)"),
-        (dict(noisy_steps=2, slide=3), "slide moves the window"),
-        (dict(noisy_steps=6), "of 6 steps at most 5 can have noise"),
+        (dict(noisy_steps=6), "of 6 steps the last has no noise"),
         (dict(kind="ode", branch=True), "separates the images of a prompt by noise"),
         (dict(window_start=1), "from 0 to 0, not at 1"),
         (dict(kind="cps", noise_level=2.0), "noise level of CPS lies in"),
@@ -375,7 +373,7 @@ def test_bad_windows_are_refused(options, message):
 
 
 def test_a_schedule_without_weights_of_all_tasks_is_refused():
-    with pytest.raises(ValueError, match="task_weights must give a positive integer for each of"):
+    with pytest.raises(ValueError, match="task_weights must be of geneval, ocr, pickscore, not"):
         Schedule(TASKS, 3, task_weights={"ocr": 1})
 
 

@@ -93,11 +93,8 @@ def test_inner_products_are_unbiased_and_covered_where_single_batches_are_mostly
     assert hits >= 34  # 95 % of 40 is 38, minus three standard errors
     assert mean["inner"] == pytest.approx((a @ b).item(), rel=0.1)
     assert mean["cosine"] == pytest.approx(torch.cosine_similarity(a, b, 0).item(), abs=0.05)
-    assert 0 < mean["raw_cosine"] < mean["noise_floor"] < 0.15
     noise = {"a": torch.randn(6, 9, generator=g) * 1e-3, "b": torch.zeros(6, 9)}
     assert interference.gradient_table(noise)[["cosine_low", "cosine_high"]].isna().any(axis=None)
-    with pytest.raises(ValueError, match="at least 3"):
-        interference.gradient_table({"a": torch.ones(2, 4)})
 
 
 def test_distillation_towards_teachers_on_opposite_sides_conflicts():
@@ -126,22 +123,22 @@ def test_distillation_towards_teachers_on_opposite_sides_conflicts():
 
 
 def test_a_step_along_an_expert_is_that_fraction_of_its_task_vector(benchmark, policy):
-    workspace = Workspace(benchmark, policy=policy)
-    workspace.load_adapters(["ocr", "deqa"])
-    steps = interference.task_vector_steps(["ocr"], [-0.5, 0.25])
-    steps |= interference.task_vector_steps(["ocr"], [0.5], "merged", ["ocr", "deqa"])
-    assert list(steps) == ["ocr -0.5", "ocr +0.25", "merged ocr +0.5"]
-    for number, source in enumerate(steps.values()):
-        workspace.load_adapter(str(number), source)
-    names = "ocr", "deqa", "0", "1", "2"
-    ocr, deqa, back, forth, merged = (policy.adapter(name) for name in names)
-    for path in ocr.a:
-        delta = ocr.delta(path)
+    lab, workspace = RecordingLab(benchmark), Workspace(benchmark, policy=policy)
+    models = interference.evaluate_task_vectors(lab, [-0.5, 0.25], n=3)
+    assert len(models) == 2 + 2 * 4 * 2 and models["base"] is None
+    assert {"merged", "ocr -0.5", "ocr +0.25", "merged ocr -0.5"} <= set(models)
+    assert all("." not in name and " " not in name for name in lab.sources)
+    assert set(lab.sources) == set(models.values()) - {None}
+    names = [models[m] for m in ("ocr -0.5", "ocr +0.25", "merged ocr -0.5")]
+    workspace.load_adapters([*benchmark.experts, *names], lab.sources)
+    back, forth, merged = (policy.adapter(name) for name in names)
+    experts = [policy.adapter(name) for name in benchmark.experts]
+    for path in back.a:
+        delta = policy.adapter("ocr").delta(path)
         torch.testing.assert_close(back.delta(path), -0.5 * delta)
         torch.testing.assert_close(forth.delta(path), 0.25 * delta)
-        torch.testing.assert_close(merged.delta(path), delta + 0.5 * deqa.delta(path))
-    with pytest.raises(ValueError, match="size 0 is the start itself"):
-        interference.task_vector_steps(["ocr"], [0.5, 0.0])
+        average = sum(expert.delta(path) for expert in experts) / 4
+        torch.testing.assert_close(merged.delta(path), average - 0.5 * delta)
     policy.remove_adapters()
 
 
@@ -158,15 +155,6 @@ def test_score_changes_are_paired_and_in_full_scales():
     assert len(changes) == 4 and set(changes["n"]) == {5}
     for row in changes.itertuples():
         assert (row.mean, row.low, row.high) == pytest.approx((gains[f"ocr {row.size:+g}"],) * 3)
-
-
-def test_experts_are_evaluated_along_task_vectors_from_the_base_and_the_average(benchmark):
-    lab = RecordingLab(benchmark)
-    models = interference.evaluate_task_vectors(lab, [0.5, 1.0], n=3)
-    assert len(models) == 2 + 2 * 4 * 2 and models["base"] is None
-    assert {"merged", "ocr +0.5", "merged deqa +1"} <= set(models)
-    assert all("." not in name and " " not in name for name in lab.sources)
-    assert set(lab.sources) == set(models.values()) - {None}
 
 
 def test_first_iterations_differ_in_prompts_and_noise_and_start_from_one_adapter(benchmark):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import threading
 from pathlib import Path
+from typing import get_type_hints
 
 import pandas as pd
 import psutil
@@ -24,11 +25,11 @@ from trainings import (
     wait_until,
 )
 
-from flowopd_lib.config import Config
+from flowopd_lib.config import Config, load_plugin, validate
 from flowopd_lib.files import RUNS, read_lines
-from flowopd_lib.lab import Lab
-from flowopd_lib.lab.jobs import JOBS, job_of, run_job
-from flowopd_lib.lab.launch import LaunchedJob, load_launcher, serving, shared_queue
+from flowopd_lib.lab import Lab, jobs
+from flowopd_lib.lab.jobs import JOBS, TrainJob, job_of, last_iteration, run_job
+from flowopd_lib.lab.launch import LaunchedJob, load_launcher
 from flowopd_lib.lab.workspace import Workspace
 from flowopd_lib.losses import OPDBatch
 
@@ -79,7 +80,7 @@ def test_a_training_does_not_depend_on_the_processes(trained):
 # centred in their group they lose digits. Three prompts are no multiple of two processes.
 @pytest.mark.parametrize(
     "recipe, tolerance",
-    [(DRAWN, 1e-5), (changed(GRPO, schedule={"prompts_per_batch": 3}), 1e-3), (START, 1e-5)],
+    [(DRAWN, 1e-4), (changed(GRPO, schedule={"prompts_per_batch": 3}), 1e-3), (START, 1e-5)],
     ids=["opd drawn", "grpo", "sft"],
 )
 def test_two_processes_make_the_update_of_one(recipe, tolerance, labs, request):
@@ -120,12 +121,12 @@ def test_a_killed_process_leaves_its_finished_batches(labs, workspace, tmp_path)
     """kill -9 of one of two, then the same job: what was done is not done again."""
     job = LaunchedJob(EVALUATE_JOB, tmp_path / "killed", labs[2].launcher)
     job.start()
-    partial = tmp_path / "killed" / ".samples.parquet.partial"
-    wait_until(lambda: len(list(partial.glob("*.parquet"))) >= 6 or job.state != "running")
-    psutil.Process(job.pid).children(recursive=True)[-1].kill()
+    batches = tmp_path / "killed" / ".samples.parquet.partial"
+    wait_until(lambda: len(list(batches.glob("*.parquet"))) >= 6 or job.state != "running")
+    psutil.Process(job.process.pid).children(recursive=True)[-1].kill()
     with pytest.raises(RuntimeError, match="failed"):
         job.wait()
-    done = {p: p.stat().st_mtime_ns for p in partial.glob("*.parquet")}
+    done = {p: p.stat().st_mtime_ns for p in batches.glob("*.parquet")}
     assert 6 <= len(done) < 24
     finished = threading.Event()
     times = {}
@@ -149,60 +150,29 @@ def test_a_killed_process_leaves_its_finished_batches(labs, workspace, tmp_path)
     assert [p.read_bytes() for p in images[0]] == [p.read_bytes() for p in images[1]]
 
 
-def test_processes_that_meet_in_files_share_an_evaluation(benchmark, workspace, tmp_path):
-    spec = {**EVALUATE_JOB, "batch": 3, "images": False}
-    run_job(spec, tmp_path / "one", workspace)
-    workspaces = [Workspace(benchmark) for _ in range(2)]
-    arguments = [({**spec, "shard": [r, 2]}, tmp_path / "two", w) for r, w in enumerate(workspaces)]
-    threads = [threading.Thread(target=run_job, args=each) for each in arguments]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    tables = [pd.read_parquet(tmp_path / name / "samples.parquet") for name in ("one", "two")]
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
-
-
-def test_the_notebooks_of_a_run_share_a_launchers_processes(benchmark, tmp_path, monkeypatch):
-    """And a notebook's own process loads neither a model nor a reward."""
-    tables, one = [], launcher(tmp_path)
-    with shared_queue(tmp_path / "queue") as variable:
-        for name, value in variable.items():
-            monkeypatch.setenv(name, value)
-        for source in ("geneval", "ocr"):
-            lab = Lab("tiny", one, tmp_path / source)  # of another notebook
-            lab.sources["x"] = source
-            table = lab.evaluate({"x": "x", "expert": source}, n=1, steps=1)
-            assert "policy" not in lab.workspace.__dict__ and "_loaded" not in vars(lab.benchmark)
-            scores = [table[table["model"] == m].reset_index(drop=True) for m in ("x", "expert")]
-            pd.testing.assert_frame_equal(*(s.drop(columns="model") for s in scores))
-            tables.append(scores[0])
-            lab._queue._lock.release()  # as the end of a notebook's process does
-        # an adapter of the same name that another notebook had is not used
-        assert not tables[0]["PickScore"].equals(tables[1]["PickScore"])
-        [notes] = (tmp_path / "queue").glob("[0-9]*")
-        assert sorted(p.name for p in notes.glob("*.done")) == ["0.done", "1.done"]
-        process = serving(notes, launcher=one, parent=os.getpid())
-        assert process is not None and serving(notes, launcher="local2") is None
-        # what a job fails by is reported in its own words, and ends the processes
-        (tmp_path / "nothing").mkdir()
-        lab.sources["mine"] = str(tmp_path / "nothing")
-        with pytest.raises(RuntimeError, match="evaluate job in .* failed: error.*is no adapter"):
-            lab.evaluate({"mine": "mine"}, n=1, steps=1)
-    process.wait(60)
+def test_a_launchers_processes_run_the_jobs_of_a_notebook(tmp_path):
+    """And the notebook's own process loads neither a model nor a reward."""
+    lab, tables = Lab("tiny", launcher(tmp_path), tmp_path), []
+    for source in ("geneval", "ocr"):
+        lab.sources["x"] = source
+        table = lab.evaluate({"x": "x"}, f"{source}.parquet", n=1, steps=1)
+        assert "policy" not in lab.workspace.__dict__ and "_loaded" not in vars(lab.benchmark)
+        tables.append(table)
+    assert not tables[0]["PickScore"].equals(tables[1]["PickScore"])
+    [notes] = (tmp_path / ".jobs").iterdir()
+    assert sorted(p.name for p in notes.glob("*.done")) == ["0.done", "1.done"]
+    # what a job fails by is reported in its own words, and ends the processes
+    (tmp_path / "nothing").mkdir()
+    lab.sources["mine"] = str(tmp_path / "nothing")
+    with pytest.raises(RuntimeError, match="evaluate job in .* failed: error.*is no adapter"):
+        lab.evaluate({"mine": "mine"}, n=1, steps=1)
 
 
 # ---- adapters of one workspace
 
 
-def test_an_adapter_is_made_again_when_its_source_changes(workspace, tmp_path):
+def test_an_adapter_is_made_from_its_source_each_time(workspace, tmp_path):
     policy = workspace.policy
-    hashes = {}
-    for source in ("geneval", "ocr", "geneval"):
-        workspace.load_adapter("mine", source)
-        hashes.setdefault(source, policy.adapter("mine").sha256)
-        assert policy.adapter("mine").sha256 == hashes[source]
-    assert len(set(hashes.values())) == 2
     # a merge whose part comes from elsewhere
     merge = {"merge": "cat", "adapters": ["mine", "deqa"]}
     merged = []
@@ -284,9 +254,8 @@ def test_a_training_of_a_lab_is_a_source_of_later_jobs(workspace, tmp_path):
 
 # ---- early stopping, and continuing another training
 
-# no score increases by its full scale, so that the second probe ends it
-STOP = {"every": 1, "n": 2, "steps": 1, "stop": {"patience": 2, "min_increase": 1.0}}
-PROBE = {k: v for k, v in STOP.items() if k != "stop"}
+PROBE = {"every": 1, "n": 2, "steps": 1}
+STOP = {**PROBE, "patience": 2}
 SHORT = {
     "student": {"rank": 2},
     "schedule": {"tasks": ["ocr"], "prompts_per_batch": 2, "images_per_prompt": 2},
@@ -305,7 +274,18 @@ def samples(folder: Path) -> pd.DataFrame:
     return read_lines(folder / "validation_samples.jsonl").drop(columns="seconds")
 
 
-def test_early_stopping_leaves_a_training_of_that_many_iterations(workspace, tmp_path):
+@pytest.fixture
+def plateau(monkeypatch):
+    """The second probe ends a training with patience."""
+
+    def ends(samples, config, benchmark):
+        probed = config.validation.patience and 2 in set(samples.get("iteration", []))
+        return 2 if probed else config.train.iterations
+
+    monkeypatch.setattr(jobs, "last_iteration", ends)
+
+
+def test_early_stopping_leaves_a_training_of_that_many_iterations(plateau, workspace, tmp_path):
     two = changed(SHORT, train={"iterations": 2}) | {"validation": PROBE}
     run_job(two, tmp_path / "short", workspace)
     for _ in range(2):  # the second time there is nothing to do
@@ -318,7 +298,7 @@ def test_early_stopping_leaves_a_training_of_that_many_iterations(workspace, tmp
     )
 
 
-def test_early_stopping_of_a_training_that_was_cut_off_after_its_last_probe(workspace, tmp_path):
+def test_early_stopping_of_a_training_cut_off_after_its_last_probe(plateau, workspace, tmp_path):
     workspace.on_step = lambda info: info.iteration == 1  # the iteration of the plateau
     run_job(SHORT | {"validation": STOP}, tmp_path, workspace)
     assert not (tmp_path / "training.json").exists()
@@ -351,18 +331,13 @@ def test_a_refused_recipe_leaves_the_folder_of_a_finished_training(workspace, tm
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"validation": {**STOP, "stop": {"patience": 5}}}, "ends no training of 5 iterations"),
-        ({"validation": {**STOP, "stop": {"patients": 2}}}, "did you mean 'patience'"),
-        ({"validation": {"stop": {"patience": 2}}}, "validation.every: Field required"),
-        ({"validation": STOP, "train": {"iterations": 5, "cooldown": 0.5}}, "needs train.cooldown"),
-    ],
-)
-def test_an_early_stopping_that_cannot_be_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        job_of({**SHORT, **change})
+def test_where_a_training_ends_by_its_samples(benchmark):
+    config = validate(TrainJob, SHORT | {"validation": STOP})
+    rows = [{"iteration": i, "task": "ocr", "OCR": r} for i, r in enumerate([0.1, 0.3, 0.2, 0.3])]
+    ends = [last_iteration(pd.DataFrame(rows[:n]), config, benchmark) for n in range(5)]
+    assert ends == [5, 5, 5, 5, 3]
+    with pytest.raises(ValueError, match="needs train.cooldown"):
+        job_of({**SHORT, "validation": STOP, "train": {"iterations": 5, "cooldown": 0.5}})
 
 
 # ---- specifications and launchers
@@ -411,17 +386,9 @@ def test_a_users_job_is_a_function_of_a_file(workspace, tmp_path):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_every_job_is_a_function_with_a_checked_configuration(name):
-    function, kind = job_of_name(name)
-    assert issubclass(kind, Config) and function.__name__.endswith("_job")
-
-
-def job_of_name(name):
-    from typing import get_type_hints
-
-    from flowopd_lib.config import load_plugin
-
     function = load_plugin(JOBS[name])
-    return function, get_type_hints(function)["config"]
+    kind = get_type_hints(function)["config"]
+    assert issubclass(kind, Config) and function.__name__.endswith("_job")
 
 
 def test_launchers(tmp_path):

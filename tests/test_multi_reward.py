@@ -1,6 +1,5 @@
 """The variants of training on several rewards, and one training in stages."""
 
-from dataclasses import astuple
 from pathlib import Path
 
 import pandas as pd
@@ -47,14 +46,6 @@ def test_every_recipe_can_be_built(benchmark):
         assert objective.schedule.prompts_per_batch == 4
 
 
-def test_budgets_are_stages_of_one_training():
-    stages = [astuple(s) for s in multi_reward.budget_stages({"twice": 8, "once": 4, "more": 6})]
-    assert stages == [("once", 4, "", 0), ("more", 6, "once", 4), ("twice", 8, "more", 6)]
-    assert multi_reward.budget_stages({}) == []
-    with pytest.raises(ValueError, match="gives 'once' and 'again' the same 4 iterations"):
-        multi_reward.budget_stages({"once": 4, "again": 4})
-
-
 def test_a_stage_continues_from_an_adapter_with_new_prompts_and_noise(benchmark, policy):
     whole = {**variants(benchmark)["Mix 3:1:1"], "seed": 1}
     stage = multi_reward.continue_recipe(whole, str(benchmark.adapter("ocr")), 6)
@@ -75,20 +66,23 @@ class RecordingLab:
     def __init__(self, benchmark):
         self.benchmark, self.sources, self.recipes, self.calls = benchmark, {}, {}, []
 
-    def train(self, name, recipe, validation=None, continue_from=""):
+    def train(self, name, recipe, continue_from=""):
         self.recipes[name], iterations = recipe, recipe["train"]["iterations"]
         self.calls.append((name, iterations, recipe["student"].get("load"), continue_from))
-        scores = pd.DataFrame({"iteration": [0, iterations], "mean": 0.5})
-        return Training(Path(name), pd.DataFrame(), scores)
+        metrics = pd.DataFrame({"seconds": [iterations]})
+        return Training(name, Path(name), metrics, pd.DataFrame())
 
     def evaluate(self, models, **how):
         return models
 
 
-def test_stages_are_trained_one_after_the_other_and_their_iterations_count_on(benchmark):
+def test_stages_are_trained_one_after_the_other_and_their_seconds_count_on(benchmark):
     lab, recipe = RecordingLab(benchmark), variants(benchmark)["Mix 3:1:1"]
     budgets = {"twice": 20, "total": 12}
     trainings = multi_reward.train_in_stages(lab, "mix", recipe, budgets, "variant4")
     adapter = trainings["total"].adapter
     assert lab.calls == [("mix_total", 12, None, "variant4"), ("mix_twice", 8, adapter, "")]
-    assert trainings["twice"].validation["iteration"].tolist() == [12, 20]
+    assert [trainings[name].seconds for name in budgets] == [20, 12]
+    assert multi_reward.train_in_stages(lab, "mix", recipe, {}) == {}
+    with pytest.raises(ValueError, match="has one number of iterations twice, .*'again': 4"):
+        multi_reward.train_in_stages(lab, "mix", recipe, {"once": 4, "again": 4})

@@ -213,5 +213,5 @@ def test_a_teacher_that_is_the_base_under_another_name_is_refused(workspace):
 def test_resolutions_that_the_model_cannot_have_are_refused(benchmark):
     with pytest.raises(ValueError, match="must be a multiple of 16 up to .* pixels, not 60"):
         FlowPolicy(benchmark.base, resolution=60)
-    with pytest.raises(FileNotFoundError, match="is not a diffusers pipeline folder"):
+    with pytest.raises(FileNotFoundError, match="is neither a diffusers pipeline folder"):
         FlowPolicy(benchmark.folder)

@@ -7,17 +7,14 @@ from flowopd_lib.benchmarks.tiny.reward_checks import check_rewards
 from flowopd_lib.stats import GOLD
 
 BENCHMARK = load_benchmark()
-
-
 REWARDS = [name + gold for name in ("GenEval", "OCR", "PickScore", "DeQA") for gold in ("", GOLD)]
 REWARDS.insert(2, "GenEvalScore")
 
 
 @pytest.fixture(scope="module")
 def checks():
-    return check_rewards(
-        BENCHMARK.training_rewards("cpu") | BENCHMARK.held_out_rewards("cpu"), n=120, seed=1
-    )[0]
+    rewards = BENCHMARK.training_rewards("cpu") | BENCHMARK.held_out_rewards("cpu")
+    return check_rewards(rewards, n=120, seed=1)[0]
 
 
 @pytest.mark.parametrize("reward", REWARDS)
@@ -38,7 +35,6 @@ def test_every_reward_is_checked(checks):
 
 
 def test_a_constant_reward_fails_the_checks(rewards):
-
     class Constant:
         def __init__(self, reward):
             self.reward = reward
@@ -49,11 +45,8 @@ def test_a_constant_reward_fails_the_checks(rewards):
         def read(self, images, prompts):
             return ["AB"] * len(images)
 
-    rows = check_rewards(
-        {name: Constant(reward) for name, reward in rewards.items() if name != "DeQA"}
-        | {"DeQA": rewards["DeQA"]},
-        n=60,
-    )[0].set_index("test")
+    constant = {name: Constant(reward) for name, reward in rewards.items() if name != "DeQA"}
+    rows = check_rewards({**constant, "DeQA": rewards["DeQA"]}, n=60)[0].set_index("test")
     assert rows.loc["rejects renders of a wrong caption", "high"] < 0.5
     assert rows.loc["reads clean signs exactly", "high"] < 0.5
     assert rows[rows["reward"] == "PickScore"]["value"].item() == 0
@@ -63,5 +56,3 @@ def test_clean_renders_are_right_for_the_prompts_of_the_files(rewards, test_prom
     for task, reward in (("geneval", "GenEval"), ("ocr", "OCR")):
         images = BENCHMARK.renderer.clean_renders(task, "test", 24)
         assert rewards[reward](images, test_prompts[task][:24]).mean() > 0.9
-    with pytest.raises(ValueError, match="300 prompts a task, not 301"):
-        BENCHMARK.renderer.clean_renders("ocr", "test", 301)

@@ -4,15 +4,14 @@ an error that says what to do, and never a score for a failure."""
 import ast
 import json
 import os
-import pickle
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -20,15 +19,17 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import uvicorn
 import yaml
+from dummy_rewards import reward_server
 from PIL import Image
 from safetensors.torch import save_file
+from trainings import assert_same_training
 
 from flowopd_lib import Sampler, load_benchmark
 from flowopd_lib.benchmarks import tiny
-from flowopd_lib.checkpoint import load_state
 from flowopd_lib.data import Prompt, Schedule
-from flowopd_lib.files import read_lines
+from flowopd_lib.files import load_state
 from flowopd_lib.fingerprint import describe
 from flowopd_lib.losses import GRPO, GRPOConfig
 from flowopd_lib.rewards import GenEval, RewardUnavailable, remote, score_images, server
@@ -42,39 +43,39 @@ MEANS = [float(np.asarray((i * 255).round().byte(), np.float64).mean() / 255) fo
 CORRECT = pytest.approx(MEANS, abs=1e-6)
 
 
-@contextmanager
-def started(*options, token="", stop=signal.SIGTERM):
-    """A server's url and process."""
-    process = subprocess.Popen(
-        [sys.executable, str(FILE), "brightness", "--port", "0", *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, remote.TOKEN: token},
-        cwd="/",
-    )
-    output = ""
-    try:
-        while "running on" not in output or "is ready" not in output:
-            assert process.poll() is None, output
-            output += process.stdout.readline()
-        yield re.search(r"running on (\S+)", output)[1], process
-    finally:
-        process.send_signal(stop)
-        process.wait(10)
-        process.stdout.close()
-
-
 @pytest.fixture(scope="module")
 def url():
-    with started() as (url, _):
+    with reward_server() as (url, _):
         yield url
 
 
-@pytest.fixture(scope="module")
-def small():
-    with started("--max-mb", 1, "--queue", 8, "--batch", 4, "--delay", 0.05) as (url, _):
-        yield url
+class Slow(server.Brightness):
+    """Needs 0.05 s per image, and counts the requests that it has scored; fails for black."""
+
+    def __init__(self):
+        self.requests = 0
+
+    def __call__(self, images, prompts):
+        time.sleep(0.05 * len(images))
+        self.requests += 1
+        scores = super().__call__(images, prompts)
+        if prompts[0] == "fail":
+            raise RuntimeError("it broke")
+        return [score or float("nan") for score in scores]
+
+
+@pytest.fixture
+def slow():
+    """A reward and the url of a server with it, in a thread."""
+    app = server.create_app(reward := Slow())
+    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield reward, f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+    running.should_exit = True
+    thread.join()
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,7 @@ def short_pauses(monkeypatch):
     monkeypatch.delenv(remote.TOKEN, raising=False)
 
 
-HEALTH = {"reward": "Fake", "version": "1", "model": "none", "range": [0, 1], "answers": "scores"}
+HEALTH = {"reward": "Fake", "version": "1", "model": "none", "range": [0, 1]}
 
 
 @pytest.fixture
@@ -102,11 +103,11 @@ def fake(monkeypatch):
     return Namespace(url="http://fake", replies=replies, requests=requests)
 
 
-def reply(results, **changes):
-    return 200, {"reward": "Fake", "version": "1", "model": "none", "results": results, **changes}
+def reply(scores, **changes):
+    return 200, {"reward": "Fake", "version": "1", "model": "none", "scores": scores, **changes}
 
 
-HALVES = reply([{"score": 0.5}] * 8)
+HALVES = reply([0.5] * 8)
 
 
 # ---- scores
@@ -116,28 +117,22 @@ HALVES = reply([{"score": 0.5}] * 8)
 def test_scores_are_correct_in_batches_of_any_size(url, batch):
     reward = RemoteReward(url, "Brightness", batch=batch)
     assert score_images(reward, IMAGES, PROMPTS) == CORRECT
-    assert (reward.name, reward.range) == ("Brightness", (0.0, 1.0))
+    about = {"name": "Brightness", "range": [0.0, 1.0], "version": "1", "model": "none"}
+    assert describe(reward) == {"class": "RemoteReward", **about}  # and not its url
 
 
-def test_threads_and_processes_share_a_reward(url, monkeypatch):
+def test_clients_at_once_get_their_own_scores(url):
     reward = RemoteReward(url, "Brightness", batch=2)
     with ThreadPoolExecutor(4) as pool:
-        for scores in pool.map(lambda _: reward(IMAGES, PROMPTS), range(8)):
-            assert scores == CORRECT
-    assert pickle.loads(pickle.dumps(reward))(IMAGES, PROMPTS) == CORRECT
-    client = remote._client(os.getpid(), "", 60.0)
-    assert client is remote._client(os.getpid(), "", 60.0)
-    assert client is not remote._client(-1, "", 60.0)  # after a fork, its own connections
+        for n, scores in enumerate(pool.map(lambda n: reward(IMAGES[n:], PROMPTS[n:]), range(8))):
+            assert scores == pytest.approx(MEANS[n:], abs=1e-6)
 
 
 @pytest.mark.parametrize(
     "expected, message",
     [
         ({"reward": "DeQA"}, "has the reward Brightness, not DeQA"),
-        ({"version": "2"}, "has the version 1, not 2"),
-        ({"range": (1.0, 5.0)}, r"has the range \(0.0, 1.0\), not \(1.0, 5.0\)"),
         ({"url": "127.0.0.1:8100"}, "needs a url like"),
-        ({"url": "http://a:b@127.0.0.1"}, "needs a url .* with no password"),
         ({"batch": 0}, "batch\n.*greater than or equal to 1"),
         ({"timeout": 0}, "timeout\n.*greater than 0"),
     ],
@@ -145,13 +140,13 @@ def test_threads_and_processes_share_a_reward(url, monkeypatch):
 def test_another_reward_or_wrong_settings_are_an_error_at_the_start(url, expected, message):
     with pytest.raises(ValueError, match=message):
         RemoteReward(**{"url": url, "reward": "Brightness", **expected})
-    with pytest.raises(ValueError, match="has the answers scores, not detections"):
+    with pytest.raises(ValueError, match="has the reward Brightness, not GenEval"):
         RemoteDetector(url)
 
 
 def test_the_token_is_required_and_never_shown(monkeypatch, caplog):
     caplog.set_level("DEBUG")
-    with started(token="Sesame1") as (url, _):
+    with reward_server(token="Sesame1") as (url, _):
         assert httpx.get(url + "/health").status_code == 401
         for wrong in ("", "Sesame2"):
             monkeypatch.setenv(remote.TOKEN, wrong)
@@ -161,19 +156,10 @@ def test_the_token_is_required_and_never_shown(monkeypatch, caplog):
         monkeypatch.setenv(remote.TOKEN, "Sesame1")
         reward = RemoteReward(url, "Brightness")
         assert reward(IMAGES, PROMPTS) == CORRECT
-    message = r"no connection \(.*refused.*The run's state is saved"
+    message = r"ConnectError: .*refused.*The run's state is saved"
     with pytest.raises(RewardUnavailable, match=message) as error:
         reward(IMAGES, PROMPTS)
     assert "Sesame" not in repr(reward) + str(error.value) + caplog.text
-    monkeypatch.setenv(remote.TOKEN, "not a token")
-    with pytest.raises(ValueError, match="without spaces") as error:
-        reward(IMAGES, PROMPTS)
-    assert "not a token" not in str(error.value)
-
-
-def test_a_fingerprint_has_the_reward_and_not_its_url(url):
-    about = {"name": "Brightness", "range": [0.0, 1.0], "version": "1", "model": "none"}
-    assert describe(RemoteReward(url, "Brightness")) == {"class": "RemoteReward", **about}
 
 
 def run_server(*arguments):
@@ -182,14 +168,11 @@ def run_server(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def test_a_server_that_others_can_reach_needs_a_token():
-    result = run_server("brightness", "--host", "0.0.0.0")
+def test_a_server_that_cannot_start_says_why_in_a_sentence(tmp_path):
+    result = run_server("brightness", "--host", "0.0.0.0")  # others can reach it
     assert result.returncode == 2 and "needs a token" in result.stderr
-
-
-def test_a_model_that_cannot_be_loaded_ends_the_server_with_a_sentence(tmp_path):
     result = run_server("deqa", "--model", tmp_path, "--port", "0")
-    assert result.returncode == 1 and "error: DeQA cannot be loaded: " in result.stderr
+    assert result.returncode == 1 and "error: deqa cannot be loaded: " in result.stderr
     assert "--trust-remote-code" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -199,109 +182,41 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_a_sentence(tmp_path)
 PNG = remote.encode_png(np.zeros((4, 4, 3), np.uint8))
 
 
-@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(
-    "body, status, message",
+    "body, message",
     [
-        ("no json", 400, "Invalid JSON"),
-        ({"reward": "DeQA", "items": [{"png": PNG}]}, 409, "reward is Brightness, not DeQA"),
-        ({"reward": "Brightness", "items": []}, 400, "items: List should have at least 1 item"),
-        ({"reward": "Brightness", "items": [{}]}, 400, "items.0.png: Field required"),
-        ({"reward": "Brightness", "items": [{"png": "AAAA"}]}, 400, "items.0.png is not a PNG"),
-        ({"reward": "Brightness", "items": [{"png": 3}]}, 400, "items.0.png: Input should be a"),
-        ("9" * (2 << 20), 413, "more than 1 MB"),
+        ("no json", "Invalid JSON"),
+        ({"reward": "DeQA", "items": [{"png": PNG}]}, "reward is Brightness, not DeQA"),
+        ({"reward": "Brightness", "items": []}, "items List should have at least 1 item"),
+        ({"reward": "Brightness", "items": [{}]}, "items.0.png Field required"),
+        ({"reward": "Brightness", "items": [{"png": "AAAA"}]}, "cannot identify image"),
+        ({"reward": "Brightness", "items": [{"png": 3}]}, "items.0.png Input should be a"),
     ],
 )
-def test_an_invalid_request_is_refused_with_a_sentence(small, body, status, message, chunked):
-    body = (body if isinstance(body, str) else json.dumps(body)).encode()
-    content = (part for part in (body[:9], body[9:])) if chunked else body
-    result = httpx.post(small + "/score", content=content)
-    assert result.status_code == status and message in result.json()["error"]
-    assert httpx.get(small + "/scores").json() == {"error": "Not Found"}
+def test_an_invalid_request_is_refused_with_a_sentence(url, body, message):
+    content = body if isinstance(body, str) else json.dumps(body)
+    result = httpx.post(url + "/score", content=content)
+    assert result.status_code == 422 and message in result.json()["detail"]
 
 
-def test_a_full_queue_is_503_and_clients_wait(small):
-    body = {"reward": "Brightness", "items": [{"png": PNG}] * 8}
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: httpx.post(small + "/score", json=body), range(4)))
-        full = [r for r in results if r.status_code == 503]
-        assert len(full) == 3 and all(1 <= int(r.headers["Retry-After"]) <= 60 for r in full)
-        assert "queue is full" in full[0].json()["error"]
-        reward = RemoteReward(small, "Brightness", batch=8, retries=6)
-        for scores in pool.map(lambda _: reward(IMAGES, PROMPTS), range(3)):
-            assert scores == CORRECT
-    with pytest.raises(ValueError, match="413 .*the queue holds 8 images, not 9"):
-        RemoteReward(small, "Brightness", batch=9)(IMAGES[[0] * 9], [PROMPTS[0]] * 9)
+def test_a_reward_that_fails_is_an_error_and_never_a_score(slow):
+    reward = RemoteReward(slow[1], "Brightness")
+    with pytest.raises(ValueError, match="refused: 422 .*RuntimeError: it broke"):
+        reward(IMAGES, [Prompt("fail", "pickscore")] * 8)
+    with pytest.raises(ValueError, match=r"scores\.0 Input should be a finite number"):
+        reward(IMAGES * 0, PROMPTS)
 
 
-def test_a_slow_server_is_an_error_and_does_not_score_for_clients_that_left(small):
-    reward = RemoteReward(small, "Brightness", timeout=0.2, retries=0)
-    message = r"Brightness at .* .tries: 1.: no reply within 0\.2 s\. .*saved"
-    with pytest.raises(RewardUnavailable, match=message):
-        reward(IMAGES, PROMPTS)
-    time.sleep(1.2)  # the server checks once a second
-    assert httpx.get(small + "/health").json()["waiting"] == 0
+def test_a_slow_server_is_an_error_and_does_not_score_for_clients_that_left(slow):
+    def request(_):
+        message = r"Brightness at .* .tries: 1.: ReadTimeout.*saved"
+        with pytest.raises(RewardUnavailable, match=message):
+            RemoteReward(slow[1], "Brightness", timeout=0.2, retries=0)(IMAGES, PROMPTS)
 
-
-def test_sigterm_ends_a_server_after_the_requests_it_has_accepted():
-    with started("--delay", 0.05) as (url, process):
-        reward = RemoteReward(url, "Brightness", retries=0)
-        with ThreadPoolExecutor(1) as pool:
-            scores = pool.submit(reward, IMAGES, PROMPTS)
-            time.sleep(0.15)
-            process.terminate()
-            assert scores.result() == CORRECT and process.wait(10) == -signal.SIGTERM
-
-
-# ---- the queue
-
-
-class Faulty:
-    """Scores .5, but NaN for brightness 0 and 7 for 1; raises for 255; omits one of three."""
-
-    name, version, range, answers = "Faulty", "1", (0.0, 1.0), "scores"
-
-    def __call__(self, images, prompts):
-        values = [int(np.asarray(image).mean()) for image in images]
-        if 255 in values:
-            raise RuntimeError("it broke")
-        return [{0: float("nan"), 1: 7.0}.get(v, 0.5) for v in values][
-            : 2 if len(values) == 3 else 9
-        ]
-
-
-def jobs(*brightness):
-    images = [Image.new("RGB", (16, 16), (b, b, b)) for b in brightness]
-    return [server.Job(image, "", Future()) for image in images]
-
-
-def results_of(reward, *brightness):
-    results = server.score_jobs(reward, jobs(*brightness))
-    return [result.model_dump(exclude_unset=True) for result in results]
-
-
-def test_an_item_that_fails_does_not_fail_the_others():
-    first, *errors = results_of(Faulty(), 9, 0, 255, 1)
-    assert first == {"score": 0.5} and all(e.keys() == {"error"} for e in errors)
-    for result, message in zip(errors, ("gave nan", "it broke", "gave 7.0")):
-        assert message in result["error"]
-    assert results_of(Faulty(), 9, 9, 9) == [{"score": 0.5}] * 3  # one by one
-
-
-def test_what_waits_is_scored_in_batches():
-    class Counting(Faulty):
-        def __call__(self, images, prompts):
-            sizes.append(len(images))
-            return [0.5] * len(images)
-
-    sizes, waiting, scorer = [], jobs(*range(10)), server.Scorer(Faulty, batch=4, limit=99)
-    scorer.reward = Counting()
-    for job in waiting:
-        scorer.jobs.put(job)
-    waiting[0].future.cancel()
-    for _ in range(3):
-        scorer.step()
-    assert sizes == [3, 4, 2] and all(job.future.result().score == 0.5 for job in waiting[1:])
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(request, range(3)))
+    assert RemoteReward(slow[1], "Brightness")(IMAGES, PROMPTS) == CORRECT
+    assert slow[0].requests == 2  # the first of the three, and the last
 
 
 # ---- what the client refuses
@@ -310,12 +225,11 @@ def test_what_waits_is_scored_in_batches():
 @pytest.mark.parametrize(
     "reply, message",
     [
-        (reply([{"score": 0.5}] * 7), "gave 7 results for 8 images"),
-        (reply([{"score": float("nan")}] * 8), r"results\.0\.score: Input should be a finite"),
-        (reply([{"score": True}] * 8), "score: Input should be a valid number, not True"),
-        (reply([{"score": 1.5}] * 8), r"gave 1\.5 for 'an image of 0', not .*range \[0, 1\]"),
-        (reply([{"score": 0.5}, {"error": "no"}] * 4), "image 2 of 8 .'an image of 1'.: no"),
-        (reply([{"score": 0.5}] * 8, model="other"), "is now .*'model': 'other'.*'model': 'none'"),
+        (reply([0.5] * 7), "gave 7 scores for 8 images"),
+        (reply([float("nan")] * 8), r"scores\.0: Input should be a finite"),
+        (reply([None] * 8), "scores.0: Input should be a valid number, not None"),
+        (reply([1.5] * 8), r"gave 1\.5 for 'an image of 0', not .*range \[0, 1\]"),
+        (reply([0.5] * 8, model="other"), "is now .*'model': 'other'.*'model': 'none'"),
         ((200, [0.5] * 8), "the reply of Fake at .*: Input should be an object"),
         ((200, "<html>"), "the reply of Fake at .*Invalid JSON"),
     ],
@@ -327,41 +241,34 @@ def test_a_reply_without_valid_scores_is_an_error(fake, reply, message):
     assert len(fake.requests) == 2  # another try would not help
 
 
-def test_temporary_errors_are_tried_again(fake):
+def test_temporary_errors_are_tried_again_and_lasting_ones_end_the_tries(fake):
     fake.replies["/score"] = [(503, "busy"), (500, "error"), (429, ""), (408, ""), HALVES]
     assert RemoteReward(fake.url, "Fake")(IMAGES, PROMPTS).tolist() == [0.5] * 8
-
-
-@pytest.mark.parametrize(
-    "reply, kind, message, tries",
-    [
-        ((503, {"error": "busy"}), RewardUnavailable, ".tries: 3.: 503 .*busy", 3),
-        ((422, {"detail": "unknown"}), ValueError, "refused: 422 .*unknown", 1),
-    ],
-)
-def test_a_lasting_error_ends_the_tries(fake, reply, kind, message, tries):
-    fake.replies["/score"] = reply
-    with pytest.raises(kind, match=message):
-        RemoteReward(fake.url, "Fake", retries=2)(IMAGES, PROMPTS)
-    assert len(fake.requests) == 1 + tries
+    for status, body, kind, message, tries in (
+        (503, {"error": "busy"}, RewardUnavailable, ".tries: 3.: 503 .*busy", 3),
+        (422, {"detail": "unknown"}, ValueError, "refused: 422 .*unknown", 1),
+    ):
+        fake.replies["/score"] = status, body
+        fake.requests.clear()
+        with pytest.raises(kind, match=message):
+            RemoteReward(fake.url, "Fake", retries=2)(IMAGES, PROMPTS)
+        assert len(fake.requests) == 1 + tries
 
 
 DOG = {"label": "dog", "color": "red", "score": 0.8, "box": [0, 0, 9, 9]}
 
 
 def test_geneval_scores_with_a_remote_detector(fake):
-    about = {"reward": "GenEval", "answers": "detections", "labels": ["dog"], "colors": ["red"]}
+    about = {"reward": "GenEval", "labels": ["dog"], "colors": ["red"]}
     fake.replies["/health"] = 200, HEALTH | about
-    changes = {}, {"label": "cat"}, {"score": 2}
-    results = [[{"detections": [DOG | change]}, {"detections": []}] for change in changes]
-    fake.replies["/score"] = [reply(found, reward="GenEval") for found in results]
+    found = [[[DOG | change], []] for change in ({}, {"score": 2})]
+    fake.replies["/score"] = [reply([], reward="GenEval", detections=d) for d in found]
     record = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
     prompts = [Prompt("a photo of a dog", "geneval", record)] * 2
     reward = GenEval(RemoteDetector(fake.url))
     assert score_images(reward, IMAGES[:2], prompts).tolist() == [1, 0]
-    for message in ("'cat'.* not one of its own", "score: Input should be less than or equal to 1"):
-        with pytest.raises(ValueError, match=message):
-            reward(IMAGES[:2], prompts)
+    with pytest.raises(ValueError, match="score: Input should be less than or equal to 1"):
+        reward(IMAGES[:2], prompts)
     assert fake.url not in str(describe(reward)) and reward.detector.name == "none"
 
 
@@ -388,8 +295,6 @@ def test_a_chat_reward_reads_the_number_in_the_reply(chat):
     assert chat.url not in str(describe(chat.reward))
     with pytest.raises(ValueError, match="serves qwen, not quen"):
         ChatReward(chat.url, "quen", "?", (1, 5))
-    with pytest.raises(ValueError, match="must have one group"):
-        ChatReward(chat.url, "qwen", "?", (1, 5), pattern="[0-9]")
 
 
 @pytest.mark.parametrize(
@@ -401,11 +306,10 @@ def test_a_chat_reward_reads_the_number_in_the_reply(chat):
         (completion("Score: 4", "length"), "was cut off"),
         (completion("Score: 11"), r"gave 11 for 'an image of 0', not .*\[1, 5\]"),
         ((200, {}), "the reply of ChatReward .*Field required"),
-        ((401, "bad key Sesame"), r"401 bad key \.\.\."),
+        (completion(None), "choices.*Input should be a valid string"),
     ],
 )
-def test_a_chat_reply_without_one_number_is_an_error(chat, monkeypatch, reply, message):
-    monkeypatch.setenv(remote.TOKEN, "Sesame")
+def test_a_chat_reply_without_one_number_is_an_error(chat, reply, message):
     chat.replies["/v1/chat/completions"] = reply
     with pytest.raises(ValueError, match=message):
         score_images(chat.reward, IMAGES[:1], PROMPTS[:1])
@@ -429,22 +333,16 @@ def test_a_run_whose_reward_stops_resumes_exactly(url, benchmark, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for _ in training(url, whole, benchmark):
         pass
-    with started(stop=signal.SIGKILL) as (other, process):
+    with reward_server(stop=signal.SIGKILL) as (other, process):
         updates = training(other, cut, benchmark)
         assert [next(updates).iteration, next(updates).iteration] == [0, 1]
         process.kill()
-        with pytest.raises(RewardUnavailable, match=".tries: 2.: no connection .*is saved"):
+        with pytest.raises(RewardUnavailable, match=".tries: 2.: .*is saved"):
             next(updates)
     assert load_state(cut / "state.safetensors")["iteration"] == 2
     # resumed with a server on another port
     assert [info.iteration for info in training(url, cut, benchmark)] == [2]
-    states = [load_state(folder / "state.safetensors") for folder in (whole, cut)]
-    for key in ("parameters", "average"):
-        assert all(torch.equal(*pair) for pair in zip(*(state[key] for state in states)))
-    scores = [
-        read_lines(folder / "metrics.jsonl")["Brightness"].tolist() for folder in (whole, cut)
-    ]
-    assert scores[0] == scores[1] and len(scores[0]) == 3
+    assert_same_training(whole, cut, 3)
 
 
 def test_a_benchmark_names_a_reward_by_its_url_and_never_its_token(url, tmp_path, monkeypatch):
@@ -466,6 +364,7 @@ def test_a_benchmark_names_a_reward_by_its_url_and_never_its_token(url, tmp_path
 # ---- the rewards that need an environment of their own
 
 
+BLACK = Image.new("RGB", (16, 16))
 OWN_CODE = """
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -483,8 +382,8 @@ class Tiny(PreTrainedModel):
 
     def score(self, images):
         assert all(image.mode == "RGB" for image in images) and self.levels.dtype == torch.float16
-        probabilities = torch.softmax(self.levels, 0).expand(len(images), 5)
-        return (probabilities.float() @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])).half()
+        expectation = torch.softmax(self.levels, 0).float() @ torch.arange(5.0, 0.0, -1.0)
+        return expectation.half().expand(len(images))
 """
 
 
@@ -501,8 +400,7 @@ def test_deqa_runs_the_code_that_comes_with_its_weights(tmp_path, monkeypatch):
     weights = {"levels": torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0])}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     options = Namespace(model=str(folder), revision="main", device="cpu", trust_remote_code=True)
-    results = results_of(server.DeQA(options), 0, 0)
-    assert [r["score"] for r in results] == pytest.approx([5.0] * 2, abs=0.01)
+    assert server.DeQA(options)([BLACK] * 2, [""] * 2) == pytest.approx([5.0] * 2, abs=0.01)
     before = server.describe_model(str(folder), "main")
     (folder / "own.py").write_text(OWN_CODE + "# changed")
     assert before.startswith("deqa sha256:")
@@ -526,11 +424,11 @@ def test_geneval_returns_objects_with_colours_by_clip(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="lacks 1 weights, such as bias"):
         server.GenEval(options)
     save_file({"weight": torch.zeros(1, 1), "bias": torch.zeros(1)}, model)
-    first, second = results_of(server.GenEval(options), 0, 0)
+    first, second = server.GenEval(options)([BLACK] * 2, [""] * 2)
     assert first == second
-    sure, unsure = first["detections"]
-    assert (sure["label"], sure["box"]) == ("dog", (4, 4, 16, 16))
-    assert (unsure["label"], unsure["box"]) == ("dog", (0, 0, 8, 8))
+    unsure, sure = first
+    assert (sure["label"], sure["box"]) == ("dog", [4, 4, 16, 16])
+    assert (unsure["label"], unsure["box"]) == ("dog", [0, 0, 8, 8])
     assert (sure["score"], unsure["score"]) == pytest.approx((0.95, 0.5))
     assert {sure["color"], unsure["color"]} <= set(server.COLORS)
 

@@ -128,11 +128,6 @@ def test_ocr_is_the_same_alone_and_in_a_batch(rewards):
     assert rewards["OCR"].read(images, prompts) == alone
 
 
-def test_ocr_without_a_region_finds_text_in_images_of_any_size():
-    large = render(SIGN, 0).resize((512, 512), Image.Resampling.BICUBIC)
-    assert OCR()(pixels(large), [CAT]).tolist() == [1]
-
-
 @pytest.mark.parametrize("size", [None, (64, 32)])
 def test_a_region_lies_inside_the_images(size):
     with pytest.raises(ValueError, match="OCR's region .* must lie inside"):
@@ -170,15 +165,23 @@ def test_deqa_is_the_expectation_over_levels(rewards):
     assert np.allclose(scores, (p * torch.arange(1.0, 6.0)).sum(1)) and scores[0] > scores[1] + 2
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 130)])  # as it is, and resized and cropped
-@pytest.mark.parametrize("name", ["PickScore", "DeQA"])
-def test_with_gradient_gives_the_score_and_its_gradient(rewards, name, size):
+@pytest.mark.parametrize(
+    "name, size, tolerance",
+    [
+        ("PickScore", (64, 64), 1e-4),
+        ("DeQA", (64, 64), 1e-4),
+        ("PickScore", (96, 130), 0.1),  # resized and cropped, when PIL rounds to 8 bits
+        ("DeQA", (96, 130), 5e-4),
+    ],
+)
+def test_with_gradient_gives_the_score_and_its_gradient(rewards, name, size, tolerance):
     prompts = [Prompt(s.text, "pickscore") for s in sample_specs("pickscore", "test", 6)]
     noise = torch.rand(6, 3, *size, generator=torch.Generator().manual_seed(0))
-    images = torch.nn.functional.avg_pool2d(noise, 9, 1, 4).requires_grad_(True)
+    images = torch.nn.functional.avg_pool2d(noise, 9, 1, 4)
+    images = ((images * 255).round() / 255).requires_grad_(True)
     scores = rewards[name].with_gradient(images, prompts)
     expected = torch.from_numpy(score_images(rewards[name], images.detach(), prompts))
-    torch.testing.assert_close(scores.detach(), expected, atol=0.02, rtol=0.01)  # of 8 bits
+    torch.testing.assert_close(scores.detach(), expected, atol=tolerance, rtol=0)
     (gradient,) = torch.autograd.grad(scores.sum(), images)
     step = 0.02 * gradient / gradient.norm()
     with torch.no_grad():

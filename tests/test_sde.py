@@ -39,10 +39,8 @@ def test_without_noise_every_kind_is_diffusers_euler_step(kind):
         torch.testing.assert_close(x, theirs, rtol=0, atol=1e-6)
 
 
-MEAN, SPREAD = (
-    1.5,
-    0.5,
-)  # of the data: x0 ~ N(MEAN, SPREAD^2), so the velocity is known in closed form
+# of the data: x0 ~ N(MEAN, SPREAD^2), so the velocity is known in closed form
+MEAN, SPREAD = 1.5, 0.5
 
 
 def exact_velocity(x, sigma):
@@ -57,25 +55,20 @@ def errors(kind, steps, n=100_000):
     of x_sigma."""
     _, sigmas = grid(steps)
     g = torch.Generator().manual_seed(1)
-    x, found = torch.randn(n, 1, 1, 1, generator=g), []
+    x, rows = torch.randn(n, 1, 1, 1, generator=g), []
     for sigma, after in zip(sigmas, sigmas[1:]):
         mean, std = transition(x, exact_velocity(x, sigma), sigma, after, kind)
         x = mean + per_row(std, mean) * torch.randn(x.shape, generator=g)
-        found.append(
-            (
-                after,
-                x.mean().item() - (1 - after) * MEAN,
-                x.std().item() - math.hypot((1 - after) * SPREAD, after),
-            )
-        )
-    return found
+        spread = math.hypot((1 - after) * SPREAD, after)
+        rows.append((after, x.mean().item() - (1 - after) * MEAN, x.std().item() - spread))
+    return rows
 
 
 SAMPLING = 4 / math.sqrt(100_000)  # four standard errors of a mean, at the largest spread there is
 
 
 @pytest.mark.parametrize("kind", ["ode", "sde"])
-def test_marginals_are_those_of_the_interpolation_and_a_finer_grid_is_nearer(kind):
+def test_marginals_are_those_of_the_interpolation_and_a_finer_grid_is_closer(kind):
     coarse, fine = (errors(kind, steps) for steps in (10, 320))
     for i in (1, 2):
         worst = [max(abs(row[i]) for row in run if row[0] <= 0.9) for run in (coarse, fine)]
@@ -89,13 +82,12 @@ def test_the_first_step_of_flow_grpo_adds_variance_however_fine_the_grid(steps):
     where it should be near 1."""
     _, _, excess = errors("sde", steps)[0]
     first = grid(steps)[1][1]
-    assert excess == pytest.approx(
-        math.sqrt(1 + 0.7**4 / 4) - math.hypot((1 - first) * SPREAD, first), abs=0.02 + SAMPLING
-    )
+    expected = math.sqrt(1 + 0.7**4 / 4) - math.hypot((1 - first) * SPREAD, first)
+    assert excess == pytest.approx(expected, abs=0.02 + SAMPLING)
 
 
 def test_cps_keeps_the_coefficients_and_not_the_marginals():
-    """It replaces a share of the noise at every step, by predictions that vary less than what they
+    """It replaces a part of the noise at every step, by predictions that vary less than what they
     predict."""
     coarse, fine = (errors("cps", steps)[-1][2] for steps in (10, 320))
     assert coarse < fine < -0.05
@@ -140,12 +132,10 @@ def test_every_weighting_has_the_value_computed_by_hand():
     for name, value in by_hand.items():
         assert WEIGHTINGS[name](0.5, 0.4).item() == pytest.approx(value), name
         assert Sampler(10, "ode").step_weights(0.5, 0.4, name).item() == pytest.approx(value), name
-    sampler = Sampler(
-        10, "sde", noise_scale=lambda sigma, sigma_next, a: a * sigma
-    )  # a user's noise
-    assert sampler.step_weights(0.5, 0.4, "kl").item() == pytest.approx(
-        0.05 * (0.35 * 0.5 + 1 / 0.35) ** 2
-    )
+    # a user's noise
+    sampler = Sampler(10, "sde", noise_scale=lambda sigma, sigma_next, a: a * sigma)
+    by_hand = 0.05 * (0.35 * 0.5 + 1 / 0.35) ** 2
+    assert sampler.step_weights(0.5, 0.4, "kl").item() == pytest.approx(by_hand)
     assert sampler.step_weights(0.5, 0.4, lambda sigma, *_: 3 * sigma).item() == pytest.approx(1.5)
 
 
@@ -153,9 +143,8 @@ def test_the_public_code_weighs_the_last_step_seven_times_more_against_the_first
     _, sigmas = grid(10)
     for sigma, after in zip(sigmas[:-2], sigmas[1:-1]):
         dt, s = sigma - after, 0.7 * math.sqrt(sigma / (1 - (after if sigma == 1 else sigma)))
-        assert kl_weight(sigma, after).item() == pytest.approx(
-            dt / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2
-        )
+        by_hand = dt / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2
+        assert kl_weight(sigma, after).item() == pytest.approx(by_hand)
     first, last = ((sigmas[k], sigmas[k + 1]) for k in (0, 8))
     ratio = {n: (WEIGHTINGS[n](*last) / WEIGHTINGS[n](*first)).item() for n in ("kl", "as_coded")}
     assert ratio["as_coded"] / ratio["kl"] == pytest.approx(7, rel=0.25)
@@ -163,9 +152,7 @@ def test_the_public_code_weighs_the_last_step_seven_times_more_against_the_first
 
 def test_a_tensor_of_sigmas_gives_each_row_its_own_step():
     _, sigmas = grid(10)
-    sigma, after = (
-        torch.tensor(sigmas, dtype=torch.float64)[k] for k in (slice(0, 10), slice(1, 11))
-    )
+    sigma, after = (torch.tensor(s, dtype=torch.float64) for s in (sigmas[:-1], sigmas[1:]))
     x, v = torch.randn(10, 4, 2, 2), torch.randn(10, 4, 2, 2)
     for kind in ("ode", "sde", "cps"):
         mean, std = transition(x, v, sigma, after, kind)
@@ -200,10 +187,8 @@ def test_arithmetic_is_float32_whatever_the_model():
     "call, message",
     [
         (lambda: coefficients(0.5, 0.6, "sde", 0.7), "goes down"),
-        (lambda: coefficients(0.5, 0.4, "dpm", 0.7), "unknown sampler"),
-        (lambda: coefficients(0.5, 0.4, "cps", 1.7), "lies in"),
+        (lambda: coefficients(0.5, 0.4, "dpm", 0.7), "there is no sampler 'dpm'"),
         (lambda: kl_weight(0.5, 0.0), "needs a step with noise"),
-        (lambda: log_prob(torch.zeros(1, 1), torch.zeros(1, 1), 1.0, "max"), "unknown reduction"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -10,18 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flowopd_lib import Prompt, load_benchmark
+from flowopd_lib import load_benchmark
 from flowopd_lib.benchmarks.tiny import PROMPTS
-from flowopd_lib.benchmarks.tiny.data import (
-    MATCH,
-    SIGN,
-    mistake,
-    mutate,
-    noisy_example,
-    preference_pair,
-    split_spec,
-    utility,
-)
+from flowopd_lib.benchmarks.tiny.data import MATCH, SIGN, noisy_example, preference_pair, utility
 from flowopd_lib.benchmarks.tiny.scenes import (
     DEGRADATIONS,
     LEVELS,
@@ -36,12 +27,15 @@ from flowopd_lib.benchmarks.tiny.specs import (
     Spec,
     heldout_pair,
     heldout_relation,
+    mistake,
+    mutate,
     random_spec,
     sample_specs,
     split_of,
+    split_spec,
 )
 from flowopd_lib.benchmarks.tiny.text import clip_tokenizer, letter_tokenizer, vocabulary
-from flowopd_lib.data import read_prompts, write_prompts
+from flowopd_lib.data import read_prompts
 
 BENCHMARK = load_benchmark()
 
@@ -69,26 +63,22 @@ def test_a_scene_is_decided_by_its_prompt_and_seed():
     assert there == here.hexdigest()  # another process, another hash seed
 
 
+SPLITS = "train", "val", "test", "ood"
+
+
 def test_splits_share_no_prompt_and_ood_holds_what_was_held_out():
     seen: dict[str, str] = {}
     for task in PROMPT_TASKS:
-        for split in ("train", "val", "test", "ood"):
+        for split in SPLITS:
             prompts = BENCHMARK.prompts(task, split)
             assert split == "val" or len(prompts) >= 240
-            for p in prompts:
-                assert seen.setdefault(p.text, split) == split, (
-                    f"{p.text!r} is in {seen[p.text]} and {split}"
-                )
-    words = {
-        split: {p.text.split('"')[1] for p in BENCHMARK.prompts("ocr", split)}
-        for split in ("train", "val", "test", "ood")
-    }
-    assert (
-        not words["train"] & words["test"]
-        and not words["train"] & words["val"]
-        and not words["val"] & words["test"]
-    )
-    assert {len(w) for w in words["ood"]} == {5} and max(len(w) for w in words["train"]) == 4
+            shared = {p.text for p in prompts if seen.setdefault(p.text, split) != split}
+            assert not shared, split
+    signs = {split: BENCHMARK.prompts("ocr", split) for split in SPLITS}
+    words = {split: {p.text.split('"')[1] for p in prompts} for split, prompts in signs.items()}
+    train, val, test, ood = words.values()
+    assert not train & test and not train & val and not val & test
+    assert {len(w) for w in ood} == {5} and max(len(w) for w in train) == 4
     for spec in sample_specs("geneval", "ood", 60):
         assert (
             spec.count == 5
@@ -142,14 +132,6 @@ def test_geneval_metadata_has_genevals_form():
     assert {p.tag for p in BENCHMARK.prompts("geneval", "test")} == set(GENEVAL_TAGS)
 
 
-def test_prompts_are_read_back_from_flow_grpos_formats(tmp_path):
-    for task in PROMPT_TASKS:
-        prompts = BENCHMARK.prompts(task, "test")[:20]
-        write_prompts(tmp_path / task, prompts)
-        again = read_prompts(tmp_path / task, task, BENCHMARK.tasks[task].kind)
-        assert again == prompts and [p.metadata for p in again] == [p.metadata for p in prompts]
-
-
 def test_flow_grpos_own_lines_load(tmp_path):
     """As they are in its dataset folder: COCO classes, and a Unicode line separator in a prompt."""
     (tmp_path / "geneval").mkdir()
@@ -166,38 +148,16 @@ def test_flow_grpos_own_lines_load(tmp_path):
     )
     records = read_prompts(tmp_path / "geneval/test_metadata.jsonl", "geneval", "geneval")
     assert [p.tag for p in records] == ["position", "counting"]
-    plain = read_prompts(
-        tmp_path / "pickscore_sfw/test.txt", "deqa", "plain"
-    )  # a task without a file of its own
+    # a task without a file of its own
+    plain = read_prompts(tmp_path / "pickscore_sfw/test.txt", "deqa", "plain")
     assert [p.text for p in plain] == ["a cat, a dog\u2028and a bird", "another"]
     assert {p.task for p in plain} == {"deqa"}
 
 
-@pytest.mark.parametrize(
-    "kind, line, message",
-    [
-        ("geneval", '{"tag": "colors", "prompt": "a"}', "line 1: include: Field required"),
-        ("geneval", "a photo", "line 1 is not JSON"),
-        ("quoted", "a sign", "line 1 has no words in double quotes"),
-        ("plain", " ", "holds no prompt"),
-    ],
-)
-def test_a_bad_prompt_file_is_named_with_its_line(tmp_path, kind, line, message):
-    (tmp_path / "test.txt").write_text(line + "\n")
-    with pytest.raises(ValueError, match=message):
-        read_prompts(tmp_path / "test.txt", "task", kind)
-
-
 def test_a_missing_split_says_what_there_is():
-    with pytest.raises(FileNotFoundError, match="test.txt"):
+    with pytest.raises(FileNotFoundError, match="tets.txt"):
         read_prompts(PROMPTS / "ocr" / "tets.txt", "ocr", "quoted")
-    with pytest.raises(
-        FileNotFoundError,
-        match=(
-            "the ocr prompts of the benchmark tiny have no split tets; they have train, val, test, "
-            "ood"
-        ),
-    ):
+    with pytest.raises(FileNotFoundError, match="no split tets; they have train, val, test, ood"):
         BENCHMARK.prompts("ocr", "tets")
     with pytest.raises(ValueError, match=r"no task \(tiny\) 'orc' \(did you mean 'ocr'"):
         BENCHMARK.prompts("orc", "test")
@@ -221,15 +181,11 @@ def test_a_position_is_relative_to_the_other_object_and_objects_sit_apart():
 def test_each_level_is_further_from_the_clean_image(kind):
     specs = sample_specs("pickscore", "test", 10) + sample_specs("ocr", "test", 10)
 
+    images = [render(spec, 1) for spec in specs]
+
     def distance(level):
-        return np.mean(
-            [
-                np.square(
-                    np.asarray(degrade(render(s, 1), kind, level), float) - np.asarray(render(s, 1))
-                ).mean()
-                for s in specs
-            ]
-        )
+        pairs = [(np.asarray(degrade(i, kind, level), float), np.asarray(i)) for i in images]
+        return np.mean([np.square(one - clean).mean() for one, clean in pairs])
 
     distances = [distance(level) for level in LEVELS]
     assert distances[0] == 0 and all(a < b for a, b in zip(distances, distances[1:]))
@@ -257,7 +213,7 @@ def test_captions_are_wrong_and_images_spoiled_at_the_given_rates():
     assert fraction() == 0
     assert 0.2 < fraction(spoiled=0.3) < 0.4
     assert fraction(wrong=dict.fromkeys(PROMPT_TASKS, 1.0), other=1.0) > 0.95
-    text, better, worse, likely = preference_pair(random.Random(0))
+    text, better, worse, likely = preference_pair(random.Random(0), "train")
     assert text and 0.5 <= likely <= 1 and better.tobytes() != worse.tobytes()
 
 
@@ -283,19 +239,13 @@ def test_additional_objects_stand_apart_and_never_on_a_sign():
     for _ in range(200):
         scene = lay_out(split_spec(rng), rng.getrandbits(32))
         full = accompany(scene, rng, 3)
-        assert (
-            full.items[: len(scene.items)] == scene.items
-            and len(full.items) <= len(scene.items) + 3
-        )
+        n = len(scene.items)
+        assert full.items[:n] == scene.items and len(full.items) <= n + 3
         assert not (scene.word and full.items)
-        new = full.items[len(scene.items) :]
-        assert not any(heldout_pair(i.shape, i.color) for i in new)
-        assert all(
-            math.dist((a.x, a.y), (b.x, b.y)) > a.r + b.r
-            for a in new
-            for b in full.items
-            if a is not b
-        )
+        for a in full.items[n:]:
+            assert not heldout_pair(a.shape, a.color)
+            others = [b for b in full.items if b is not a]
+            assert all(math.dist((a.x, a.y), (b.x, b.y)) > a.r + b.r for b in others)
 
 
 def test_a_word_is_in_one_split_in_all_tasks():
@@ -308,29 +258,10 @@ def test_a_word_is_in_one_split_in_all_tasks():
 def test_every_word_of_the_benchmark_is_one_clip_token_and_t5_spells():
     tokenizer = clip_tokenizer()
     assert all(len(tokenizer(word).input_ids) == 3 for word in vocabulary())
-    letters = letter_tokenizer(8)
-    assert letters.convert_ids_to_tokens(letters('a sign that says "Cat"').input_ids) == [
-        "C",
-        "A",
-        "T",
-        "</s>",
-    ]
+    letters = letter_tokenizer()
+    spelt = letters.convert_ids_to_tokens(letters('a sign that says "Cat"').input_ids)
+    assert spelt == ["C", "A", "T", "</s>"]
     assert letters("a photo of a circle").input_ids == [1]
-
-
-def test_no_prompt_is_cut_off():
-    tokenizer = clip_tokenizer()
-    for task in PROMPT_TASKS:
-        for split in ("train", "val", "test", "ood"):
-            for p in BENCHMARK.prompts(task, split):
-                assert len(tokenizer(p.text).input_ids) <= tokenizer.model_max_length
-
-
-def test_unknown_names_are_errors():
-    with pytest.raises(ValueError, match="choose one of geneval"):
-        random_spec(random.Random(0), "genval")
-    with pytest.raises(ValueError, match="fewer than"):
-        sample_specs("geneval", "test", 100_000)
-    with pytest.raises(ValueError, match="choose one of blur"):
-        degrade(render(sample_specs("ocr", "test", 1)[0], 0), "fog", 3)
-    assert Prompt("a", "ocr").tag == "ocr"
+    prompts = [p for t in PROMPT_TASKS for s in SPLITS for p in BENCHMARK.prompts(t, s)]
+    longest = max(len(tokenizer(p.text).input_ids) for p in prompts)
+    assert longest <= tokenizer.model_max_length  # none is cut off

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from trainings import (
-    DRAWN,
     GRPO,
     OPD,
     RECIPES,
@@ -25,9 +24,8 @@ from trainings import (
 )
 
 from flowopd_lib import files
-from flowopd_lib.checkpoint import load_state
 from flowopd_lib.config import validate
-from flowopd_lib.files import RUNS, read_lines
+from flowopd_lib.files import RUNS, load_state
 from flowopd_lib.lab import build
 from flowopd_lib.lab.recipe import SFT_SEED, Recipe
 from flowopd_lib.lab.workspace import Workspace
@@ -83,26 +81,12 @@ def test_a_training_that_diverges_stops_and_keeps_the_last_good_state(student, t
     next(updates)
     good = load_state(state)
     objective.latents.fill_(float("nan"))
-    message = "iteration 1: loss nan.*lower lr.*The last good state is in"
+    message = "iteration 1: loss nan.*lower lr.*The last good state, if one"
     with pytest.raises(TrainingDiverged, match=message):
         next(updates)
     kept = load_state(state)
     assert kept["iteration"] == 1
     assert all(torch.equal(a, b) for a, b in zip(good["parameters"], kept["parameters"]))
-
-
-def test_a_failed_collection_leaves_a_checkpoint_of_what_was_trained(student, tmp_path):
-    objective = sft(student)
-
-    def fail(*_):
-        raise ConnectionError("the reward server is gone")
-
-    updates = train(student, objective, tmp_path, train_config(9, save_every=100))
-    next(updates)
-    objective.collect = fail
-    with pytest.raises(ConnectionError):
-        next(updates)
-    assert load_state(tmp_path / "state.safetensors")["iteration"] == 1
 
 
 def test_the_adapter_of_a_finished_training_has_the_averaged_weights(student, tmp_path):
@@ -134,6 +118,7 @@ REFUSED = {
         {"opd": {"teachers": {"geneval": None, "ocr": "geneval"}}},
         'objective.teachers.geneval was "geneval" and is null',
     ),
+    "drawn steps": ({"opd": {"trained_steps": 1}}, "objective.trained_steps was null and is 1"),
     "weighting": ({"opd": {"weighting": "x0"}}, 'objective.weighting was "kl" and is "x0"'),
     "anchor": ({"opd": {"mar": 0.5}}, "objective.mar was 0.04 and is 0.5"),
     "sampler": ({"sampler": {"steps": 5}}, "objective.sampler.steps was 3 and is 5"),
@@ -152,19 +137,15 @@ REFUSED = {
     "rank": ({"student": {"rank": 2}}, "ranks."),
     "fewer iterations": ({"train": {"iterations": 1}}, "holds 2 iterations already, more than 1"),
 }
-ACCEPTED = {
-    "micro_batch_size": {"opd": {"micro_batch_size": 1}, "train": {"iterations": 3}},
-    "save times": {"train": {"save_every": 1, "save_seconds": 1.0, "iterations": 3}},
-}
-BEGUN = changed(OPD, train={"iterations": 2})
+SHORT = changed(OPD, train={"iterations": 2})
 
 
 @pytest.fixture(scope="module")
-def begun(policy, tmp_path_factory):
+def short(policy, tmp_path_factory):
     """The folder of a training of two iterations."""
-    folder = tmp_path_factory.mktemp("begun")
+    folder = tmp_path_factory.mktemp("short")
     policy.remove_adapters()
-    run(BEGUN, Workspace("tiny", policy=policy), folder)
+    run(SHORT, Workspace("tiny", policy=policy), folder)
     policy.remove_adapters()
     return folder
 
@@ -178,33 +159,34 @@ def refuse(recipe, workspace, folder, message):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_resume_refuses_another_training_and_says_what_differs(name, begun, workspace):
+def test_a_resume_refuses_another_training_and_says_what_differs(name, short, workspace):
     change, message = REFUSED[name]
-    refuse(changed(BEGUN, **change), workspace, begun, re.escape(message))
+    refuse(changed(SHORT, **change), workspace, short, re.escape(message))
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_a_resume_accepts_what_may_change(name, begun, workspace, tmp_path):
-    folder = shutil.copytree(begun, tmp_path / "copy")
-    assert run(changed(BEGUN, **ACCEPTED[name]), workspace, folder) == [2]
+def test_a_resume_accepts_other_micro_batches_and_save_times(short, workspace, tmp_path):
+    folder = shutil.copytree(short, tmp_path / "copy")
+    train = {"save_every": 1, "save_seconds": 1.0, "iterations": 3}
+    recipe = changed(SHORT, opd={"micro_batch_size": 1}, train=train)
+    assert run(recipe, workspace, folder) == [2]
 
 
-def test_a_resume_refuses_other_weights_under_the_same_name(begun, benchmark, workspace, tmp_path):
+def test_a_resume_refuses_other_weights_under_the_same_name(short, benchmark, workspace, tmp_path):
     policy = workspace.policy
     policy.load_adapter("geneval", benchmark.adapter("geneval"))
     next(iter(policy.adapter_parameters("geneval").values())).data[0, 0] += 1e-3
     policy.save_adapter("geneval", tmp_path / "other")
-    recipe = BEGUN | {"adapters": {"geneval": str(tmp_path / "other")}}
-    refuse(recipe, workspace, begun, r"adapters\.geneval was sha256 [0-9a-f]{8}… and is sha256")
+    recipe = SHORT | {"adapters": {"geneval": str(tmp_path / "other")}}
+    refuse(recipe, workspace, short, r"adapters\.geneval was sha256 [0-9a-f]{8}… and is sha256")
 
 
-def test_a_resume_refuses_another_precision_and_another_start(begun, benchmark, workspace):
+def test_a_resume_refuses_another_precision_and_another_start(short, benchmark, workspace):
     other = Workspace(benchmark, torch.bfloat16)
-    refuse(BEGUN, other, begun, 'precision was "float32" and is "bfloat16"')
-    objective, config = built(BEGUN, workspace)
+    refuse(SHORT, other, short, 'precision was "float32" and is "bfloat16"')
+    objective, config = built(SHORT, workspace)
     next(iter(workspace.policy.adapter_parameters("student").values())).data[0, 0] += 1e-3
     with pytest.raises(ValueError, match="start was sha256"):
-        next(train(workspace.policy, objective, begun, config))
+        next(train(workspace.policy, objective, short, config))
 
 
 LOSS = """
@@ -255,23 +237,22 @@ def test_a_resume_refuses_another_version_of_a_users_loss_and_weighting(workspac
     refuse(of_notebook, workspace, tmp_path / "x", 'objective.loss.name was "loss" and is "test_a')
 
 
-@pytest.mark.parametrize("cls", ["Reward", "reward"])
-def test_a_resume_refuses_another_version_of_a_users_reward(cls, benchmark, policy, tmp_path):
+@pytest.mark.parametrize("name", ["Reward", "reward"])
+def test_a_resume_refuses_another_version_of_a_users_reward(name, benchmark, policy, tmp_path):
     plugin, file = tmp_path / "mine.py", tmp_path / "mine.yaml"
     source = files.ROOT / "flowopd_lib" / "benchmarks" / "tiny" / "benchmark.yaml"
     config = yaml.safe_load(source.read_text()) | {"folder": str(benchmark.folder)}
-    config["rewards"]["Redness"] = {"class": f"{plugin}:{cls}"}
+    config["rewards"]["Redness"] = {"class": f"{plugin}:{name}"}
     file.write_text(yaml.safe_dump(config))
     recipe = changed(GRPO, grpo={"reward_weights": {"Redness": 1.0}}, train={"iterations": 1})
-    for power, message in ((1, None), (1, "[]"), (2, r"objective\.rewards\.Redness\..*source was")):
+
+    def workspace(power):  # as another process reads the file
         plugin.write_text(LOSS.format(factor=1, power=power))
-        workspace = Workspace(str(file), policy=policy)  # as another process reads the file
-        if message == r"[]":
-            assert run(recipe, workspace, tmp_path / "x") == []
-        elif message:
-            refuse(recipe, workspace, tmp_path / "x", message)
-        else:
-            assert run(recipe, workspace, tmp_path / "x") == [0]
+        return Workspace(str(file), policy=policy)
+
+    assert run(recipe, workspace(1), tmp_path / "x") == [0]
+    assert run(recipe, workspace(1), tmp_path / "x") == []
+    refuse(recipe, workspace(2), tmp_path / "x", r"objective\.rewards\.Redness\..*source was")
     policy.remove_adapters()
 
 
@@ -337,7 +318,7 @@ def test_opd_from_the_merged_experts_lowers_the_kl_on_fixed_states(workspace, tm
 # ---- the rest of the loop
 
 
-def test_the_rate_warms_up_and_cools_down_to_the_end_it_was_begun_with(
+def test_the_rate_warms_up_and_cools_down_to_the_end_it_was_started_with(
     student, tmp_path, monkeypatch
 ):
     rates, step = [], torch.optim.AdamW.step
@@ -364,7 +345,7 @@ def test_validation_of_a_training_that_was_cut_off_is_that_of_an_uninterrupted_o
         return pd.DataFrame([{"size": sum(p.abs().sum().item() for p in weights)}])
 
     def trained(folder, iterations):
-        workspace.load_adapter("student", {"rank": 2}, fresh=True)
+        workspace.load_adapter("student", {"rank": 2})
         config = train_config(iterations, save_every=1)
         return fit(policy, sft(policy), tmp_path / folder, config, validate=validate, every=2)
 
@@ -421,23 +402,8 @@ def test_a_tracker_gets_every_iteration(student, tmp_path, monkeypatch):
     list(train(student, sft(student), tmp_path, train_config(3), accelerator=accelerator))
     assert tracker.rows == [(line["iteration"], line["loss"]) for line in metrics(tmp_path)]
     assert tracker.finished == 1
-    with pytest.raises(ValueError, match="accelerate has no tracker 'tensorbord'"):
+    with pytest.raises(ValueError, match="there is no installed tracker 'tensorbord'"):
         TrainConfig(3, log_with="tensorbord")
-    with pytest.raises(ValueError, match="the tracker dvclive is not installed"):
-        TrainConfig(3, log_with="dvclive")
     # its names are members of an enum, not strings
     monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.DVCLIVE])
     assert TrainConfig(3, log_with="dvclive").log_with == "dvclive"
-
-
-def test_a_file_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 0, "loss"')
-    assert not len(read_lines(path))
-    path.write_text('{"iteration": 0, "loss": 2}\n{"iter')
-    assert read_lines(path).to_dict("records") == [{"iteration": 0, "loss": 2}]
-
-
-def test_drawn_steps_are_another_training_than_all_steps(begun, workspace):
-    recipe = changed(DRAWN, train={"iterations": 2})
-    refuse(recipe, workspace, begun, "objective.trained_steps was null and is 1")

@@ -9,8 +9,8 @@ import yaml
 from safetensors.torch import load_file
 
 from flowopd_lib import SFT, SFTConfig, TrainConfig, load_benchmark
-from flowopd_lib.checkpoint import load_state
 from flowopd_lib.config import validate
+from flowopd_lib.files import load_state
 from flowopd_lib.lab import build
 from flowopd_lib.lab.recipe import Recipe
 from flowopd_lib.train import train

@@ -36,14 +36,16 @@ from ..config import (
 from ..data import Kind, Prompt, read_prompts
 from ..files import RUNS
 from ..lora import ATTENTION, MLP
-from ..merge import MergeConfig, merge
+from ..merge import MergeConfig
 from ..policy import FlowPolicy
-from ..rewards import Reward
+from ..rewards import Reward, as_reward
 from ..rollout import Sampler
 from ..stats import GOLD, Domain
 
 DEFAULT, SHIPPED = "tiny", Path(__file__).parent
 Split = Literal["train", "val", "test", "ood"]
+# of a reward, which the file says or its class
+ATTRIBUTES = {"scale", "tasks", "held_out", "training_only"}
 
 
 class TaskConfig(Config):
@@ -64,9 +66,7 @@ class TaskConfig(Config):
     @model_validator(mode="after")
     def _one_source(self):
         if bool(self.prompts) == bool(self.prompts_of):
-            raise ValueError(
-                "give either prompts, its own files, or prompts_of, the task it shares them with"
-            )
+            raise ValueError("give either prompts, its files, or prompts_of, a task that has them")
         return self
 
 
@@ -83,13 +83,12 @@ class RewardConfig(Config):
     tasks: list[str] | None = None
     held_out: bool | None = None
     training_only: bool | None = None
-    gold: dict[str, Any] | None = None
+    gold: RewardConfig | None = None
 
     @property
     def attributes(self) -> dict[str, Any]:
         """What the file says of the reward, and does not leave to its class."""
-        names = ("scale", "tasks", "held_out", "training_only")
-        return {k: v for k in names if (v := getattr(self, k)) is not None}
+        return self.model_dump(include=ATTRIBUTES, exclude_none=True)
 
 
 class ExpertConfig(Config):
@@ -133,6 +132,7 @@ class BenchmarkConfig(Config):
     text_length: Count | None = None
     experts: dict[str, ExpertConfig] = {}
     anchor: str | None = None
+    ability: str | None = None  # an adapter that undoes a misalignment of the base
     adapters: AdapterDefaults = AdapterDefaults()
     grpo_mix: MixConfig = MixConfig()
     task_weights: dict[str, Count] = {}
@@ -143,41 +143,22 @@ class BenchmarkConfig(Config):
     @model_validator(mode="after")
     def _names(self):
         own = [name for name, task in self.tasks.items() if not task.prompts_of]
+        named = [("expert (anchor)", self.anchor, self.experts)]
         for name, task in self.tasks.items():
-            if task.prompts_of:
-                choose(f"task with prompts (tasks.{name}.prompts_of)", task.prompts_of, own)
-            for reward in (task.reward, *task.reward_weights):
-                choose(f"reward (tasks.{name})", reward, self.rewards)
-            if task.expert:
-                choose(f"expert (tasks.{name}.expert)", task.expert, self.experts)
-        if self.anchor:
-            choose("expert (anchor)", self.anchor, self.experts)
-        for reward in self.grpo_mix.auxiliary_rewards:
-            choose("reward (grpo_mix.auxiliary_rewards)", reward, self.rewards)
-        for task in self.grpo_mix.task_schedule:
-            choose("task with prompts (grpo_mix.task_schedule)", task, own)
-        for task in (
-            *self.task_weights,
-            *(t for r in self.rewards.values() for t in r.tasks or ()),
-        ):
-            choose("task", task, self.tasks)
+            rewards = (task.reward, *task.reward_weights)
+            named += [(f"reward (tasks.{name})", reward, self.rewards) for reward in rewards]
+            named.append((f"expert (tasks.{name}.expert)", task.expert, self.experts))
+            named.append((f"task with prompts (tasks.{name}.prompts_of)", task.prompts_of, own))
         for name, reward in self.rewards.items():
-            if reward.gold is None:
-                continue
-            where = f"rewards.{name}.gold"
-            if reward.held_out or reward.training_only:
-                raise ValueError(
-                    f"{where}: only a reward that is reported and trained on has a gold reward"
-                )
-            taken = set(reward.gold) & {"tasks", "scale", "held_out", "training_only", "gold"}
-            if taken:
-                raise ValueError(
-                    f"{where} has {min(taken)}, which it takes from {name}; leave it out"
-                )
-            if name + GOLD in self.rewards:
-                raise ValueError(
-                    f"{where} is the reward {name + GOLD}, which exists already; rename that"
-                )
+            named += [(f"task (rewards.{name}.tasks)", t, self.tasks) for t in reward.tasks or ()]
+        added = self.grpo_mix.auxiliary_rewards
+        named += [("reward (grpo_mix.auxiliary_rewards)", r, self.rewards) for r in added]
+        turns = self.grpo_mix.task_schedule
+        named += [("task with prompts (grpo_mix.task_schedule)", t, own) for t in turns]
+        named += [("task (task_weights)", task, self.tasks) for task in self.task_weights]
+        for what, name, known in named:
+            if name:
+                choose(what, name, known)
         return self
 
 
@@ -189,18 +170,19 @@ class Benchmark:
         self.folder = folder / expand(config.folder)
         self.tasks, self.experts, self.about = config.tasks, config.experts, config.about
         self.anchor, self.task_weights = config.anchor, config.task_weights
-        self.rank, self.alpha, self.targets = (
-            getattr(config.adapters, k) for k in ("rank", "alpha", "targets")
-        )
-        self.base = self._path(config.model)
+        self.true_by_construction = config.true_by_construction
+        of = config.adapters
+        self.rank, self.alpha, self.targets = of.rank, of.alpha, of.targets
+        self.sampling, self.base = config.sampling, self._path(config.model)
+        # the adapter with which the base does all that it can, if the benchmark has one: the
+        # ceiling of what reinforcement learning can bring out
+        self.ability = self._path(config.ability) if config.ability else None
         self.reward_configs = dict(config.rewards)
-        for reward, of in config.rewards.items():
-            if of.gold is not None:
-                shared = {k: v for k, v in of.attributes.items() if k in ("tasks", "scale")}
-                gold = {**shared, **of.gold, "held_out": True}
-                self.reward_configs[reward + GOLD] = validate(
-                    RewardConfig, gold, (f"rewards.{reward}.gold")
-                )
+        for name, reward in config.rewards.items():
+            if gold := reward.gold:
+                shared = {"tasks": gold.tasks or reward.tasks, "scale": gold.scale or reward.scale}
+                shared["held_out"] = True
+                self.reward_configs[name + GOLD] = gold.model_copy(update=shared)
 
     # --- names
 
@@ -235,6 +217,11 @@ class Benchmark:
         return {task: expert for task, expert in found.items() if expert in self.experts}
 
     @property
+    def distilled_tasks(self) -> tuple[str, ...]:
+        """The tasks with prompts of their own and an expert to route them to."""
+        return tuple(task for task in self.prompt_tasks if task in self.teachers)
+
+    @property
     def experts_of(self) -> dict[str, str]:
         """The expert that was trained for each reward."""
         return {self.tasks[task].reward: expert for task, expert in self.teachers.items()}
@@ -249,24 +236,16 @@ class Benchmark:
     def task_schedule(self) -> dict[str, int]:
         return self.config.grpo_mix.task_schedule or dict.fromkeys(self.prompt_tasks, 1)
 
-    @property
-    def sampling(self) -> Sampling:
-        return self.config.sampling
-
     # --- the model
 
     @property
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def policy(
-        self, dtype: str | torch.dtype = ("auto"), device: str | torch.device = ""
-    ) -> FlowPolicy:
+    def policy(self, dtype: str | torch.dtype = "auto", device="") -> FlowPolicy:
         """The base, without adapters, on `device` or on what there is."""
-        config = self.config
-        return FlowPolicy(
-            self.base, device or self.device, dtype, config.resolution, config.text_length
-        )
+        size = self.config.resolution, self.config.text_length
+        return FlowPolicy(self.base, device or self.device, dtype, *size)
 
     def sampler(self, steps: int) -> Sampler:
         """That of evaluations, in so many steps."""
@@ -283,54 +262,30 @@ class Benchmark:
         if not name:
             return None
         path = self.folder / expand(name)
-        return {
-            ("benchmark"): self.source,
-            **read_yaml(path if path.is_file() else RUNS / "recipes" / name),
-        }
-
-    def load_experts(self, policy: FlowPolicy) -> tuple[str, ...]:
-        """Load those that the policy does not have yet, under their names; the names of all."""
-        for name in self.experts:
-            if name not in policy.adapters:
-                policy.load_adapter(name, self.adapter(name))
-        return tuple(self.experts)
+        recipe = read_yaml(path if path.is_file() else RUNS / "recipes" / name)
+        return {"benchmark": self.source, **recipe}
 
     def average(self, method: str = "svd") -> MergeConfig:
         """The experts' average, where students start."""
         return MergeConfig(merge=method, adapters=list(self.experts), rank=self.rank)
-
-    def merged_policy(
-        self, method: str = "svd", dtype: str | torch.dtype = "auto", device: str = ""
-    ) -> FlowPolicy:
-        """A policy with the experts and `merged`, their average."""
-        policy = self.policy(dtype, device)
-        merge(policy, self.load_experts(policy), "merged", method, rank=self.rank)
-        return policy
 
     # --- prompts
 
     def prompts(self, task: str, split: str) -> list[Prompt]:
         """One split of one task. Raises FileNotFoundError, with the splits there are."""
         of = self._prompt_config(task)
-        part = slice(None)
-        source = split
-        if of.val_from_train and split in ("train", "val"):
-            source = "train"
-            part = (
-                slice(-of.val_from_train, None)
-                if split == ("val")
-                else slice(None, -of.val_from_train)
-            )
+        n = of.val_from_train if split in ("train", "val") else 0
+        source = "train" if n else split
         if source not in of.splits:
             raise FileNotFoundError(
                 f"the {task} prompts of the benchmark {self.name} have no split {split}; they have "
                 f"{', '.join(self.splits(task))}"
             )
-        found = read_prompts(self.prompt_file(task, source), task, of.kind)[part]
+        found = read_prompts(self.prompt_file(task, source), task, of.kind)
+        if n:
+            found = found[-n:] if split == "val" else found[:-n]
         if not found:
-            raise ValueError(
-                f"the {task} prompts give {of.val_from_train} to val, and there are no more"
-            )
+            raise ValueError(f"the {task} prompts give {n} to val, and there are no more")
         return found
 
     def prompt_file(self, task: str, split: str) -> Path:
@@ -402,9 +357,7 @@ class Benchmark:
         if (name, device) not in loaded:
             config = self.reward_configs[name]
             arguments = {"class": config.cls, **(config.model_extra or {})}
-            reward = self._build(f"rewards.{name}", arguments, device)
-            if inspect.isfunction(reward):
-                reward = shipped_rewards.FunctionReward(reward)
+            reward = as_reward(self._build(f"rewards.{name}", arguments, device))
             for key, value in config.attributes.items():
                 setattr(reward, key, value)
             loaded[name, device] = reward
@@ -443,23 +396,19 @@ class Benchmark:
                 return load_plugin(name, self.folder)
             except ValueError as error:
                 raise ValueError(f"{where}.class: {error}") from error
-        return getattr(
-            shipped_rewards, choose(f"class ({where}.class)", name, shipped_rewards.__all__)
-        )
+        choose(f"class ({where}.class)", name, shipped_rewards.__all__)
+        return getattr(shipped_rewards, name)
 
-    def reward_weights(
-        self, auxiliary: bool = False, tasks: Iterable[str] = ()
-    ) -> dict[str, dict[str, float]]:
+    def reward_weights(self, auxiliary: bool = False, tasks: Iterable[str] = ()) -> dict[str, dict]:
         """By task (those with prompts of their own, unless some are named), what GRPO trains it on;
         with `auxiliary`, GRPO-Mix's sum (4.3)."""
         added = self.config.grpo_mix.auxiliary_rewards if auxiliary else {}
-        rest = 1 - sum(added.values())
-        of = {name: self.tasks[name] for name in tasks or self.prompt_tasks}
-        weights = {name: t.reward_weights or {t.reward: 1.0} for name, t in of.items()}
-        return {
-            name: {**{r: rest * w for r, w in own.items()}, **added}
-            for name, own in weights.items()
-        }
+        rest, weights = 1 - sum(added.values()), {}
+        for name in tasks or self.prompt_tasks:
+            task = self.tasks[name]
+            own = task.reward_weights or {task.reward: 1.0}
+            weights[name] = {**{r: rest * w for r, w in own.items()}, **added}
+        return weights
 
     @cached_property
     def renderer(self) -> ModuleType | None:
@@ -471,7 +420,8 @@ class Benchmark:
         """A path as seen from the folder, or a hub id or name, which is what names no file
         there."""
         text = expand(text)
-        return str(self.folder / text) if (self.folder / text).exists() else text
+        path = self.folder / text
+        return str(path) if os.path.exists(path) else text  # False for a text too long for a path
 
 
 def _type_hints(kind: type) -> dict[str, Any]:
@@ -497,14 +447,14 @@ def load_benchmark(name: str | Path = DEFAULT) -> Benchmark:
 
     Raises ValueError or FileNotFoundError that names file, key and value.
     """
-    if str(name).endswith((".yaml", ".yml")):
-        path = Path(name)
+    path, source = Path(name), str(name)
+    if path.suffix in (".yaml", ".yml"):
+        source = str(path.resolve())
     else:
         shipped = {p.stem: p for p in SHIPPED.glob("*.yaml")}
         shipped |= {p.parent.name: p for p in SHIPPED.glob("*/benchmark.yaml")}
-        path = shipped[choose("benchmark", str(name), sorted(shipped))]
+        path = shipped[choose("benchmark", source, sorted(shipped))]
     config = validate(BenchmarkConfig, read_yaml(path), str(path))
-    source = str(path.resolve()) if str(name).endswith((".yaml", ".yml")) else str(name)
     try:
         short = path.parent.name if path.stem == "benchmark" else path.stem
         return Benchmark(config, short, source, path.parent)

@@ -12,35 +12,33 @@ A claim is a sign. With the 95 % interval of the effect it is
     not testable here     it needs what a run does not have
 
 Effects of other benchmarks are compared as fractions of the distance from the base to the expert.
-The paper's numbers enter the bound and nothing else.
+The paper's numbers (paper.yaml) enter the bound and nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet
-from pydantic import model_validator
 
 from ..config import Config, choose, read_yaml, validate
 from ..stats import AVERAGE, GOLD, Domain
 from .gradients import t_quantile
 from .interference import first_order_slope, model_name
-from .paper import PAPER_MAIN
 
+PAPER = read_yaml(Path(__file__).with_name("paper.yaml"))
+PAPER_MAIN, PAPER_OOD, PAPER_MAR, PAPER_COST = (PAPER[k] for k in ("main", "ood", "mar", "cost"))
 # The expert trained for each reward.
 EXPERT_OF = {"GenEval": "geneval", "OCR": "ocr", "PickScore": "pickscore", "DeQA": "deqa"}
-NOT_MEASURED = dict.fromkeys(("effect", "low", "high", "bound"), np.nan)
-NOT_MEASURED |= {"n": None, "seeds": None, "measured": ""}
+COLUMNS = """claim statement where verdict claimed effect low high bound n seeds measured
+note""".split()
 
 
 class MissingResult(LookupError):
@@ -58,12 +56,11 @@ class Run:
     def samples(self, notebook: str) -> pd.DataFrame:
         if notebook not in self._tables:
             name = "ood.parquet" if notebook == "08_results" else "samples.parquet"
-            path = self.path(notebook, name)
-            columns = [c for c in pyarrow.parquet.read_schema(path).names if c != "embedding"]
-            self._tables[notebook] = pd.read_parquet(path, columns=columns)
+            table = pd.read_parquet(self.path(notebook, name))
+            self._tables[notebook] = table.drop(columns="embedding", errors="ignore")
         return self._tables[notebook]
 
-    def results(self, notebook: str, key: str):
+    def results(self, notebook: str, key: str) -> Any:
         record = json.loads(self.path(notebook, "results.json").read_text())
         if key not in record:
             raise MissingResult(f"{notebook} has no {key!r} in its results")
@@ -79,7 +76,7 @@ class Run:
 
 
 class Claim(Config):
-    """See claims.yaml."""
+    """See claims.yaml. One of `compare`, `first_order`, `estimator` and `untestable` is given."""
 
     id: str
     statement: str
@@ -93,41 +90,10 @@ class Claim(Config):
     estimator: str = ""
     untestable: str = ""
     claimed: Literal["> 0", "< 0"] = "> 0"
-    margin: float | tuple[str, str, str] = np.nan
-    fraction: float = 1.0
-
-    @model_validator(mode="after")
-    def _one_test(self):
-        kinds = ("compare", "first_order", "estimator", "untestable")
-        if sum(bool(getattr(self, kind)) for kind in kinds) != 1:
-            raise ValueError(f"the claim {self.id} needs exactly one of {', '.join(kinds)}")
-        for reward in {r for rewards in self.compare.values() for r in rewards}:
-            choose(f"reward (claim {self.id})", reward, ["Average", *EXPERT_OF])
-        return self
-
-    @property
-    def relative_margin(self) -> float:
-        """`margin` as a fraction of the distance from the base to the expert."""
-        if isinstance(self.margin, float):
-            return self.fraction * self.margin
-        return self.fraction * third_of_paper(*self.margin)
+    margin: float = np.nan
 
 
 CLAIMS = validate(list[Claim], read_yaml(Path(__file__).with_name("claims.yaml")), "claims.yaml")
-
-
-def third_of_paper(model: str, baseline: str, reward: str = "Average") -> float:
-    """A third of the paper's difference between two models of its main table, as a fraction of the
-    distance from its base to its expert (for the Average: the mean of all four)."""
-    distances = [
-        (PAPER_MAIN[f"{EXPERT_OF[name]} expert"][name] - PAPER_MAIN["base"][name])
-        / (scale if reward == "Average" else 1)
-        for name, _, scale in AVERAGE
-        if reward in (name, "Average")
-    ]
-    difference = abs(PAPER_MAIN[model][reward] - PAPER_MAIN[baseline][reward])
-    return difference / float(np.mean(distances)) / 3
-
 
 # --- effects
 
@@ -142,8 +108,8 @@ class Effect:
     high: float
     n: int
     measured: str
-    note: str = ""
-    bound: float = np.nan
+    note: str
+    bound: float
     seeds: int = 1
 
 
@@ -156,26 +122,18 @@ def prompt_scores(
     A training is a `train_seed`; repeats are averaged. Prompts are those that every model has.
     Raises MissingResult for an absent model or score.
     """
-    absent = [name for name in models if name not in set(table["model"])]
-    if absent:
-        raise MissingResult(f"the table has no {' and no '.join(map(repr, absent))}")
-    table = table.assign(train_seed=table["train_seed"].fillna(0) if "train_seed" in table else 0)
-    tasks = []
+    seeds = table["train_seed"].fillna(0) if "train_seed" in table else 0
+    table, tasks = table.assign(train_seed=seeds), []
     for task in dict.fromkeys(task for _, task, _ in domains):
         rows = table[(table["task"] == task) & table["model"].isin(models)]
         here = [(reward, scale) for reward, t, scale in domains if t == task]
-        lacking = [r for r, _ in here if r not in rows or rows[r].isna().all()]
-        if lacking:
-            raise MissingResult(f"the table has no {' and no '.join(lacking)} on {task} prompts")
-        value = sum(rows[reward] / scale for reward, scale in here) / len(domains)
+        value = sum(rows.get(reward, np.nan) / scale for reward, scale in here) / len(domains)
         keys = ["prompt", "model", "train_seed"]
         scores = rows.assign(value=value).groupby(keys, sort=False)["value"].mean()
         scores = scores.unstack(["model", "train_seed"]).dropna()
-        if len(scores) < 2:
-            raise MissingResult(
-                f"{' and '.join(map(repr, models))} share {len(scores)} {task} prompts: too few "
-                "for an interval"
-            )
+        if len(scores) < 2 or not {*models} <= {*scores.columns.get_level_values("model")}:
+            rewards, both = " and ".join(r for r, _ in here), " and ".join(map(repr, models))
+            raise MissingResult(f"there is no {rewards} of {both} on two or more {task} prompts")
         tasks.append({model: scores[model].to_numpy() for model in models})
     return tasks
 
@@ -187,7 +145,6 @@ def paired_difference(
     domains: Sequence[Domain] = AVERAGE,
     level: float = 0.95,
     resamples: int = 5000,
-    seed: int = 0,
 ) -> tuple[float, float, float, int]:
     """Model minus baseline on the same prompts, mean over `domains` (the paper's Average by
     default) in full scales: mean, low, high, n prompts.
@@ -197,41 +154,52 @@ def paired_difference(
     for all tasks: the interval then covers other trainings as well (few say little about them).
     """
     tasks = prompt_scores(table, (model, baseline), domains)
-    rng, draws = np.random.default_rng(seed), np.zeros(resamples)
-    trainings = {}
+    rng, draws, trainings = np.random.default_rng(0), np.zeros(resamples), {}
+
+    def drawn(n: int) -> np.ndarray:
+        """(resamples, n): the weights of n items of which n are drawn."""
+        return rng.multinomial(n, [1 / n] * n, size=resamples) / n
+
     for name in (model, baseline):
-        n = tasks[0][name].shape[1]
-        trainings[name] = rng.multinomial(n, [1 / n] * n, size=resamples) / n
+        trainings[name] = drawn(tasks[0][name].shape[1])
     for scores in tasks:
-        n = len(scores[model])
-        prompts = rng.multinomial(n, [1 / n] * n, size=resamples) / n
-        ours, theirs = (
-            (prompts @ scores[name] * trainings[name]).sum(1) for name in (model, baseline)
-        )
+        prompts = drawn(len(scores[model]))
+        ours, theirs = ((prompts @ scores[m] * trainings[m]).sum(1) for m in (model, baseline))
         draws += ours - theirs
     low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
     mean = sum(s[model].mean() - s[baseline].mean() for s in tasks)
     return float(mean), float(low), float(high), sum(len(s[model]) for s in tasks)
 
 
-def expert_distance(run: Run, domains: Sequence[Domain]) -> float:
-    """From the base to the expert in notebook 03, mean over `domains`; NaN where that was not run,
-    or where an expert is not above the base."""
-    try:
-        table = run.samples("03_expert_training")
-        distances = []
-        for domain in domains:
-            expert = EXPERT_OF[domain[0]]
-            [scores] = prompt_scores(table, (expert, "base"), [domain])
-            distances.append(scores[expert].mean() - scores["base"].mean())
-    except MissingResult:
-        return np.nan
+def domains_of(reward: str, full_scale: bool, gold: bool = False) -> list[Domain]:
+    """The domains of a reward, or of the Average; `full_scale`: not in the reward's own units."""
+    average = reward == "Average"
+    return [
+        (name + GOLD * gold, task, scale if full_scale or average else 1.0)
+        for name, task, scale in AVERAGE
+        if average or name == reward
+    ]
+
+
+def expert_distance(run: Run, reward: str, full_scale: bool) -> float:
+    """From the base to the expert in notebook 03 (Average: the mean of all four); NaN where that
+    was not run, or where an expert is not above the base."""
+    distances = []
+    for domain in domains_of(reward, full_scale):
+        expert = EXPERT_OF[domain[0]]
+        try:
+            table = run.samples("03_expert_training")
+            distances.append(paired_difference(table, expert, "base", [domain], resamples=1)[0])
+        except MissingResult:
+            return np.nan
     return float(np.mean(distances)) if min(distances) > 0 else np.nan
 
 
-def compared_samples(run: Run, claim: Claim) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """The samples of a claim's models and baseline, and its comparisons: (model, reward)."""
-    table = run.samples(claim.notebook)
+def compare_models(run: Run, claim: Claim) -> Effect:
+    """The most favourable of the claim's comparisons, by prompts. Its interval holds with 95 %
+    because all of Bonferroni's intervals hold together. Several rewards are compared in full
+    scales, one in its own units."""
+    table, baseline = run.samples(claim.notebook), claim.baseline
     pairs = [
         (model, reward)
         for pattern, rewards in claim.compare.items()
@@ -240,92 +208,51 @@ def compared_samples(run: Run, claim: Claim) -> tuple[pd.DataFrame, list[tuple[s
         for reward in rewards
     ]
     if not pairs:
-        raise MissingResult(f"the table has no model {' or '.join(map(repr, claim.compare))}")
-    if claim.baseline_notebook:
-        other = run.samples(claim.baseline_notebook)
-        if claim.baseline not in set(other["model"]):
-            raise MissingResult(f"{claim.baseline_notebook}: the table has no {claim.baseline!r}")
-        ours = table[table["model"].isin([model for model, _ in pairs])]
-        table = pd.concat([ours, other[other["model"] == claim.baseline]], ignore_index=True)
-    return table, pairs
-
-
-def training_times(run: Run, claim: Claim, model: str) -> str:
-    """Of the model and the baseline, where the notebook's results have `seconds` of both."""
-    with contextlib.suppress(MissingResult):
-        seconds, names = run.results(claim.notebook, "seconds"), (model, claim.baseline)
-        if isinstance(seconds, dict) and set(names) <= set(seconds):
-            spent = ", ".join(f"{name} {seconds[name]:.0f} s" for name in names)
-            return f"training time, experts excluded: {spent}"
-    return ""
-
-
-def compare_models(run: Run, claim: Claim) -> Effect:
-    """The most favourable of the claim's comparisons, by prompts. Its interval holds with 95 %
-    because all of Bonferroni's intervals hold together. Several rewards are compared in full
-    scales, one in its own units."""
-    table, pairs = compared_samples(run, claim)
-    full_scales = len({reward for rewards in claim.compare.values() for reward in rewards}) > 1
-    domains = {name: [(name, task, scale if full_scales else 1.0)] for name, task, scale in AVERAGE}
-    domains["Average"] = list(AVERAGE)
-    measured = {
-        name: [(reward + GOLD * claim.gold, task, scale) for reward, task, scale in of]
-        for name, of in domains.items()
-    }
+        raise MissingResult(f"there is no model {' or '.join(map(repr, claim.compare))}")
+    other = run.samples(claim.baseline_notebook or claim.notebook)
+    ours = table["model"].isin([model for model, _ in pairs])
+    table = pd.concat([table[ours], other[other["model"] == baseline]], ignore_index=True)
+    rewards = {reward for _, reward in pairs}
+    full = len(rewards) > 1
+    domains = {reward: domains_of(reward, full, claim.gold) for reward in rewards}
     level = 1 - 0.05 / len(pairs)
     effects = {
-        (model, reward): paired_difference(table, model, claim.baseline, measured[reward], level)
+        (model, reward): paired_difference(table, model, baseline, domains[reward], level)
         for model, reward in pairs
     }
     best = max if claim.claimed == "> 0" else min
     effect, low, high = (best(e[i] for e in effects.values()) for i in range(3))
     model, reward = next(pair for pair in pairs if effects[pair][0] == effect)
-    rows, note = table[table["model"] == model], ""
-    seeds = int(rows["train_seed"].fillna(0).nunique()) if "train_seed" in rows else 1
+    scores, note = prompt_scores(table, (model, baseline), domains[reward]), ""
+    each = sum(s[model].mean(0) - s[baseline].mean() for s in scores)
     if len(pairs) > 1:
         note = f"the most favourable of {len(pairs)}, Bonferroni's interval"
-    elif seeds > 1:
-        scores = prompt_scores(table, (model, claim.baseline), measured[reward])
-        each = sum(s[model].mean(0) - s[claim.baseline].mean() for s in scores)
+    elif len(each) > 1:
         note = f"by training: {', '.join(f'{e:+.3f}' for e in each)}"
-    distance = np.min([expert_distance(run, domains[r]) for r in {r for _, r in pairs}])
-    what = f"{reward}{' of the gold rewards' * claim.gold}{' / full scale' * full_scales}"
-    return Effect(
-        effect,
-        low,
-        high,
-        effects[model, reward][3],
-        f"{what}, {model} minus {claim.baseline}, by prompts",
-        "; ".join(filter(None, (note, training_times(run, claim, model)))),
-        claim.relative_margin * distance,
-        seeds,
-    )
+    what = f"{reward}{' of the gold rewards' * claim.gold}{' / full scale' * full}"
+    measured = f"{what}, {model} minus {baseline}, by prompts"
+    bound = claim.margin * np.min([expert_distance(run, r, full) for r in rewards])
+    return Effect(effect, low, high, effects[model, reward][3], measured, note, bound, len(each))
 
 
 def measure_slope(run: Run, claim: Claim) -> Effect:
     """The slope of measured on predicted changes of the other scores along the experts
     (`first_order_slope`)."""
     table, (small, whole) = run.samples(claim.notebook), claim.first_order
-    models = set(table["model"])
     trained_for = {
         expert: reward
         for reward, expert in EXPERT_OF.items()
-        if {model_name(expert, small), model_name(expert, whole)} <= models
+        if {model_name(expert, small), model_name(expert, whole)} <= set(table["model"])
     }
     if not trained_for:
-        raise MissingResult(f"the table has no steps {small:g} and {whole:g} along an expert")
+        raise MissingResult(f"there are no steps {small:g} and {whole:g} along an expert")
     slope, low, high, pairs = first_order_slope(table, AVERAGE, trained_for, small, whole)
-    includes = "includes" if low <= 1 <= high else "excludes"
-    return Effect(
-        slope,
-        low,
-        high,
-        pairs,
+    measured = (
         f"slope of the change at {whole:g} of an expert on {whole / small:g} times that at "
-        f"{small:g}, by pairs of expert and reward",
-        f"the interval {includes} 1, the exact prediction",
-        claim.relative_margin,
+        f"{small:g}, by pairs of expert and reward"
     )
+    note = f"the interval {'includes' if low <= 1 <= high else 'excludes'} 1, the exact prediction"
+    return Effect(slope, low, high, pairs, measured, note, claim.margin)
 
 
 def measure_gradient(run: Run, claim: Claim) -> Effect:
@@ -333,21 +260,14 @@ def measure_gradient(run: Run, claim: Claim) -> Effect:
     teachers, where noise is least."""
     rows = pd.DataFrame(run.results(claim.notebook, "estimators"))
     rows = rows[rows["distance"] == rows["distance"].min()].set_index("estimator")
-    if claim.estimator not in rows.index:
-        raise MissingResult(f"the table has no estimator {claim.estimator!r}")
     mean, se, n = rows.loc[claim.estimator, ["mean along pathwise", "se", "n"]].astype(float)
     # an action and its mirror image may cancel to the last bit: at least what float32 rounds
     half = max(t_quantile(int(n)) * se, np.finfo(np.float32).eps)
-    includes = "includes" if mean - half <= 1 <= mean + half else "excludes"
-    return Effect(
-        mean,
-        mean - half,
-        mean + half,
-        int(n),
-        f"gradient of {claim.estimator} along that of pathwise, by batches",
-        f"the interval {includes} 1, the gradient of the KL",
-        claim.relative_margin,
-    )
+    low, high = mean - half, mean + half
+    measured = f"gradient of {claim.estimator} along that of pathwise, by batches"
+    includes = "includes" if low <= 1 <= high else "excludes"
+    note = f"the interval {includes} 1, the gradient of the KL"
+    return Effect(mean, low, high, int(n), measured, note, claim.margin)
 
 
 # --- verdicts
@@ -367,15 +287,14 @@ def decide(claimed: str, low: float, high: float, bound: float) -> tuple[str, st
     sign = "> 0" if low > 0 else "< 0" if high < 0 else ""
     if sign and sign != claimed:
         return "contradicted", "the interval is on the other side of 0"
-    if not sign and low == high:
+    if low == high == 0:
         return "undecided", "no score changed on any prompt, which says nothing about the next one"
     if -bound <= low and high <= bound:
         reason = f"an effect of {bound:.3g}, a third of the paper's or what was fixed, is excluded"
         return "effect excluded", reason
     if sign:
         return "reproduced", ""
-    beyond = "" if np.isnan(bound) else f" and reaches beyond {bound:.3g} from it"
-    return "undecided", f"the interval includes 0{beyond}"
+    return "undecided", "the interval includes 0"
 
 
 def evaluate_claims(
@@ -393,22 +312,20 @@ def evaluate_claims(
     run, rows = Run(run_dir, ood), []
     for claim in claims:
         row = {"claim": claim.id, "statement": claim.statement, "where": claim.section}
-        row |= {"verdict": "not testable here", "claimed": "", **NOT_MEASURED}
+        row |= {"verdict": "not testable here", "claimed": "", "measured": ""}
         row["note"] = claim.untestable
         if not claim.untestable:
             row["claimed"] = claim.claimed
             try:
                 effect = measure(run, claim)
-                verdict = decide(claim.claimed, effect.low, effect.high, effect.bound)
+                verdict, reason = decide(claim.claimed, effect.low, effect.high, effect.bound)
                 if claim.id in true_by_construction:
-                    verdict = "true by construction", true_by_construction[claim.id]
-                note = "; ".join(filter(None, (verdict[1], effect.note)))
-                row |= {**asdict(effect), "verdict": verdict[0], "note": note}
+                    verdict, reason = "true by construction", true_by_construction[claim.id]
+                note = "; ".join(filter(None, (reason, effect.note)))
+                row |= {**asdict(effect), "verdict": verdict, "note": note}
             except MissingResult as error:
-                notebooks = {claim.notebook, claim.baseline_notebook} - {""}
-                named = any(notebook in str(error) for notebook in notebooks)
-                row["note"] = str(error) if named else f"{claim.notebook}: {error}"
+                notebooks = [*filter(None, (claim.notebook, claim.baseline_notebook))]
+                named = str(error).startswith(tuple(notebooks))
+                row["note"] = str(error) if named else f"{' and '.join(notebooks)}: {error}"
         rows.append(row)
-    # integers next to None
-    counts = {n: pd.Series([row[n] for row in rows], dtype=object) for n in ("n", "seeds")}
-    return pd.DataFrame(rows).assign(**counts)
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"n": "Int64", "seeds": "Int64"})

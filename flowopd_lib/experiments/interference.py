@@ -14,6 +14,7 @@ Three measurements, each with a 95 % interval:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +27,10 @@ from pydantic import Field
 from torch.utils.checkpoint import checkpoint
 
 from ..config import Count
-from ..data import Schedule
+from ..data import Schedule, slices
 from ..lab import Lab
 from ..lab.workspace import Workspace
 from ..losses import Shard
-from ..losses.base import slices
 from ..policy import FlowPolicy
 from ..rewards import Reward, attribute
 from ..rollout import NoiseStreams, Sampler
@@ -38,15 +38,17 @@ from ..sde import per_row
 from ..stats import Domain, in_domain_scores, paired_differences
 from .gradients import (
     MIN_BATCHES,
+    TableJob,
     distillation,
     flat_gradient,
+    gradients_of_batches,
     jackknife,
     loss_gradient,
     mean_over_pairs,
+    run_table_job,
     t_quantile,
 )
 from .multi_reward import single_reward_recipes
-from .tables import TableJob, compute_shared, run_table_job
 
 TRAJECTORIES = 24  # whose graph is held at a time
 # The smallest standard deviation of a score's change over prompts, in full scales, that a weight is
@@ -61,33 +63,16 @@ def model_name(direction: str, size: float, start: str = "") -> str:
     return f"{start} {direction} {size:+g}".lstrip()
 
 
-def task_vector_steps(
-    directions: Sequence[str], sizes: Sequence[float], start: str = "", mean_of: Sequence[str] = ()
-) -> dict[str, dict[str, Any]]:
-    """Sources of the adapters theta + a tau, by model, from the base or, called `start`, from the
-    average of `mean_of`. Raises ValueError for a step of size 0, which is the start itself."""
-    if not all(sizes):
-        raise ValueError("a step of size 0 is the start itself: leave 0 out of the sizes")
-    steps = {}
-    for direction in directions:
-        for size in sizes:
-            weights = {name: 1 / len(mean_of) for name in mean_of}
-            weights[direction] = weights.get(direction, 0.0) + size
-            steps[model_name(direction, size, start)] = {
-                "merge": "cat",
-                "adapters": list(weights),
-                "weights": list(weights.values()),
-            }
-    return steps
-
-
 def evaluate_task_vectors(lab: Lab, sizes: Sequence[float], **how: Any) -> pd.DataFrame:
-    """The samples (`Lab.evaluate`) of steps along every expert from the base and from the experts'
-    average, called `merged`."""
+    """The samples (`Lab.evaluate`) of theta + a tau for every expert and size a, where theta is the
+    base or the experts' average, called `merged`."""
     experts = list(lab.benchmark.experts)
-    sources = {"merged": {"merge": "cat", "adapters": experts}}
-    sources |= task_vector_steps(experts, sizes)
-    sources |= task_vector_steps(experts, sizes, "merged", experts)
+    sources: dict[str, dict] = {"merged": {"merge": "cat", "adapters": experts}}
+    for start, mean in (("", {}), ("merged", dict.fromkeys(experts, 1 / len(experts)))):
+        for expert, size in itertools.product(experts, sizes):
+            weights = {**mean, expert: mean.get(expert, 0.0) + size}
+            merged = {"adapters": list(weights), "weights": list(weights.values())}
+            sources[model_name(expert, size, start)] = {"merge": "cat", **merged}
     # names of adapters have neither spaces nor dots
     adapters = {m: f"along {m}".replace(" ", "_").replace(".", "p") for m in sources}
     lab.sources |= {adapters[model]: source for model, source in sources.items()}
@@ -95,22 +80,16 @@ def evaluate_task_vectors(lab: Lab, sizes: Sequence[float], **how: Any) -> pd.Da
 
 
 def train_first_iterations(
-    lab: Lab,
-    iterations: int,
-    trainings: int,
-    prompts_per_batch: int,
-    images_per_prompt: int,
-    seed: int = 0,
+    lab: Lab, iterations: int, trainings: int, prompts: int, images_per_prompt: int, seed: int = 0
 ) -> dict[str, str]:
     """Train every expert anew for its first `iterations`, several times with prompts and noise of
-    their own, all from the same adapter: task vectors of trainings that have just begun. Adapters
+    their own, all from the same adapter: task vectors of trainings that have just started. Adapters
     by model: `ocr +1#0`, `ocr +1#1`, ..."""
-    benchmark, models = lab.benchmark, {}
-    for expert, recipe in single_reward_recipes(
-        benchmark, iterations * len(benchmark.experts), prompts_per_batch, images_per_prompt
-    ).items():
+    models, total = {}, iterations * len(lab.benchmark.experts)
+    recipes = single_reward_recipes(lab.benchmark, total, prompts, images_per_prompt)
+    for expert, recipe in recipes.items():
         recipe["student"] = {**recipe["student"], "seed": seed}
-        recipe["grpo"] = {**recipe["grpo"], "updates": min(2, prompts_per_batch)}
+        recipe["grpo"] = {**recipe["grpo"], "updates": min(2, prompts)}
         for number in range(trainings):
             name = f"first_{expert}_{number}"
             lab.train(name, {**recipe, "seed": seed + 1 + number})
@@ -128,14 +107,14 @@ def score_changes(
     """A row per direction, size and reward: along, size, reward, mean, low, high (95 %, over n
     prompts), the change against the model `start` (the base if empty) in full scales. `table`:
     `evaluate`'s."""
-    steps = {model_name(d, a, start): (d, a) for d in directions for a in sizes}
+    steps = pd.DataFrame(itertools.product(directions, sizes), columns=["along", "size"])
+    steps["model"] = [model_name(*step, start) for step in itertools.product(directions, sizes)]
     scale, baseline = {reward: full for reward, _, full in domains}, start or "base"
-    own = in_domain_scores(table[table["model"].isin([baseline, *steps])], domains)
+    own = in_domain_scores(table[table["model"].isin([baseline, *steps["model"]])], domains)
     change = paired_differences(own, baseline, list(scale), by=())
-    ends = change[["mean", "low", "high"]].div(change["reward"].map(scale), axis=0)
-    along = [steps[model] for model in change["model"]]
-    along = pd.DataFrame(along, columns=["along", "size"], index=change.index)
-    return pd.concat([along, change[["reward"]], ends, change[["n"]]], axis=1)
+    ends = ["mean", "low", "high"]
+    change[ends] = change[ends].div(change["reward"].map(scale), axis=0)
+    return steps.merge(change, on="model").drop(columns="model")
 
 
 def first_order_slope(
@@ -145,7 +124,6 @@ def first_order_slope(
     small: float,
     whole: float,
     resamples: int = 2000,
-    seed: int = 0,
 ) -> tuple[float, float, float, int]:
     """Does the change of a small step, times whole / small, predict that of the whole step? The
     slope of the measured on the predicted change, from the base, over all pairs of a direction and
@@ -168,7 +146,7 @@ def first_order_slope(
             for size in (small, whole)
         )
         parts.append((p * (whole / small), m, 1 / max(m.var(0).mean(), MIN_STD**2)))
-    rng, top, bottom = np.random.default_rng(seed), 0.0, 0.0
+    rng, top, bottom = np.random.default_rng(0), 0.0, 0.0
     for p, m, weight in parts:
         means = []
         for half in (0, 1):
@@ -204,10 +182,8 @@ def reward_gradient(
     batch, grid = schedule.draw(iteration), policy.sigmas(sampler.steps)
     for rows in slices(len(batch), TRAJECTORIES):
         prompts = batch.prompts[rows]
-        noise, text = (
-            NoiseStreams(policy, batch.seeds[rows]),
-            policy.encode([p.text for p in prompts]),
-        )
+        noise = NoiseStreams(policy, batch.seeds[rows])
+        text = policy.encode([p.text for p in prompts])
         x_t = noise.draw()
         for index, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):
             # activations are computed again on the way back: memory of one step, not of all
@@ -222,12 +198,10 @@ def reward_gradient(
 
 def gradient_table(gradients: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     """A row per pair of tasks from their gradients (batches, P): task, on, inner product and cosine
-    of the means with 95 % intervals (`inner_low`, ...), the mean cosine of two single batches
-    (`raw_cosine`), what that would be if the true gradients were parallel (`noise_floor`), and
-    batches.
+    of the means with 95 % intervals (`inner_low`, ...), and batches.
 
     The cosine is made of unbiased inner products, so noise does not bias it towards 0. NaN for a
-    task whose gradient is not above its noise. Raises ValueError for fewer than three batches.
+    task whose gradient is not above its noise.
     """
     tasks, n = list(gradients), len(next(iter(gradients.values())))
     rows = torch.cat(list(gradients.values()))
@@ -242,18 +216,12 @@ def gradient_table(gradients: Mapping[str, torch.Tensor]) -> pd.DataFrame:
         return np.stack([inner, inner / np.outer(norms, norms)])
 
     values, errors = jackknife(statistics, n)
-    half, norms = t_quantile(n) * errors, np.sqrt(np.maximum(np.diag(values[0]), 0))
-    noisy = np.sqrt([np.trace(gram[i, i]) / n for i in range(len(tasks))])
-    table = []
-    for i, task in enumerate(tasks):
-        for j, other in enumerate(tasks):
-            row = {"task": task, "on": other}
-            for name, value, h in zip(("inner", "cosine"), values[:, i, j], half[:, i, j]):
-                row |= {name: value, f"{name}_low": value - h, f"{name}_high": value + h}
-            with np.errstate(invalid="ignore"):  # a gradient of 0 has no direction
-                row["raw_cosine"] = values[0, i, j] / (noisy[i] * noisy[j])
-                row["noise_floor"] = norms[i] * norms[j] / (noisy[i] * noisy[j])
-            table.append({**row, "batches": n})
+    half, table = t_quantile(n) * errors, []
+    for i, j in np.ndindex(len(tasks), len(tasks)):
+        row = {"task": tasks[i], "on": tasks[j], "batches": n}
+        for name, value, h in zip(("inner", "cosine"), values[:, i, j], half[:, i, j]):
+            row |= {name: value, f"{name}_low": value - h, f"{name}_high": value + h}
+        table.append(row)
     return pd.DataFrame(table)
 
 
@@ -274,39 +242,31 @@ def interference_job(config: InterferenceJob, folder: Path, workspace: Workspace
     size = config.prompts_per_batch, config.images_per_prompt
     experts = {e: t for t, e in benchmark.teachers.items() if e != adapter}
 
-    def distillation_gradient(expert: str, batch: int) -> torch.Tensor:
+    def of_distillation(expert: str, batch: int) -> torch.Tensor:
         objective = distillation(benchmark, *size, config.seed, [experts[expert]])
         data, _ = objective.collect(policy, adapter, batch, Shard())
         return loss_gradient(policy, objective, adapter, data)
 
-    def gradient_of_reward(task: str, batch: int) -> torch.Tensor:
-        reward, shares_prompts = benchmark.tasks[task].reward, benchmark.tasks[task].prompts_of
+    def of_reward(task: str, batch: int) -> torch.Tensor:
+        name, shares_prompts = benchmark.tasks[task].reward, benchmark.tasks[task].prompts_of
         # a task that shares another's prompts is measured on those of all tasks
         tasks = benchmark.prompt_tasks if shares_prompts else (task,)
-        schedule = Schedule(
-            {t: benchmark.prompts(t, "train") for t in tasks}, *size, seed=config.seed
-        )
-        sampler = replace(
-            benchmark.sampling.grpo, noisy_steps=None, window_start=0, slide=0, branch=False
-        )
-        model = benchmark.rewards_named([reward], workspace.device)[reward]
-        return reward_gradient(policy, schedule, model, sampler, adapter, batch)
+        prompts = {t: benchmark.prompts(t, "train") for t in tasks}
+        schedule = Schedule(prompts, *size, seed=config.seed)
+        whole = {"noisy_steps": None, "window_start": 0, "branch": False}
+        sampler = replace(benchmark.sampling.grpo, **whole)
+        reward = benchmark.rewards_named([name], workspace.device)[name]
+        return reward_gradient(policy, schedule, reward, sampler, adapter, batch)
 
     def compute(partial: Path) -> pd.DataFrame:
-        names, gradient = list(experts), distillation_gradient
+        names, gradient = list(experts), of_distillation
         if config.gradient_of == "reward":
-            gradient = gradient_of_reward
+            gradient = of_reward
             names = [t for t, c in benchmark.tasks.items() if benchmark.passes_gradient(c.reward)]
-        keys = [(name, batch) for name in names for batch in range(config.batches)]
-        what = f"gradients of {len(names)} {config.gradient_of}s"
-        parts = compute_shared(
-            keys, gradient, partial, workspace.shard, what, workspace.show_progress
-        )
         if not names:
             return pd.DataFrame({"task": [], "on": []})
-        return gradient_table(
-            {name: torch.stack([parts[name, b] for b in range(config.batches)]) for name in names}
-        )
+        found = gradients_of_batches(gradient, names, config.batches, partial, workspace)
+        return gradient_table({name: torch.stack(rows) for name, rows in found.items()})
 
     used = experts if config.gradient_of == "distillation" else ()
     run_table_job(config, folder, workspace, used, compute)

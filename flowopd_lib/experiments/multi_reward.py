@@ -4,7 +4,7 @@ and what single rewards come to at equal cost."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ..benchmarks import Benchmark
@@ -27,60 +27,32 @@ def mix_name(benchmark: Benchmark) -> str:
     return "Mix " + ":".join(map(str, counts))
 
 
-def variant_recipes(benchmark: Benchmark, *size: Any, **more: Any) -> dict[str, dict]:
+def variant_recipes(benchmark: Benchmark, *size: Any) -> dict[str, dict]:
     """The paper's variants by name: rewards stacked one after the other, GRPO-Mix, and GRPO-Mix
-    with advantages normalised by reward (GDPO). `size`, `more`: see `grpo_mix`."""
-    mix, name = grpo_mix(benchmark, *size, **more), mix_name(benchmark)
+    with advantages normalised by reward (GDPO). `size`: see `grpo_mix`."""
+    mix, name = grpo_mix(benchmark, *size), mix_name(benchmark)
     recipes, weights, own = {}, benchmark.reward_weights(), benchmark.prompt_tasks
     for n, task in enumerate(own, 1):
-        of_first = {t: weights[t] for t in own[:n]}
-        recipes[f"+{benchmark.tasks[task].reward}"] = _on_prompts(mix, of_first)
+        first = {t: weights[t] for t in own[:n]}
+        recipes[f"+{benchmark.tasks[task].reward}"] = _on_prompts(mix, first)
     if auxiliary := benchmark.config.grpo_mix.auxiliary_rewards:
         with_auxiliary = benchmark.reward_weights(auxiliary=True)
         recipes[f"+{'+'.join(auxiliary)}"] = _on_prompts(mix, with_auxiliary)
-    gdpo = grpo_mix(benchmark, *size, **more, normalise="gdpo")
+    gdpo = grpo_mix(benchmark, *size, normalise="gdpo")
     return recipes | {name: mix, f"{name}, GDPO": gdpo}
 
 
-def single_reward_recipes(benchmark: Benchmark, *size: Any, **more: Any) -> dict[str, dict]:
+def single_reward_recipes(benchmark: Benchmark, *size: Any) -> dict[str, dict]:
     """A recipe for each expert of the benchmark alone, all of them together for as many iterations
     as one variant of `variant_recipes`."""
-    mix, recipes = grpo_mix(benchmark, *size, **more), {}
+    mix, recipes = grpo_mix(benchmark, *size), {}
     each = max(1, mix["train"]["iterations"] // max(1, len(benchmark.teachers)))
     for task, expert in benchmark.teachers.items():
         config = benchmark.tasks[task]
-        weights = config.reward_weights or {config.reward: 1.0}
-        weights = {config.prompts_of or task: weights}
-        recipes[expert] = {
-            **_on_prompts(mix, weights),
-            "train": {**mix["train"], "iterations": each},
-        }
+        weights = {config.prompts_of or task: config.reward_weights or {config.reward: 1.0}}
+        train = {**mix["train"], "iterations": each}
+        recipes[expert] = {**_on_prompts(mix, weights), "train": train}
     return recipes
-
-
-@dataclass(frozen=True)
-class Stage:
-    """From `start_iteration` (0 for the first) to `iterations`, after the stage `after` ("")."""
-
-    name: str
-    iterations: int
-    after: str = ""
-    start_iteration: int = 0
-
-
-def budget_stages(budgets: Mapping[str, int]) -> list[Stage]:
-    """Budgets, in iterations by name, as stages of one training in the order of their lengths.
-    Raises ValueError for two of the same length: the later one would have nothing to do."""
-    stages: list[Stage] = []
-    for name, iterations in sorted(budgets.items(), key=lambda item: item[1]):
-        last = stages[-1] if stages else Stage("", 0)
-        if iterations <= last.iterations:
-            raise ValueError(
-                f"budgets gives {last.name!r} and {name!r} the same {iterations} iterations, but "
-                "each continues the one before it; leave one out or give it more"
-            )
-        stages.append(Stage(name, iterations, last.name, last.iterations))
-    return stages
 
 
 def continue_recipe(
@@ -89,12 +61,9 @@ def continue_recipe(
     """The recipe of a later stage: from an adapter's folder to the iteration where `recipe` ends,
     with prompts and noise that were not there before."""
     left = recipe["train"]["iterations"] - start_iteration
-    return {
-        **recipe,
-        "student": {"load": adapter},
-        "seed": recipe.get("seed", 0) + start_iteration,
-        "train": {**recipe["train"], "iterations": left, "warmup": STAGE_WARMUP},
-    }
+    train = {**recipe["train"], "iterations": left, "warmup": STAGE_WARMUP}
+    seed = recipe.get("seed", 0) + start_iteration
+    return {**recipe, "student": {"load": adapter}, "seed": seed, "train": train}
 
 
 def train_in_stages(
@@ -103,24 +72,23 @@ def train_in_stages(
     recipe: Mapping[str, Any],
     budgets: Mapping[str, int],
     continue_from: str = "",
-    validation: Mapping[str, Any] | None = None,
 ) -> dict[str, Training]:
-    """Train one recipe to several budgets, the adapter `NAME_BUDGET` for each. A finished training
-    keeps its adapter and not its optimizer's state, so a later stage is a training of its own from
-    the adapter of the stage before, and can be cached. The first stage continues the training
-    `continue_from` of the same recipe, if given. Iterations of `validation` count from the
-    beginning."""
-    trainings: dict[str, Training] = {}
-    for stage in budget_stages(budgets):
-        train = {**recipe["train"], "iterations": stage.iterations}
-        own, before = {**recipe, "train": train}, continue_from
-        if stage.after:
-            adapter = trainings[stage.after].adapter
-            own, before = continue_recipe(own, adapter, stage.start_iteration), ""
-        done = lab.train(f"{name}_{stage.name}", own, validation=validation, continue_from=before)
-        scores = done.validation
-        if len(scores):
-            scores = scores.assign(iteration=scores["iteration"] + stage.start_iteration)
-        earlier = trainings[stage.after].seconds if stage.after else 0.0
-        trainings[stage.name] = replace(done, validation=scores, earlier_seconds=earlier)
+    """Train one recipe to several budgets, in iterations by name: the adapter `NAME_BUDGET` for
+    each. A finished training keeps its adapter and not its optimizer's state, so a later stage is a
+    training of its own from the adapter of the stage before, and can be cached. The first stage
+    continues the training `continue_from` of the same recipe, if given. Raises ValueError for two
+    budgets of the same length: the later one would have nothing to do."""
+    if len({*budgets.values()}) < len(budgets):
+        raise ValueError(
+            f"budgets has one number of iterations twice, {dict(budgets)}, but each continues the "
+            "one before it; leave one out or give it more"
+        )
+    trainings, done, start = {}, None, 0
+    for budget, iterations in sorted(budgets.items(), key=lambda item: item[1]):
+        stage = {**recipe, "train": {**recipe["train"], "iterations": iterations}}
+        if done:
+            stage, continue_from = continue_recipe(stage, done.adapter, start), ""
+        earlier, start = done.seconds if done else 0.0, iterations
+        done = lab.train(f"{name}_{budget}", stage, continue_from=continue_from)
+        trainings[budget] = done = replace(done, earlier_seconds=earlier)
     return trainings

@@ -12,8 +12,9 @@ import datetime
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,14 @@ from ..train import MAY_CHANGE, METRICS, STATE, VALIDATION
 
 PLACE, RECORD = RUNS / "trainings", "training.json"
 FILES = (METRICS, VALIDATION, "recipe.yaml", "precision.json")
+LIBRARY = Path(__file__).parents[1]
 # what a training is computed by: after a change here, but for comments and docstrings, nothing
 # cached is found
-CODE = ("sde", "lora", "policy", "rollout", "data", "merge", "train", "evaluate", "text")
+CODE = ("sde", "lora", "policy", "rollout", "data", "merge", "train", "evaluate")
 CODE += ("losses", "rewards", "lab/recipe", "lab/jobs")
+# what is only evaluated by, or (experts, base, prompts) described by its files
+NOT_TRAINED_ON = {"about", "experts", "true_by_construction", "renderer"}
+ELSEWHERE = ("folder", "model", "prompts")  # keys of settings whose files are hashed by themselves
 
 
 def fingerprint(config, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
@@ -39,16 +44,14 @@ def fingerprint(config, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, A
     # where adapters come from is below, by the hashes of their files
     elsewhere = {"name", "continue_from", "benchmark", "adapters", "student"}
     recipe = config.model_dump(mode="json", exclude=elsewhere, fallback=describe)
-    recipe["train"] = {
-        k: v for k, v in recipe["train"].items() if k == "iterations" or k not in MAY_CHANGE
-    }
-    sources = {name: _source(name, benchmark, config.adapters) for name in config.adapters}
+    for name in {*MAY_CHANGE} - {"iterations"}:
+        recipe["train"].pop(name)
     reference = config.grpo.reference if config.grpo else None
     experts = [e for e in benchmark.experts if not config.grpo or e == reference]
     follows_from = {
         "recipe": {**recipe, "student": _source(config.student, benchmark, config.adapters)},
-        "adapters": sources,
-        "benchmark": _benchmark(benchmark),
+        "adapters": {n: _source(n, benchmark, config.adapters) for n in config.adapters},
+        "benchmark": _trained_on(benchmark),
         "experts": {e: [_source(e, benchmark, {}), benchmark.guidance[e]] for e in experts},
         "precision": str(dtype).removeprefix("torch."),
         "code": _code(),
@@ -68,7 +71,7 @@ def _source(source: Any, benchmark: Benchmark, sources: Mapping[str, Any]) -> An
         record = path.parent / RECORD
         if record.is_file():  # another training, whose adapter may be there as it was cached
             return json.loads(record.read_text())["key"]
-        return _file_hash(path) if path.exists() else source
+        return file_hash(path) if path.exists() else source
     if source is None:
         return None
     plain = source.model_dump(mode="json")
@@ -79,44 +82,39 @@ def _source(source: Any, benchmark: Benchmark, sources: Mapping[str, Any]) -> An
     return plain
 
 
-def _benchmark(benchmark: Benchmark) -> dict[str, Any]:
-    """What of a benchmark a training may depend on: its settings, with hashes of the files they
-    name and of the code of a user's rewards. Not what is only evaluated by."""
-    held_out = [name for name in benchmark.reward_configs if benchmark.reward_is(name, "held_out")]
+def _trained_on(benchmark: Benchmark) -> dict[str, Any]:
+    """What of a benchmark a training may depend on."""
     config = benchmark.config.model_dump(
-        mode="json",
-        by_alias=True,
-        exclude={"about", "experts", "true_by_construction", "renderer"},
-        fallback=describe,
+        mode="json", by_alias=True, exclude=NOT_TRAINED_ON, fallback=describe
     )
-    config["rewards"] = {n: r for n, r in config["rewards"].items() if n not in held_out}
+    for name in [n for n in config["rewards"] if benchmark.reward_is(n, "held_out")]:
+        del config["rewards"][name]
     for reward in config["rewards"].values():
         reward.pop("gold", None)
-    prompts = {
-        f"{task} {split}": _file_hash(benchmark.prompt_file(task, split))
+    return with_files(config, benchmark, ("train", "val"))
+
+
+def with_files(config: dict, benchmark: Benchmark, splits: Iterable[str]) -> dict[str, Any]:
+    """Settings of a benchmark with the hashes of the files that they name, of the base, and of the
+    prompts of some splits."""
+
+    def described(key: str, node: Any) -> Any:
+        if isinstance(node, dict):
+            return {k: described(k, v) for k, v in node.items() if k not in ELSEWHERE}
+        if key == "class":
+            return _class(node, benchmark.folder)
+        if isinstance(node, str) and node and os.path.exists(benchmark.folder / node):
+            return [node, file_hash(benchmark.folder / node)]
+        return node
+
+    files = {
+        f"{task} {split}": benchmark.prompt_file(task, split)
         for task in benchmark.prompt_tasks
-        for split in ("train", "val")
+        for split in splits
         if split in benchmark.tasks[task].splits
     }
-    return {
-        **_with_files(config, benchmark.folder),
-        ("base"): _file_hash(Path(benchmark.base)),
-        "prompts": prompts,
-    }
-
-
-def _with_files(node: Any, folder: Path) -> Any:
-    """Settings with hashes for the files and folders that they name, and for the code of a class
-    that is not among the library's own rewards."""
-    if isinstance(node, dict):
-        return {
-            k: _class(v, folder) if k == "class" else _with_files(v, folder)
-            for k, v in node.items()
-            if k not in ("folder", "model", "prompts")
-        }
-    if isinstance(node, str) and node and (folder / node).exists():
-        return [node, _file_hash(folder / node)]
-    return node
+    prompts = {name: file_hash(path) for name, path in files.items()}
+    return {**described("", config), "base": file_hash(Path(benchmark.base)), "prompts": prompts}
 
 
 def _class(name: str, folder: Path) -> list[str]:
@@ -125,26 +123,26 @@ def _class(name: str, folder: Path) -> list[str]:
     if not source:
         return [own]
     file = source if source.endswith(".py") else importlib.util.find_spec(source).origin
-    return [own, _code_hash(folder / file)]
+    return [own, file_hash(folder / file)]
 
 
-def _file_hash(path: Path) -> str:
-    """sha256 of a file, or of a folder's weights and settings by their paths; a hub id is its
-    name."""
+def file_hash(path: Path) -> str:
+    """Of a file's bytes, of Python code without comments and docstrings, of a folder's weights and
+    settings by their paths; a hub id is its name. Computed again only if the file has changed."""
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json"))
-        return sha256_of_json(
-            {
-                p.relative_to(path).as_posix(): _sha256(p, p.stat().st_mtime_ns)
-                for p in files
-                if p.name != ("manifest.json")
-            }
-        )
-    return _sha256(path, path.stat().st_mtime_ns) if path.is_file() else str(path)
+        files = {
+            p.relative_to(path).as_posix(): file_hash(p)
+            for p in path.rglob("*")
+            if p.suffix in (".safetensors", ".json") and p.name != "manifest.json"
+        }
+        return sha256_of_json(files)
+    return _file_hash(path, path.stat().st_mtime_ns) if path.is_file() else str(path)
 
 
 @cache
-def _sha256(path: Path, changed: int) -> str:
+def _file_hash(path: Path, changed: int) -> str:
+    if path.suffix == ".py":
+        return sha256_of_code(path.read_text(encoding="utf-8"))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -152,22 +150,17 @@ def _sha256(path: Path, changed: int) -> str:
 @cache
 def _code() -> str:
     """Of what `CODE` does."""
-    library = Path(__file__).parents[1]
-    files = sorted(
-        p
-        for name in CODE
-        for p in (
-            [library / (f"{name}.py")]
-            if (library / f"{name}.py").is_file()
-            else (library / name).rglob("*.py")
-        )
-        if p.name != "server.py"
-    )
-    return sha256_of_json({p.relative_to(library).as_posix(): _code_hash(p) for p in files})
+    files = [p for name in CODE for p in LIBRARY.glob(f"{name}.py")]
+    files += [p for name in CODE for p in (LIBRARY / name).rglob("*.py") if p.stem != "server"]
+    return sha256_of_json({p.relative_to(LIBRARY).as_posix(): file_hash(p) for p in files})
 
 
-def _code_hash(path: Path) -> str:
-    return sha256_of_code(path.read_text(encoding="utf-8"))
+def is_finished(fingerprint: dict[str, Any], folder: Path) -> bool:
+    """Whether the training of this key lies finished in `folder`."""
+    record = folder / RECORD
+    if (folder / STATE).exists() or not record.is_file():
+        return False
+    return json.loads(record.read_text())["key"] == fingerprint["key"]
 
 
 def fetch(fingerprint: dict[str, Any], folder: Path) -> None:
@@ -189,25 +182,11 @@ def fetch(fingerprint: dict[str, Any], folder: Path) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def is_finished(fingerprint: dict[str, Any], folder: Path) -> bool:
-    """Whether the training of this key lies finished in `folder`."""
-    if (folder / STATE).exists() or not (folder / RECORD).is_file():
-        return False
-    return json.loads((folder / RECORD).read_text())["key"] == fingerprint["key"]
-
-
 def continue_from(source: Path, folder: Path) -> None:
     """Copy the state of a training into `folder`, unless there is one."""
     if (source / STATE).is_file() and not (folder / STATE).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*FILES, STATE):
-            if (source / name).is_file():
-                shutil.copy(source / name, folder / name)
-
-
-def forget(folder: Path) -> None:
-    """Before a training continues: the record there is of a shorter one."""
-    (folder / RECORD).unlink(missing_ok=True)
+        _copy_files(source, folder, (*FILES, STATE))
 
 
 def write_record(fingerprint: dict[str, Any], folder: Path) -> None:
@@ -217,25 +196,15 @@ def write_record(fingerprint: dict[str, Any], folder: Path) -> None:
 def publish(run: Path, place: Path | None = None) -> list[dict[str, Any]]:
     """Copy every finished training of `run` into the cache; a row each: training, key, iterations,
     seconds, new. Raises ValueError for a run that has none."""
-    rows, place = [], place or PLACE
+    rows = []
     for record in sorted(run.rglob(RECORD)):
-        folder = record.parent
-        hidden = any(p.startswith(".") for p in record.relative_to(run).parts)
-        if hidden or not (folder / "adapter").is_dir():
+        folder, name = record.parent, record.parent.relative_to(run)
+        if not (folder / "adapter").is_dir() or any(part.startswith(".") for part in name.parts):
             continue
-        target, metrics = (
-            place / json.loads(record.read_text())[("key")],
-            read_lines(folder / METRICS),
-        )
-        rows.append(
-            {
-                "training": folder.relative_to(run).as_posix(),
-                "key": target.name,
-                "iterations": len(metrics),
-                "seconds": metrics["seconds"].iloc[-1],
-                "new": not target.is_dir(),
-            }
-        )
+        key, metrics = json.loads(record.read_text())["key"], read_lines(folder / METRICS)
+        target = (place or PLACE) / key
+        row = {"training": name.as_posix(), "key": key, "iterations": len(metrics)}
+        rows.append({**row, "seconds": metrics["seconds"].iloc[-1], "new": not target.is_dir()})
         if not target.is_dir():
             _copy(folder, target)
     if not rows:
@@ -250,7 +219,11 @@ def _copy(folder: Path, target: Path) -> None:
     for weights in (partial / "adapter").glob("*.safetensors"):
         halves = {key: w.half() for key, w in load_file(weights).items()}
         write_whole(weights, save(halves, {"format": "pt"}))
-    for name in (RECORD, *FILES):
-        if (folder / name).is_file():
-            shutil.copy(folder / name, partial / name)
+    _copy_files(folder, partial, (RECORD, *FILES))
     partial.rename(target)
+
+
+def _copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)

@@ -12,10 +12,9 @@ own (`file.py:name`).
 
 from __future__ import annotations
 
-import itertools
-import time
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,61 +23,41 @@ import pandas as pd
 import yaml
 from pydantic import Field, model_validator
 
-from ..benchmarks import DEFAULT
+from ..benchmarks import DEFAULT, Benchmark
 from ..benchmarks.benchmark import Split
-from ..config import (
-    Config,
-    Count,
-    Index,
-    NonNegative,
-    Seed,
-    choose,
-    load_plugin,
-    plugin_name,
-    validate,
-)
+from ..config import Config, Count, Index, choose, load_plugin, plugin_name, validate
 from ..evaluate import evaluate
 from ..files import read_lines, write_whole
-from ..losses import Shard
-from ..precision import decide
+from ..loading import decide
 from ..stats import model_scores
-from ..train import VALIDATION, StepInfo, TrainConfig, check_folder, fit
+from ..train import VALIDATION, StepInfo, check_folder, fit
 from . import cache
-from .recipe import Recipe, Source, build
+from .recipe import Recipe, Source, build, rewards_in
 from .workspace import Workspace
 
 VALIDATION_SEED = 1 << 20
-MEET = 0.05  # seconds between two looks for the other processes of an evaluation
 
 JOBS = {
     "train": "flowopd_lib.lab.jobs:train_job",
     "evaluate": "flowopd_lib.lab.jobs:evaluate_job",
     "interference": "flowopd_lib.experiments.interference:interference_job",
     "estimators": "flowopd_lib.experiments.estimators:estimators_job",
-    "steps": "flowopd_lib.experiments.steps:steps_job",
+    "steps": "flowopd_lib.experiments.estimators:steps_job",
 }
-
-
-class EarlyStopping(Config):
-    """Stops when the mean validation reward has not improved by `min_increase` for `patience`
-    probes."""
-
-    patience: Count
-    min_increase: NonNegative = 0.0
 
 
 class ValidationConfig(Config):
     """The same prompts and noise sampled and scored before a training, after every `every`
     iterations and at its end: the first `n` of each task of a split. `images`: save the samples as
-    thumbnails."""
+    thumbnails. `patience`: the training stops when the mean validation reward has not improved for
+    so many probes (0: never)."""
 
     every: Count
     n: Count = 24
     split: Split = "val"
     steps: Count | None = None
-    seed: Seed = VALIDATION_SEED
     images: bool = False
-    stop: EarlyStopping | None = None
+    patience: Index = 0
 
 
 class TrainJob(Recipe):
@@ -90,17 +69,11 @@ class TrainJob(Recipe):
     continue_from: str | None = None
 
     @model_validator(mode="after")
-    def _can_stop(self):
-        stop = self.validation and self.validation.stop
-        if stop and self.train.cooldown:
+    def _no_cooldown(self):
+        if self.validation and self.validation.patience and self.train.cooldown:
             raise ValueError(
-                "validation.stop ends a training at an iteration that is not known before, so it "
-                "needs train.cooldown 0"
-            )
-        if stop and stop.patience * self.validation.every >= self.train.iterations:
-            raise ValueError(
-                f"validation.stop ends no training of {self.train.iterations} iterations with a "
-                f"patience of {stop.patience} probes, one every {self.validation.every} iterations"
+                "validation.patience ends a training at an iteration that is not known before, so "
+                "it needs train.cooldown 0"
             )
         return self
 
@@ -115,70 +88,52 @@ def train_job(config: TrainJob, folder: Path, workspace: Workspace) -> None:
     workspace.shard.wait()
     if cache.is_finished(key, folder):
         return
+    policy, validation = workspace.policy, config.validation
     objective, train = build(config, workspace, config.name)
-    validation, every = config.validation, config.validation.every if config.validation else 0
     started = stopped = False
+
+    def end() -> int:
+        return last_iteration(read_lines(folder / VALIDATION), config, workspace.benchmark)
 
     def on_step(info: StepInfo) -> bool:
         nonlocal started, stopped
         # only now: a recipe that the folder's training refused must not take the place of its own
         if workspace.main and not started:
-            write_whole(
-                folder / ("recipe.yaml"), yaml.safe_dump(recipe_dict(config), sort_keys=False)
+            names = {*Recipe.model_fields}
+            recipe = config.model_dump(
+                mode="json", include=names, exclude_unset=True, fallback=plugin_name
             )
-            decide(folder, workspace.policy.dtype, workspace.policy.device)
-        started = True
-        stopped = bool(workspace.on_step and workspace.on_step(info))
-        return stopped or should_stop(info.iteration + 1)
+            write_whole(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+            decide(folder, policy.dtype, policy.device)
+        started, stopped = True, bool(workspace.on_step and workspace.on_step(info))
+        done = info.iteration + 1
+        if validation and validation.patience and done % validation.every == 0:
+            workspace.shard.wait()  # until the first process has written its samples
+            return stopped or end() <= done < iterations
+        return stopped
 
-    def should_stop(iteration: int) -> bool:
-        if (
-            not validation
-            or not validation.stop
-            or iteration % every
-            or iteration >= train.iterations
-        ):
-            return False
-        workspace.shard.wait()
-        return plateaued(read_lines(folder / VALIDATION), iteration, validation, config, workspace)
-
-    check_folder(workspace.policy, objective, folder, train, config.name)
+    check_folder(policy, objective, folder, train, config.name)
     workspace.shard.wait()  # all have read the state before the first changes the folder
     if workspace.main:
-        cache.forget(folder)
-    # a training that early stopping has ended is finished in a second call, with so many iterations
-    already = sorted(set(read_lines(folder / VALIDATION).get("iteration", [])))
-    end = next((int(i) for i in already if i and should_stop(int(i))), train.iterations)
-    for _ in range(2):
+        (folder / cache.RECORD).unlink(missing_ok=True)  # of a shorter training
+    while True:  # a training that early stopping ends is finished by a second call
+        iterations = end()
         metrics, _ = fit(
-            workspace.policy,
+            policy,
             objective,
             folder,
-            _with_iterations(train, end),
+            replace(train, iterations=iterations),
             config.name,
             validator(validation, folder, workspace) if validation else None,
-            every,
+            validation.every if validation else 0,
             on_step,
             workspace.show_progress,
             workspace.accelerator,
         )
-        if stopped or len(metrics) == end:
+        if stopped or len(metrics) == iterations:
             break
-        end = len(metrics)
     if workspace.main and not stopped:
         cache.write_record(key, folder)
-
-
-def _with_iterations(train: TrainConfig, iterations: int) -> TrainConfig:
-    from dataclasses import replace
-
-    return train if iterations == train.iterations else replace(train, iterations=iterations)
-
-
-def recipe_dict(config: Recipe) -> dict[str, Any]:
-    """The recipe as YAML can hold it: functions by their names, sections as they were given."""
-    sections = config.model_dump(mode="json", exclude_unset=True, fallback=plugin_name)
-    return {k: v for k, v in sections.items() if k in Recipe.model_fields}
 
 
 def validator(
@@ -197,7 +152,7 @@ def validator(
             workspace.policy,
             prompts,
             rewards,
-            validation.seed,
+            VALIDATION_SEED,
             sampler,
             {f"iteration {iteration}": adapter},
             show_progress=False,
@@ -213,51 +168,41 @@ def validator(
     return validate
 
 
-def plateaued(
-    samples: pd.DataFrame,
-    iteration: int,
-    validation: ValidationConfig,
-    config: Recipe,
-    workspace: Workspace,
-) -> bool:
-    """Whether the mean of the rewards that are trained on, over their scales, has not improved for
-    `patience` probes up to an iteration."""
-    benchmark = workspace.benchmark
+def last_iteration(samples: pd.DataFrame, config: TrainJob, benchmark: Benchmark) -> int:
+    """Where a training ends, by its validation samples so far: at the probe after which the mean of
+    the rewards that it is trained on, over their scales, has not improved for `patience` probes."""
+    patience = config.validation.patience if config.validation else 0
+    if not patience or not len(samples):
+        return config.train.iterations
     tasks = (config.schedule or config.sft).tasks or benchmark.prompt_tasks
     weights = config.grpo.reward_weights if config.grpo else {}
-    weights = weights or benchmark.reward_weights(tasks=tasks)
-    names = {n for v in weights.values() if isinstance(v, Mapping) for n in v} or set(weights)
-    names &= set(samples)  # what is for training only is not reported
-    names = names or {benchmark.tasks[t].reward for t in tasks}
-    tasks = [d for d in benchmark.domains if d[0] in names]
-    means = []
-    for i in sorted(set(samples["iteration"])):
-        if i <= iteration:
-            rows = samples[samples["iteration"] == i]
-            means.append(np.mean([rows.loc[rows["task"] == t, r].mean() / s for r, t, s in tasks]))
-    stop = validation.stop
-    if len(means) <= stop.patience:
-        return False
-    return max(means[-stop.patience :]) < max(means[: -stop.patience]) + max(
-        stop.min_increase, 1e-9
-    )
+    names = rewards_in(weights or benchmark.reward_weights(tasks=tasks)) & {*samples}
+    domains = [domain for domain in benchmark.domains if domain[0] in names]
+
+    def mean_reward(rows: pd.DataFrame) -> float:
+        return np.mean([rows.loc[rows["task"] == t, r].mean() / scale for r, t, scale in domains])
+
+    best = pd.Series({i: mean_reward(rows) for i, rows in samples.groupby("iteration")}).cummax()
+    plateaus = best.index[best <= best.shift(patience)]
+    return min([config.train.iterations, *map(int, plateaus)])
 
 
-def validation_scores(folder: Path, benchmark) -> pd.DataFrame:
+def validation_scores(folder: Path, benchmark: Benchmark) -> pd.DataFrame:
     """What a training's validation samples come to: `model_scores` with the iteration and the
     seconds."""
     samples = read_lines(folder / VALIDATION)
+    if not len(samples):
+        return samples
     rows = [
         model_scores(group, benchmark.domains).assign(iteration=i, seconds=group["seconds"].iloc[0])
-        for i, group in (samples.groupby("iteration", sort=True) if len(samples) else ())
+        for i, group in samples.groupby("iteration")
     ]
-    return pd.concat(rows, ignore_index=True).drop(columns="model") if rows else pd.DataFrame()
+    return pd.concat(rows, ignore_index=True).drop(columns="model")
 
 
 class EvaluateJob(Config):
     """`models`: name -> adapter (null: the base). The first `n` prompts of each task of a split, or
-    of some `tasks`, scored by the rewards and held-out rewards, or by some `rewards`. `shard`: [r,
-    n], the part of process r of n that meet in files alone."""
+    of some `tasks`, scored by the rewards and held-out rewards, or by some `rewards`."""
 
     benchmark: str = DEFAULT
     models: Annotated[dict[str, str | None], Field(min_length=1)]
@@ -273,22 +218,18 @@ class EvaluateJob(Config):
     file: str = "samples.parquet"
     batch: Count = 64
     seed: Index = 0
-    shard: tuple[Index, Count] | None = None
 
 
 def evaluate_job(config: EvaluateJob, folder: Path, workspace: Workspace) -> None:
-    benchmark, device = workspace.benchmark, workspace.device
+    benchmark, device, named = workspace.benchmark, workspace.device, config.rewards
     for task in config.tasks or ():
         choose("task with prompts", task, benchmark.prompt_tasks)
     workspace.load_adapters([a for a in config.models.values() if a], config.adapters)
     prompts = benchmark.first_prompts(config.split, config.n)
-    prompts = [p for p in prompts if p.task in (config.tasks or benchmark.prompt_tasks)]
-    named = config.rewards
-    rewards = benchmark.rewards_named(named, device) if named else benchmark.all_rewards(device)
     evaluate(
         workspace.policy,
-        prompts,
-        rewards,
+        [p for p in prompts if p.task in (config.tasks or benchmark.prompt_tasks)],
+        benchmark.rewards_named(named, device) if named else benchmark.all_rewards(device),
         config.seed,
         benchmark.sampler(config.steps) if config.steps else benchmark.sampling.evaluation,
         config.models,
@@ -299,24 +240,8 @@ def evaluate_job(config: EvaluateJob, folder: Path, workspace: Workspace) -> Non
         into=folder / config.file,
         guidance=benchmark.guidance,
         show_progress=workspace.show_progress,
-        shard=_meeting_in(folder / (f".{config.file}.meet"), *config.shard)
-        if config.shard
-        else workspace.shard,
+        shard=workspace.shard,
     )
-
-
-def _meeting_in(folder: Path, rank: int, processes: int) -> Shard:
-    """The shard of processes that meet in a folder: each leaves a file there at every wait."""
-    passed = itertools.count()
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def wait() -> None:
-        number = next(passed)
-        write_whole(folder / f"{number}_{rank}", "")
-        while len(list(folder.glob(f"{number}_*"))) < processes:
-            time.sleep(MEET)
-
-    return Shard(rank, processes, wait=wait)
 
 
 def job_of(spec: Mapping[str, Any]) -> tuple[Callable, Config]:

@@ -1,14 +1,12 @@
-"""Jobs outside the notebook's main thread: in a thread, in processes of their own, or in those of a
-launcher.
+"""Jobs in processes of their own.
 
 A launcher is a command line in whose processes jobs run. `papermill_runs/launchers/NAME.yaml` has a
 `command`, bash in which "$@" stands for the arguments and $PYTHON for this interpreter, and
 `environment`, more variables. What the command starts runs `-m flowopd_lib job "$@"` in every
-process; torch.distributed's variables say which of them it is.
+process, which is `work`; torch.distributed's variables say which of them it is.
 
 Files in a folder of notes: log.txt, what they printed; job.yaml, the job; where they serve several
-jobs 0.yaml, 1.yaml, ... and 0.done, 1.done, ..., and queue.json, which process was started, by
-which launcher and for which process.
+jobs 0.yaml, 1.yaml, ... and 0.done, 1.done, ...
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import json
 import os
 import platform
 import signal
@@ -24,26 +21,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import yaml
-from filelock import FileLock, Timeout
+from accelerate import Accelerator
 
+from ..benchmarks import DEFAULT
 from ..config import Config, choose, read_yaml, validate
-from ..files import RUNS, locked, write_json, write_whole
+from ..files import RUNS, write_whole
+from ..loading import decide
 from ..train import StepInfo
-from .jobs import run_job
+from .jobs import job_of, run_job
 from .workspace import Workspace
 
 STOPPED = "stopped after iteration"
 POLL = 0.1  # seconds between two looks for what is next
-# "PID FOLDER" in the kernels of a headless run: its process, and where notes of what serves them
-# all are
-RUN = "FLOWOPD_RUN"
 
 
 class LauncherConfig(Config):
@@ -67,56 +64,6 @@ def load_launcher(name: str) -> tuple[list[str], dict[str, str]]:
     return ["bash", "-c", config.command, "job"], {**environment, **config.environment}
 
 
-class ThreadJob:
-    """A job in a thread of this process; the workspace's policy is the thread's until it ends. A
-    kernel that goes loses what came after the last checkpoint."""
-
-    def __init__(self, spec: Mapping[str, Any], folder: str | Path, workspace: Workspace):
-        self.spec, self.folder, self.workspace = dict(spec), Path(folder), workspace
-        self.iterations = (spec.get("train") or {}).get("iterations", 0)
-        self.state, self.error = "waiting", ""  # waiting, running, stopped, finished, failed
-        self._stop, self._thread = threading.Event(), None
-
-    def start(self) -> None:
-        """Start, or resume from the checkpoint in the folder."""
-        if self.state == "running":
-            raise RuntimeError(f"the job in {self.folder} is running already")
-        self._stop.clear()
-        self.state, self.error = "running", ""
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        stopped = False
-
-        def on_step(info: StepInfo) -> bool:
-            nonlocal stopped
-            stopped = self._stop.is_set()
-            return stopped
-
-        workspace, state = self.workspace, "failed"
-        workspace.on_step, workspace.show_progress = on_step, False
-        try:
-            run_job(self.spec, self.folder, workspace)
-            state = "stopped" if stopped else "finished"
-        except Exception as error:  # a thread's errors are seen by nobody else
-            self.error = f"{type(error).__name__}: {error}"
-        finally:
-            workspace.on_step, workspace.show_progress = None, True
-        self.state = state
-
-    def stop(self) -> None:
-        """Ask it to end after this iteration, with a checkpoint."""
-        self._stop.set()
-
-    def wait(self) -> None:
-        """Until it has ended. Raises RuntimeError with what it failed by."""
-        if self._thread is not None:
-            self._thread.join()
-        if self.state == "failed":
-            raise RuntimeError(f"the job in {self.folder} failed: {self.error}")
-
-
 class Processes:
     """A launcher's command with arguments, in a session of its own: interrupting the kernel does
     not interrupt it. It is asked to stop when this process ends."""
@@ -124,33 +71,20 @@ class Processes:
     def __init__(self, launcher: str, arguments: list[str], notes: Path):
         command, self._environment = load_launcher(launcher)
         self.command, self.notes = [*command, *arguments], notes
-        self._process: subprocess.Popen | psutil.Process | None = None
+        self.process: subprocess.Popen | None = None
         self._log_start = 0  # where in the log the present start begins
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def start(self, outlast: bool = False) -> None:
-        """`outlast`: it may outlast this process."""
+    def start(self) -> None:
         if self.state == "running":
             raise RuntimeError(f"the job of {self.notes} is running already")
         self.notes.mkdir(parents=True, exist_ok=True)
+        how = {"env": self._environment, "start_new_session": True}
         with (self.notes / "log.txt").open("a") as log:
             self._log_start = log.tell()
-            self._process = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, **how
             )
-        if not outlast:
-            atexit.register(self.stop)
-
-    def adopt(self, process: psutil.Process) -> None:
-        """What another process started, and left running."""
-        self._process, self._log_start = process, (self.notes / "log.txt").stat().st_size
+        atexit.register(self.stop)
 
     def lines(self) -> list[str]:
         """The whole lines printed since the present start."""
@@ -160,12 +94,10 @@ class Processes:
 
     @property
     def state(self) -> str:
-        if self._process is None:
+        """waiting, running, stopped, finished or failed."""
+        if self.process is None:
             return "waiting"
-        if isinstance(self._process, subprocess.Popen):
-            code = self._process.poll()
-        else:  # the status of an adopted process is not known: it had no reason to end
-            code = None if is_running(self._process) else 1
+        code = self.process.poll()
         if code is None:
             return "running"
         if any(STOPPED in line for line in self.lines()):
@@ -183,9 +115,9 @@ class Processes:
 
     def stop(self) -> None:
         """Ask all its processes to end, a training after this iteration with a checkpoint."""
-        if self.state == "running":
+        if self.process is not None and self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
+                os.killpg(self.process.pid, signal.SIGTERM)
 
     def raise_error(self, what: str) -> None:
         if self.state == "failed":
@@ -193,68 +125,46 @@ class Processes:
 
 
 class LaunchedJob(Processes):
-    """One job by a launcher, in `precision`."""
+    """One job by a launcher."""
 
-    def __init__(
-        self, spec: Mapping[str, Any], folder: str | Path, launcher: str, precision: str = "auto"
-    ):
+    def __init__(self, spec: Mapping[str, Any], folder: str | Path, launcher: str):
         self.spec, self.folder = dict(spec), Path(folder)
         self.iterations = (spec.get("train") or {}).get("iterations", 0)
-        arguments = [
-            str(self.folder / ("job.yaml")),
-            "--folder",
-            str(self.folder),
-            "--precision",
-            precision,
-        ]
+        arguments = [str(self.folder / "job.yaml"), "--folder", str(self.folder)]
         super().__init__(launcher, arguments, self.folder)
 
     def start(self) -> None:
         """Start, or resume from what is in the folder."""
-        if self.state == "running":
-            raise RuntimeError(f"the job in {self.folder} is running already")
-        with locked(self.folder, "a start of a job"):
-            write_whole(self.folder / "job.yaml", yaml.safe_dump(self.spec, sort_keys=False))
+        write_whole(self.folder / "job.yaml", yaml.safe_dump(self.spec, sort_keys=False))
         super().start()
 
     def wait(self) -> None:
         """Until it has ended. Raises RuntimeError with what it failed by."""
-        if self._process is not None:
-            self._process.wait()
+        self.process.wait()
         self.raise_error(f"the job in {self.folder}")
 
 
 class JobQueue:
     """Jobs one after another in the same processes, which load the model once. A job that fails
-    ends them, and the next one starts them anew. Those of a headless run (`RUN`) outlast the
-    notebook, and another of its notebooks adopts them. `report` gets the lines they print."""
+    ends them, and the next one starts them anew. `report` gets the lines they print."""
 
     def __init__(
         self, launcher: str, notes: Path, report: Callable[[str], Any] = partial(print, flush=True)
     ):
-        pid, folder = os.environ.get(RUN, f"{os.getpid()} {notes}").split(" ", 1)
-        self.launcher, self.parent, self.notes, self.report = (
-            launcher,
-            int(pid),
-            Path(folder),
-            report,
-        )
+        self.launcher, self.notes, self.report = launcher, notes, report
         self._processes: Processes | None = None
-        self._number = self._reported = 0
-        self._first = True  # job of this process
 
     def run(self, spec: Mapping[str, Any], folder: Path) -> None:
         """One job into a folder. Raises RuntimeError with what it failed by, or where it was
         stopped."""
         what = f"the {spec.get('job', 'train')} job in {folder}"
         if self._processes is None or self._processes.state != "running":
-            self._begin()
+            self._start()
         processes = self._processes  # which another thread may stop
         number, self._number = self._number, self._number + 1
-        # of the first job of a notebook: adapters of another one may have the same names
-        job = {"spec": dict(spec), "folder": str(folder.resolve()), "first": self._first}
+        job = {"spec": dict(spec), "folder": str(folder.resolve())}
         write_whole(processes.notes / f"{number}.yaml", yaml.safe_dump(job, sort_keys=False))
-        self._first, done = False, processes.notes / f"{number}.done"
+        done = processes.notes / f"{number}.done"
         try:
             while not done.exists() and processes.state == "running":
                 time.sleep(POLL)
@@ -269,37 +179,17 @@ class JobQueue:
 
     def stop(self) -> None:
         if self._processes is not None:
-            (self._processes.notes / ("queue.json")).unlink(
-                missing_ok=True
-            )  # nobody adopts what ends
             self._processes.stop()
             self._processes = None
 
-    def _begin(self) -> None:
-        """What serves the run and is not in use, or else new processes, which look for their jobs
-        in a folder of their own."""
-        for number in itertools.count():
-            notes = self.notes / str(number)
-            notes.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(notes / ".lock", timeout=0)  # goes with this process
-            with contextlib.suppress(Timeout):
-                self._lock.acquire()
-                process = serving(notes, launcher=self.launcher, parent=self.parent)
-                if process or not (notes / "log.txt").exists():
-                    break
-                self._lock.release()
-        arguments = ["--serve", str(notes.resolve()), "--parent", str(self.parent)]
-        self._processes, self._reported = Processes(self.launcher, arguments, notes), 0
-        self._first, self._number = True, len(list(notes.glob("*.yaml")))
-        if process:
-            self._processes.adopt(process)
-        else:
-            self._processes.start(outlast=self.parent != os.getpid())
-            pid = self._processes.pid
-            made = {"pid": pid, "since": psutil.Process(pid).create_time()}
-            write_json(
-                notes / ("queue.json"), {**made, "launcher": self.launcher, "parent": self.parent}
-            )
+    def _start(self) -> None:
+        """New processes, which look for their jobs in a folder of their own."""
+        folders = (self.notes / str(number) for number in itertools.count())
+        notes = next(folder for folder in folders if not folder.exists())
+        arguments = ["--serve", str(notes.resolve()), "--parent", str(os.getpid())]
+        self._processes = Processes(self.launcher, arguments, notes)
+        self._number = self._reported = 0
+        self._processes.start()
 
     def _report(self, processes: Processes) -> None:
         lines = processes.lines()[self._reported :]
@@ -308,34 +198,104 @@ class JobQueue:
             self.report(line)
 
 
-def is_running(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
+# ---- in the processes that were started
 
 
-def serving(notes: Path, **of) -> psutil.Process | None:
-    """The process that serves with these notes, if it runs and its record has these values."""
-    if not (notes / "queue.json").exists():
-        return None
-    record = json.loads((notes / "queue.json").read_text())
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(record["pid"])
-        # the number may have gone to another process
-        same = process.create_time() == record["since"] and of.items() <= record.items()
-        if same and is_running(process):
-            return process
-    return None
+def make_accelerator(spec: Mapping[str, Any], folder: Path) -> Accelerator:
+    """That of a job, with the tracker that its training asks for."""
+    train = spec.get("train")
+    tracker = train.get("log_with") if isinstance(train, dict) else None
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=folder
+    )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed precision {accelerator.mixed_precision} is not supported; use no or bf16"
+        )
+    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    if alone and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count())
+    return accelerator
 
 
-@contextlib.contextmanager
-def shared_queue(folder: Path) -> Iterator[dict[str, str]]:
-    """The variable by which kernels share what serves them, with notes in a folder; at the end it
-    is stopped."""
-    try:
-        yield {RUN: f"{os.getpid()} {folder.resolve()}"}
-    finally:
-        for notes in folder.glob("[0-9]*"):
-            if process := serving(notes, parent=os.getpid()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
+class Worker:
+    """Runs jobs and stops them: several processes get a signal at different moments, and must stop
+    a training at the same iteration. A job that is no training stops at once."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.stopping, self.training = accelerator, threading.Event(), False
+        # by Ctrl-C, by a scheduler that wants its machine back, or by `Processes.stop`
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, _) -> None:
+        if not self.training or (number == signal.SIGINT and self.stopping.is_set()):
+            raise KeyboardInterrupt  # the second time: now, without a checkpoint
+        self.stopping.set()
+
+    def on_step(self, info: StepInfo) -> bool:
+        done, main = info.iteration + 1, self.accelerator.is_main_process
+        if main:
+            shown = " ".join(f"{name} {value:.4g}" for name, value in info.metrics.items())
+            progress = f"{done}/{self.iterations} {info.seconds:.0f} s"
+            print(f"{progress} loss {info.loss:.4g} {shown}", flush=True)
+        anybody = torch.tensor(float(self.stopping.is_set()), device=self.accelerator.device)
+        stop = bool(self.accelerator.reduce(anybody, "sum") > 0)
+        if stop:
+            self.stopping.set()
+            if main:
+                print(f"{STOPPED} {done}; the same command resumes there", flush=True)
+        return stop
+
+    def run(self, spec: Mapping[str, Any], folder: Path, workspace: Workspace) -> None:
+        self.training = spec.get("job", "train") == "train"
+        self.iterations = (spec.get("train") or {}).get("iterations", 0) if self.training else 0
+        workspace.on_step, workspace.show_progress = self.on_step, not self.training
+        try:
+            run_job(spec, folder, workspace)
+        finally:
+            self.training = False
+
+    def serve(self, queue: Path, parent: int, dtype: torch.dtype) -> None:
+        """The jobs 0.yaml, 1.yaml, ... of a folder as they come, in all processes, until the
+        process `parent` is gone. The model stays loaded."""
+        workspaces, here = {}, os.environ.get("FLOWOPD_HEAD") == platform.node()
+        for number in itertools.count():
+            file = queue / f"{number}.yaml"
+            with contextlib.suppress(KeyboardInterrupt):  # asked to end, and there is nothing to do
+                while not file.exists():
+                    if here and not psutil.pid_exists(parent):
+                        return
+                    time.sleep(POLL)
+            if not file.exists():
+                return
+            job = read_yaml(file)
+            benchmark = job["spec"].get("benchmark", DEFAULT)
+            if benchmark not in workspaces:
+                workspaces[benchmark] = Workspace(benchmark, dtype, self.accelerator)
+            self.run(job["spec"], Path(job["folder"]), workspaces[benchmark])
+            if self.stopping.is_set():
+                return
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                write_whole(queue / f"{number}.done", "")
+
+
+def work(
+    spec: Mapping[str, Any] | None, folder: Path, precision: str = "auto", parent: int = 0
+) -> None:
+    """One job into `folder`, or with no `spec` the jobs that come into it."""
+    if spec is not None:
+        job_of(spec)
+    accelerator = make_accelerator(spec or {}, folder)
+    # accelerate's "no" is also what it says where nothing was configured
+    if precision == "auto" and accelerator.mixed_precision == "bf16":
+        precision = "bfloat16"
+    dtype = decide(folder, precision, accelerator.device, write=False)
+    # all have looked before the first writes, and a fault in the specification leaves no folder
+    accelerator.wait_for_everyone()
+    worker = Worker(accelerator)
+    if spec is None:
+        worker.serve(folder, parent, dtype)
+    else:
+        worker.run(spec, folder, Workspace(spec.get("benchmark", DEFAULT), dtype, accelerator))

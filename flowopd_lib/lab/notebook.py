@@ -1,5 +1,6 @@
 # ruff: noqa: F401 (some types are only passed on to notebooks)
-"""A notebook's parameters, once: as annotations in its cell tagged `parameters`.
+"""What a notebook computes with: `Lab`, which runs its jobs, and its parameters, written once as
+annotations in the cell tagged `parameters`.
 
     from flowopd_lib.lab.notebook import Folder, Int, Rate, String, open_lab
 
@@ -18,23 +19,31 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
+import pandas as pd
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
-from ..benchmarks import DEFAULT
-from ..benchmarks.benchmark import Split
-from ..config import Count, Fraction, Index, NonNegative, Positive, Seed, choose, validate
-from ..losses.base import find_loss
+from ..benchmarks import DEFAULT, load_benchmark
+from ..config import Config, Count, Fraction, Index, NonNegative, Seed, choose, validate
+from ..files import read_lines, write_table
+from ..losses.grpo import find_loss
 from ..losses.opd import LOSSES
 from ..merge import Method as MergeMethod
+from ..policy import FlowPolicy
 from ..sde import WEIGHTINGS
-from .lab import Lab
+from ..stats import GOLD
+from ..train import METRICS
+from .jobs import job_of, run_job, validation_scores
+from .launch import JobQueue, LaunchedJob, load_launcher
+from .workspace import Workspace
 
-INJECTED = "# Parameters\n"  # how the cell begins that papermill puts behind the tagged one
 STRICT = ConfigDict(extra="forbid", strict=True, validate_default=True, protected_namespaces=())
 
 
@@ -43,13 +52,6 @@ class Int:
 
     def __class_getitem__(cls, limits: tuple[int, int]) -> Any:
         return Annotated[int, Field(ge=limits[0], le=limits[1])]
-
-
-class Float:
-    """`Float[0, 1]`: a number from 0 to 1."""
-
-    def __class_getitem__(cls, limits: tuple[float, float]) -> Any:
-        return Annotated[float, Field(ge=limits[0], le=limits[1])]
 
 
 class List:
@@ -78,8 +80,8 @@ Names = list[str]
 Counts = TaskCounts = dict[str, Count]  # positive integers by name, by task
 
 # What an annotation may name, besides list[...] and dict[..., ...] of these.
-NAMES = """Count Counts Flag Float Folder Fraction Index Int List Loss MergeMethod Names NonNegative
-Number Positive Rate Seed Split Steps String TaskCounts Weighting""".split()
+NAMES = """Count Counts Flag Folder Fraction Index Int List Loss MergeMethod Names NonNegative
+Number Rate Seed Steps String TaskCounts Weighting""".split()
 TYPES = {name: globals()[name] for name in NAMES} | {"list": list, "dict": dict}
 
 
@@ -88,13 +90,10 @@ def open_lab(names: Mapping[str, Any]) -> Lab:
     `launcher`, whose results go to `out_dir`, or to a temporary folder where that is empty. Sets
     the style of figures.
 
-    Raises ValueError for a value that its annotation does not allow, and for a name that papermill
-    was given and the notebook does not have.
+    Raises ValueError for a value that its annotation does not allow.
     """
     kinds = {n: kind for n, kind in names.get("__annotations__", {}).items() if n in names}
-    cells = [cell for cell in names.get("In", ()) if str(cell).startswith(INJECTED)]
-    injected = [name for cell in cells for name in _assigned(cell)]
-    values = {name: names[name] for name in (*kinds, *injected) if name in names}
+    values = {name: names[name] for name in kinds}
     validate(_model({n: (kind, ...) for n, kind in kinds.items()}), values, "this notebook")
     out = Path(values.get("out_dir") or tempfile.mkdtemp(prefix="flowopd_"))
     out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +140,229 @@ def _model(fields: Mapping[str, tuple[Any, Any]]) -> type[BaseModel]:
     return create_model("Parameters", __config__=STRICT, **fields)
 
 
-def _assigned(source: str) -> list[str]:
-    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-    return [target.id for node in nodes for target in node.targets if isinstance(target, ast.Name)]
+# ---- the lab
+
+# How far the seeds of further samples of a prompt lie from the first one's.
+FURTHER_SAMPLES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Training:
+    """A finished training: the adapter's name, its folder, metrics (a row an iteration) and
+    validation scores (reward, mean, low, high, n, iteration, seconds). `earlier_seconds`: of the
+    trainings that it continues."""
+
+    name: str
+    folder: Path
+    metrics: pd.DataFrame
+    validation: pd.DataFrame
+    earlier_seconds: float = 0.0
+
+    @property
+    def adapter(self) -> str:
+        return str((self.folder / "adapter").resolve())
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier_seconds + float(self.metrics["seconds"].iloc[-1])
+
+
+class Lab:
+    """`benchmark` and `launcher` by their names, `out` the folder for results. With a launcher this
+    process loads no model: every job runs in the launcher's processes and leaves its tables in
+    `out`.
+
+    `sources`: where the adapters that jobs name come from, besides the benchmark's experts (see
+    `recipe.Source`); a training adds its own.
+    """
+
+    def __init__(self, benchmark: str = "tiny", launcher: str = "", out: str | Path = "."):
+        self.benchmark, self.launcher, self.out = load_benchmark(benchmark), launcher, Path(out)
+        self.sources: dict[str, Any] = {}
+        self.workspace = Workspace(self.benchmark)
+        if launcher:
+            load_launcher(launcher)  # raises for one that does not exist
+        self._queue = JobQueue(launcher, self.out / ".jobs")
+
+    @property
+    def policy(self) -> FlowPolicy:
+        """The model in this process. Raises RuntimeError where a launcher computes."""
+        if self.launcher:
+            raise RuntimeError(
+                f"the launcher {self.launcher} computes: this process holds no model; leave "
+                "launcher empty"
+            )
+        return self.workspace.policy
+
+    def run(self, job: str, folder: str = "", **config: Any) -> Path:
+        """Run a job, or resume it, in `out/folder`; that folder."""
+        spec, into = self.spec_of(job, **config), self.out / folder
+        if self.launcher:
+            self._queue.run(spec, into)
+        else:
+            run_job(spec, into, self.workspace)
+        return into
+
+    def spec_of(self, job: str, **config: Any) -> dict[str, Any]:
+        """A job's specification, with where the adapters that it names come from. Raises ValueError
+        for one that is none."""
+        plain = {k: _plain(v) for k, v in config.items() if v is not None}
+        spec = {"job": job, **plain, "benchmark": self.benchmark.source}
+        if sources := self._sources(adapters_in(spec)):
+            spec["adapters"] = sources | spec.get("adapters", {})
+        job_of(spec)
+        sections = [section for section in spec.values() if isinstance(section, dict)]
+        functions = [value for section in sections for value in section.values()]
+        if self.launcher and any(map(callable, functions)):
+            raise ValueError(
+                "a launcher's processes cannot see functions of this notebook: save the function "
+                "in a file and write 'file.py:name'"
+            )
+        return spec
+
+    def _sources(self, names: Iterable[str | None]) -> dict[str, Any]:
+        """Where these adapters come from, and those that they are merged from."""
+        found = {name: _plain(self.sources[name]) for name in names if name in self.sources}
+        merges = [source for source in found.values() if isinstance(source, Mapping)]
+        parts = [name for merge in merges for name in merge.get("adapters", ())]
+        return found | (self._sources(parts) if parts else {})
+
+    def train(
+        self,
+        name: str,
+        recipe: Mapping[str, Any] = MappingProxyType({}),
+        loss: str | Callable | None = None,
+        validation: Mapping[str, Any] | None = None,
+        continue_from: str = "",
+        **sections: Any,
+    ) -> Training:
+        """Train the adapter `name` by a recipe in `out/name`, or find the finished training there
+        or in the cache.
+
+        `recipe`: a mapping as in a recipe's file; `sections` replace parts of it (`opd={...},
+        train={...}`). `loss`: one of the objective's losses by its name, a function of the
+        notebook, or `file.py:name`. `validation`: see `jobs.ValidationConfig`. `continue_from`: an
+        adapter that the same recipe trained for fewer iterations.
+        """
+        spec = {**recipe, **sections, "name": name, "validation": validation}
+        if loss is not None:
+            objective = next((k for k in ("grpo", "opd") if k in spec), "opd")
+            spec[objective] = {**_plain(spec.get(objective, {})), "loss": loss}
+        if continue_from:
+            spec["continue_from"] = str((self.out / continue_from).resolve())
+        folder = self.run("train", name, **spec)
+        self.sources[name] = str((folder / "adapter").resolve())
+        scores = validation_scores(folder, self.benchmark)
+        return Training(name, folder, read_lines(folder / METRICS), scores)
+
+    def train_runs(
+        self,
+        model: str,
+        runs: int,
+        recipe: Mapping[str, Any] = MappingProxyType({}),
+        seed: int = 0,
+        validation: Mapping[str, Any] | None = None,
+        **how: Any,
+    ) -> dict[str, Training]:
+        """`train` from the seeds `seed`, `seed + 1`, ...: the trainings by `MODEL#0`, `MODEL#1`,
+        ..., as `evaluate` takes them. Only the first has validation probes."""
+        # an adapter's name has neither spaces nor dots: `Mix_3_1_1`
+        adapter, trainings = re.sub(r"[^\w-]+", "_", model).strip("_"), {}
+        for k in range(runs):
+            own = {**how, "seed": seed + k, "validation": validation if k == 0 else None}
+            trainings[f"{model}#{k}"] = self.train(f"{adapter}_{k}", recipe, **own)
+        return trainings
+
+    def background(
+        self, name: str, recipe: Mapping[str, Any], validation: Mapping[str, Any] | None = None
+    ) -> LaunchedJob:
+        """The same training next to the notebook, in a process of its own, not yet started: for
+        `TrainingMonitor`."""
+        spec = self.spec_of("train", **{**recipe, "name": name, "validation": validation})
+        return LaunchedJob(spec, self.out / name, self.launcher or "local")
+
+    def evaluate(
+        self,
+        models: Mapping[str, str | Training | None],
+        file: str = "samples.parquet",
+        samples_per_prompt: Mapping[str, int] = MappingProxyType({}),
+        folder: str = "",
+        **how: Any,
+    ) -> pd.DataFrame:
+        """The table of `evaluate` for the first `n` prompts of each task of a `split`, in `out`.
+        `models`: an adapter's name or a training by the model's name. A model called NAME#K is
+        training K of NAME: in the table `train_seed` K of the model NAME.
+
+        `samples_per_prompt`: by task, how many samples each of its prompts gets, for more certain
+        means; the further ones are scored by the task's own rewards only, and no thumbnails are
+        saved of them.
+        """
+        models = {m: a.name if isinstance(a, Training) else a for m, a in models.items()}
+        tables = [self.table("evaluate", f"raw_{file}", folder, models=models, **how)]
+        for task, samples in samples_per_prompt.items():
+            choose("task with prompts (samples_per_prompt)", task, self.benchmark.prompt_tasks)
+            further = samples - how.get("repeats", 1)
+            if further <= 0:
+                continue
+            names = [r for r, domain, _ in self.benchmark.domains if domain == task]
+            names += [r + GOLD for r in names if r + GOLD in self.benchmark.reward_configs]
+            again = {k: v for k, v in how.items() if k not in ("images", "embed")}
+            again |= {"tasks": [task], "rewards": names, "repeats": further}
+            again["seed"] = how.get("seed", 0) + FURTHER_SAMPLES
+            rows = self.table("evaluate", f"raw_{task}_{file}", folder, models=models, **again)
+            tables.append(rows.assign(repeat=rows["repeat"] + how.get("repeats", 1)))
+        table = pd.concat(tables, ignore_index=True)
+        named = table["model"].str.extract(r"^(.*?)(?:#(\d+))?$")
+        if named[1].notna().any():
+            table = table.assign(model=named[0], train_seed=named[1].fillna("0").astype(int))
+        write_table(self.out / folder / file, table)
+        return table
+
+    def table(self, job: str, file: str, folder: str = "", **config: Any) -> pd.DataFrame:
+        """The table that a job leaves in `out/folder`."""
+        return pd.read_parquet(self.run(job, folder, file=file, **config) / file)
+
+    def load(self, names: Sequence[str]) -> FlowPolicy:
+        """The model in this process with these adapters."""
+        self.workspace.load_adapters(names, self.sources)
+        return self.policy
+
+    def stop(self) -> None:
+        """End a launcher's processes, which otherwise end with this one."""
+        self._queue.stop()
+
+    def code(self, names: Sequence[str], about: Mapping[str, Any]) -> str:
+        """Code that makes `policy`, with the adapters of these names, as it drew samples (`about`:
+        their about.json): what a gallery's code for a sample begins with."""
+        sources = {name: _plain(self.sources[name]) for name in names if name in self.sources}
+        return f"""from flowopd_lib.lab.workspace import Workspace
+workspace = Workspace({self.benchmark.source!r}, {about.get("dtype", "auto")!r})
+workspace.load_adapters({list(names)!r}, {sources!r})
+policy = workspace.policy"""
+
+    def live(self, make: Callable[[], Any]) -> Any:
+        """Something that samples with the model in this process, such as a widget; a sentence where
+        a launcher computes."""
+        if self.launcher:
+            print(
+                "Sampled by a model in the notebook's own process: leave launcher empty to see it."
+            )
+            return None
+        return make()
+
+
+def adapters_in(spec: Mapping[str, Any]) -> list[str | None]:
+    """The adapters that a job names."""
+    student, grpo, opd = (spec.get(key) or {} for key in ("student", "grpo", "opd"))
+    named = student.get("adapters", ()) if isinstance(student, Mapping) else [student]
+    teachers = [*opd.get("teachers", {}).values(), opd.get("anchor"), grpo.get("reference")]
+    return [*spec.get("models", {}).values(), spec.get("adapter"), *named, *teachers]
+
+
+def _plain(value: Any) -> Any:
+    """Configs as plain mappings."""
+    if isinstance(value, Config):
+        return value.model_dump(exclude_none=True)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return value

@@ -84,9 +84,13 @@ class Recipe(Config):
         return self
 
 
-def build_objective(
-    recipe: Recipe, benchmark: Benchmark, device: str = "", own: str = "student"
-) -> GRPO | OPD | None:
+def rewards_in(weights: Mapping[str, Any]) -> set[str]:
+    """The names in `reward_weights`, which are by reward, or by task and then by reward."""
+    groups = (w if isinstance(w, Mapping) else {name: w} for name, w in weights.items())
+    return {name for group in groups for name in group}
+
+
+def build_objective(recipe: Recipe, benchmark: Benchmark, device: str = "") -> GRPO | OPD | None:
     """The objective of a recipe, without loading the model; None for sft, which samples first.
     Raises ValueError for names that the benchmark does not have."""
     if recipe.sft is not None:
@@ -94,43 +98,33 @@ def build_objective(
     default = benchmark.sampling.opd if recipe.opd else benchmark.sampling.grpo
     sampler = validate(Sampler, {**asdict(default), **recipe.sampler}, "sampler")
     config = recipe.schedule
-    tasks = list(config.tasks or benchmark.prompt_tasks)
+    every = benchmark.distilled_tasks if recipe.opd and not recipe.opd.teachers else ()
+    tasks = list(config.tasks or every or benchmark.prompt_tasks)
     for task in (*tasks, *config.task_weights):
         choose("task (schedule)", task, benchmark.tasks)
-    prompts = {t: _repeat(benchmark.prompts(t, "train"), config.tag_weights) for t in tasks}
     schedule = Schedule(
-        prompts,
+        {t: _repeat(benchmark.prompts(t, "train"), config.tag_weights) for t in tasks},
         config.prompts_per_batch,
         config.images_per_prompt,
         config.task_weights or None,
         config.alternate,
         recipe.seed,
     )
-    if recipe.opd:
-        opd = recipe.opd
-        teachers = opd.teachers or {t: benchmark.teachers.get(t) for t in tasks}
+    if opd := recipe.opd:
+        teachers = opd.teachers or {t: e for t, e in benchmark.teachers.items() if t in tasks}
         used = {*teachers.values()} | ({opd.anchor} if opd.mar else set())
         # an expert's is the benchmark's; the base and other adapters are guided as the student
         guidance = {name: benchmark.guidance.get(name, sampler.guidance) for name in used}
-        guidance = {name: g for name, g in guidance.items() if g != 1.0}
-        return OPD(
-            schedule,
-            opd.model_copy(
-                update={("teachers"): teachers, "guidance": guidance | dict(opd.guidance)}
-            ),
-            sampler,
-        )
-    grpo = recipe.grpo
-    weights = grpo.reward_weights or benchmark.reward_weights(tasks=tasks)
-    grpo = grpo.model_copy(update={"reward_weights": weights})
-    nested = [w if isinstance(w, Mapping) else {k: w} for k, w in weights.items()]
-    names = {name for group in nested for name in group}
-    held_out = [
-        n for n in names if n in benchmark.reward_configs and benchmark.reward_is(n, ("held_out"))
-    ]
-    if held_out:
-        raise ValueError(f"{held_out[0]} is a held-out reward: nothing may be trained on it")
-    return GRPO(schedule, benchmark.rewards_named(names, device), grpo, sampler)
+        guidance = {name: g for name, g in guidance.items() if g != 1.0} | dict(opd.guidance)
+        config = opd.model_copy(update={"teachers": teachers, "guidance": guidance})
+        return OPD(schedule, config, sampler)
+    weights = recipe.grpo.reward_weights or benchmark.reward_weights(tasks=tasks)
+    names = rewards_in(weights)
+    for name in names & {*benchmark.reward_configs}:
+        if benchmark.reward_is(name, "held_out"):
+            raise ValueError(f"{name} is a held-out reward: nothing may be trained on it")
+    config = recipe.grpo.model_copy(update={"reward_weights": weights})
+    return GRPO(schedule, benchmark.rewards_named(names, device), config, sampler)
 
 
 def build(recipe: Recipe, workspace, name: str = "student") -> tuple[Objective, TrainConfig]:
@@ -141,7 +135,7 @@ def build(recipe: Recipe, workspace, name: str = "student") -> tuple[Objective, 
     of the recipe is checked before a model is loaded.
     """
     benchmark = workspace.benchmark
-    objective = build_objective(recipe, benchmark, workspace.device, name)
+    objective = build_objective(recipe, benchmark, workspace.device)
     student = recipe.student or NewAdapter(rank=benchmark.rank, alpha=benchmark.alpha)
     known = {*benchmark.experts, *recipe.adapters, name}
     used = objective.adapters if objective else {*benchmark.teachers.values()}
@@ -151,10 +145,9 @@ def build(recipe: Recipe, workspace, name: str = "student") -> tuple[Objective, 
         choose("adapter (student.adapters)", other, known - {name})
     if isinstance(student, NewAdapter) and student.seed is None:
         student = student.model_copy(update={"seed": recipe.seed})
-    workspace.load_adapters([*sorted(used - {name}), *recipe.adapters], recipe.adapters)
-    workspace.load_adapter(name, student, recipe.adapters, fresh=True)
-    if objective is None:
-        objective = _sft(recipe.sft, workspace, recipe.seed)
+    workspace.load_adapters({*used, *recipe.adapters} - {name}, recipe.adapters)
+    workspace.load_adapter(name, student, recipe.adapters)
+    objective = objective or _sft(recipe.sft, workspace, recipe.seed)
     objective.check(workspace.policy, name)
     return objective, recipe.train
 
@@ -162,21 +155,13 @@ def build(recipe: Recipe, workspace, name: str = "student") -> tuple[Objective, 
 def _sft(config: SFTConfig, workspace, seed: int) -> SFT:
     """On samples of each prompt's own teacher."""
     benchmark = workspace.benchmark
-    tasks = list(config.tasks or benchmark.prompt_tasks)
+    tasks = list(config.tasks or benchmark.distilled_tasks or benchmark.prompt_tasks)
     each = -(-config.samples // len(tasks))
     prompts = [p for task in tasks for p in benchmark.prompts(task, "train")[:each]]
     sampler = benchmark.sampler(config.steps) if config.steps else benchmark.sampling.evaluation
     seeds = [SFT_SEED + i for i in range(len(prompts))]
-    shard, teachers = workspace.shard, benchmark.teachers
-    latents = sample_teachers(
-        workspace.policy,
-        prompts,
-        seeds,
-        teachers,
-        sampler,
-        guidance=benchmark.guidance,
-        shard=shard,
-    )
+    how = {"guidance": benchmark.guidance, "shard": workspace.shard}
+    latents = sample_teachers(workspace.policy, prompts, seeds, benchmark.teachers, sampler, **how)
     return SFT(latents.to(torch.float32), prompts, config, seed)
 
 

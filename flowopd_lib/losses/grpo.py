@@ -10,29 +10,23 @@ and trained steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from ..config import Config, Count, NonNegative, Plugin, Positive
-from ..data import Batch, Prompt, Schedule
+from ..config import Config, Count, NonNegative, Plugin, Positive, choose
+from ..data import Batch, Prompt, Schedule, Shard
 from ..policy import FlowPolicy
 from ..rewards import Reward, attribute, score_images
 from ..rollout import Sampler, Step, trajectory
 from ..sde import Reduction, log_prob
-from .base import (
-    Shard,
-    Term,
-    check_updates,
-    clipped_surrogate,
-    find_loss,
-    squared_distance,
-    trained_steps,
-)
 
+# One term of an update's loss with its graph, and detached metrics: scalars, or (B,) one value a
+# row.
+Term = tuple[torch.Tensor, dict[str, torch.Tensor]]
 Normalisation = Literal["batch", "group", "gdpo", "none"]
 ADVANTAGE_LIMIT = 5.0
 
@@ -90,12 +84,39 @@ class GRPOBatch:
     beta: float
 
 
+def clipped_surrogate(advantage: torch.Tensor, ratio: torch.Tensor, clip: float) -> torch.Tensor:
+    """`-min(rho A, clip(rho, 1 - c, 1 + c) A)`."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
 def clipped_loss(batch: GRPOBatch) -> torch.Tensor:
     """(B,): the clipped surrogate and the KL penalty."""
     return clipped_surrogate(batch.advantages, batch.ratio, batch.clip) + batch.beta * batch.kl
 
 
 LOSSES = {"clipped": clipped_loss}
+
+
+def find_loss(losses: Mapping[str, Callable], name: str | Callable) -> Callable:
+    """A loss of a table by its name, several added up (`a+b`), or a user's own function. Raises
+    ValueError."""
+    if callable(name):
+        return name
+    terms = [losses[choose("loss", part, losses)] for part in name.split("+")]
+    return lambda batch: sum(term(batch) for term in terms)
+
+
+def check_updates(updates: int, schedule: Schedule) -> None:
+    if updates > schedule.prompts_per_batch:
+        raise ValueError(
+            f"{updates} updates need as many prompts in an iteration, not "
+            f"{schedule.prompts_per_batch}; lower updates or raise prompts_per_batch"
+        )
+
+
+def squared_distance(v: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(B,): `||v - other||^2`, summed over the latent."""
+    return (v - other).square().flatten(1).sum(1)
 
 
 class GRPOConfig(Config):
@@ -146,32 +167,25 @@ class GRPO:
     ):
         self.schedule, self.rewards, self.config, self.sampler = schedule, rewards, config, sampler
         self.updates, self.loss = config.updates, find_loss(LOSSES, config.loss)
-        check_updates(config.updates, schedule.prompts_per_batch)
+        check_updates(config.updates, schedule)
         if not sampler.has_noise:
-            raise ValueError(
-                "GRPO explores by noise: sample with sde or cps at a positive noise level"
-            )
+            raise ValueError("GRPO explores by noise: sample with sde or cps and a noise_level")
         if schedule.images_per_prompt < 2:
             raise ValueError(
-                "GRPO compares the images of a prompt: images_per_prompt must be at least 2"
+                "GRPO compares images of a prompt: images_per_prompt must be at least 2"
             )
         first, last = sampler.window_range
         if first != last and isinstance(config.trained_steps, list):
             raise ValueError("the window of noisy steps moves: leave trained_steps out")
-        trained_steps(sampler.at(0, 0), config.trained_steps, 0, 0)
+        sampler.at(0, 0).trained_steps(config.trained_steps)
         for task in schedule.prompts:
             weights = self.weights_of(task)
-            unknown = set(weights) - set(rewards)
-            if unknown or not weights:
-                raise ValueError(
-                    f"the reward_weights of {task} name {', '.join(sorted(unknown)) or 'nothing'}; "
-                    f"the rewards are {', '.join(rewards)}"
-                )
-            held_out = [name for name in weights if attribute(rewards[name], "held_out")]
-            if held_out:
-                raise ValueError(
-                    f"{held_out[0]} is a held-out reward: nothing may be trained on it"
-                )
+            for name in weights:
+                choose(f"reward (reward_weights of {task})", name, rewards)
+                if attribute(rewards[name], "held_out"):
+                    raise ValueError(f"{name} is a held-out reward: nothing may be trained on it")
+            if not weights:
+                raise ValueError(f"reward_weights has no reward for {task}")
 
     def weights_of(self, task: str) -> dict[str, float]:
         weights = self.config.reward_weights
@@ -190,13 +204,8 @@ class GRPO:
         used = {name for task in self.schedule.prompts for name in self.weights_of(task)}
         config = self.config.model_dump(exclude={"micro_batch_size", "loss"})
         rewards = {name: self.rewards[name] for name in sorted(used)}
-        return {
-            **config,
-            "schedule": self.schedule,
-            "sampler": self.sampler,
-            "rewards": rewards,
-            "loss": self.config.loss,
-        }
+        config |= {"schedule": self.schedule, "sampler": self.sampler, "rewards": rewards}
+        return {**config, "loss": self.config.loss}
 
     def collect(
         self, policy: FlowPolicy, adapter: str, iteration: int, shard: Shard
@@ -204,18 +213,17 @@ class GRPO:
         group, config = self.schedule.images_per_prompt, self.config
         batch = shard.of(self.schedule.draw(iteration), group)
         sampler = self.sampler.at(iteration, self.schedule.seed)
-        kept = trained_steps(sampler, config.trained_steps, iteration, self.schedule.seed)
+        trained = sampler.trained_steps(config.trained_steps, iteration, self.schedule.seed)
         size = config.micro_batch_size
         if sampler.branch:  # images that share steps stay together
             size = max(size // group, 1) * group
         pieces = shard.micro_batches(self.schedule.prompts_per_batch, group, config.updates, size)
         steps, images = [], []
         for _, rows, _ in pieces:
-            taken = [
-                *trajectory(policy, batch.prompts[rows], batch.seeds[rows], sampler, adapter, group)
-            ]
+            here = batch.prompts[rows], batch.seeds[rows]
+            taken = list(trajectory(policy, *here, sampler, adapter, group))
             images.append(policy.decode(taken[-1].x_next).cpu())
-            steps.append([taken[k] for k in kept])
+            steps.append([taken[k] for k in trained])
         rewards, weights, means = self.score(torch.cat(images) if images else torch.empty(0), batch)
         a = advantages(rewards, weights, group, config.normalise, shard).to(policy.device)
         rollouts = [
@@ -230,20 +238,14 @@ class GRPO:
         """Rewards (B, R) divided by their scales, weights (B, R), and each reward's mean in its own
         units."""
         names = sorted({name for p in batch.prompts for name in self.weights_of(p.task)})
-        rewards, weights, means = (
-            torch.zeros(len(batch), len(names)),
-            torch.zeros(len(batch), len(names)),
-            {},
-        )
+        rewards, weights = torch.zeros(2, len(batch), len(names))
+        means = {}
         for column, name in enumerate(names):
             rows = [i for i, p in enumerate(batch.prompts) if name in self.weights_of(p.task)]
-            scores = score_images(
-                self.rewards[name], images[rows], [batch.prompts[i] for i in rows]
-            )
-            rewards[rows, column] = torch.from_numpy(scores) / attribute(
-                self.rewards[name], "scale"
-            )
-            of_row = [float(self.weights_of(batch.prompts[i].task)[name]) for i in rows]
+            reward, prompts = self.rewards[name], [batch.prompts[i] for i in rows]
+            scores = score_images(reward, images[rows], prompts)
+            rewards[rows, column] = torch.from_numpy(scores) / attribute(reward, "scale")
+            of_row = [float(self.weights_of(p.task)[name]) for p in prompts]
             weights[rows, column] = torch.tensor(of_row)
             means[name] = float(np.mean(scores))
         return rewards, weights, means
@@ -257,10 +259,8 @@ class GRPO:
                 batch = self._batch(policy, adapter, text, step, rollout.advantages)
                 loss = self.loss(batch).sum() / (rollout.images * len(rollout.steps))
                 off = (batch.ratio.detach() - 1).abs()
-                metrics = {
-                    "ratio_error": off.mean(),
-                    "clip_fraction": (off > batch.clip).float().mean(),
-                }
+                clipped = (off > batch.clip).float().mean()
+                metrics = {"ratio_error": off.mean(), "clip_fraction": clipped}
                 if self.config.beta:
                     metrics["kl"] = batch.kl.detach().mean()
                 yield loss, metrics

@@ -23,29 +23,18 @@ as in the paper.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from ..config import Config, Count, NonNegative, Plugin, Positive
-from ..data import Prompt, Schedule
+from ..config import Config, Count, NonNegative, Plugin, Positive, choose
+from ..data import Prompt, Schedule, Shard, slices
 from ..policy import FlowPolicy
 from ..rollout import NoiseStreams, Sampler, visited_states
 from ..sde import WEIGHTINGS, Reduction, log_prob
-from ..text import TextEmbedding
-from .base import (
-    Shard,
-    Term,
-    check_teachers,
-    check_updates,
-    clipped_surrogate,
-    find_loss,
-    slices,
-    squared_distance,
-    trained_steps,
-)
+from .grpo import Term, check_updates, clipped_surrogate, find_loss, squared_distance
 
 
 @dataclass
@@ -104,18 +93,20 @@ def return_to_go(batch: OPDBatch) -> torch.Tensor:
     return clipped_surrogate(-batch.later_kl, batch.ratio, batch.clip)
 
 
-LOSSES = {
-    "pathwise": pathwise,
-    "paper": paper,
-    "as_coded": as_coded,
-    "log_ratio": log_ratio,
-    "return_to_go": return_to_go,
-}
+LOSSES = {f.__name__: f for f in (pathwise, paper, as_coded, log_ratio, return_to_go)}
 
 
 def anchor_loss(batch: OPDBatch) -> torch.Tensor:
     """(M,): Manifold Anchor Regularization, `w ||v_student - v_anchor||^2`."""
     return batch.weight * squared_distance(batch.v_student, batch.v_anchor)
+
+
+def check_teachers(tasks: Iterable[str], teachers: Mapping[str, str | None]) -> None:
+    """Raises ValueError for tasks that have none."""
+    if missing := set(tasks) - set(teachers):
+        raise ValueError(
+            f"no teacher for the task {', '.join(sorted(missing))}, only for {list(teachers)}"
+        )
 
 
 class OPDConfig(Config):
@@ -166,39 +157,28 @@ class OPD:
     ):
         self.schedule, self.config, self.sampler = schedule, config, sampler
         self.updates, self.loss = config.updates, find_loss(LOSSES, config.loss)
-        if isinstance(config.weighting, str) and config.weighting not in WEIGHTINGS:
-            raise ValueError(
-                f"unknown weighting {config.weighting!r}: choose one of {', '.join(WEIGHTINGS)}, "
-                "or a function"
-            )
+        if isinstance(config.weighting, str):
+            choose("weighting", config.weighting, WEIGHTINGS)
         self.uses_actions = config.loss != "pathwise"
-        check_updates(config.updates, schedule.prompts_per_batch)
+        check_updates(config.updates, schedule)
         check_teachers(schedule.prompts, config.teachers)
         if self.uses_actions and isinstance(config.loss, str) and not sampler.has_noise:
-            raise ValueError(
-                f"{config.loss} needs the probabilities of actions: sample with sde or cps, or use "
-                "pathwise"
-            )
+            raise ValueError(f"{config.loss} needs the probabilities of actions: sample with sde")
         self.uses_actions &= sampler.has_noise
         if sampler.branch or sampler.window_range[0] != sampler.window_range[1]:
             raise ValueError("branch and a moving window are for GRPO; OPD has trained_steps")
-        noisy = len(trained_steps(sampler, None, 0, 0))
-        trained_steps(sampler, config.trained_steps, 0, 0)
+        noisy = len(sampler.trained_steps(None))
+        sampler.trained_steps(config.trained_steps)
         if config.trained_steps == 1 < noisy and "return_to_go" in str(config.loss):
-            raise ValueError(
-                "return_to_go weighs a step by the KL at later ones, so one drawn step says "
-                "nothing of it; draw at least 2, or name the steps"
-            )
+            raise ValueError("return_to_go weighs a step by the KL at later ones: draw at least 2")
         # Of N steps k are drawn: one is visited in k/N of the draws, and with it a later one in
         # (k-1)/(N-1).
         drawn = config.trained_steps if isinstance(config.trained_steps, int) else noisy
-        self._visited, self._visited_later = (
-            drawn / noisy,
-            (drawn - 1) / (noisy - 1) if drawn > 1 else 1.0,
-        )
-        unused = [n for n in config.guidance if n not in {*config.teachers.values(), config.anchor}]
-        if unused:
-            raise ValueError(f"guidance names {unused[0]!r}, which is no teacher and no anchor")
+        self._visited = drawn / noisy
+        self._visited_later = (drawn - 1) / (noisy - 1) if drawn > 1 else 1.0
+        guided = {*config.teachers.values(), config.anchor}
+        for name in set(config.guidance) - guided:
+            choose("teacher or anchor (guidance)", name, sorted(guided - {None}))
 
     @property
     def adapters(self) -> set[str]:
@@ -217,9 +197,7 @@ class OPD:
         policy.check_adapters(self.adapters)
         policy.check_prompts(self.schedule.all_prompts)
         if adapter in self.adapters:
-            raise ValueError(
-                f"{adapter!r} is in training, so it can be no teacher and no anchor; copy it first"
-            )
+            raise ValueError(f"{adapter!r} is in training, so it is no teacher or anchor; copy it")
         batch, sigma = self.schedule.draw(0), policy.sigmas(self.sampler.steps)[1]
         x_t = NoiseStreams(policy, batch.seeds[:4]).draw()
         text = policy.encode([p.text for p in batch.prompts[:4]])
@@ -227,37 +205,25 @@ class OPD:
         for name in sorted(self.adapters):
             if torch.equal(policy.velocity(x_t, sigma, text, adapter=name), base):
                 raise ValueError(
-                    f"the teacher or anchor {name!r} has the velocity of the base: its weights "
-                    "change nothing; load the right adapter, or name the base itself (null in a "
-                    "recipe, None in Python)"
+                    f"the teacher or anchor {name!r} has the velocity of the base: load the right "
+                    "adapter, or name the base itself (null in a recipe, None in Python)"
                 )
 
     def collect(
         self, policy: FlowPolicy, adapter: str, iteration: int, shard: Shard
     ) -> tuple[list[Visited], dict[str, float]]:
-        config, images = (
-            self.config,
-            self.schedule.prompts_per_batch * self.schedule.images_per_prompt,
-        )
-        batch = shard.of(self.schedule.draw(iteration))
-        steps = trained_steps(self.sampler, config.trained_steps, iteration, self.schedule.seed)
-        draws = isinstance(config.trained_steps, int) and config.draw == "trajectory"
+        config, batch = self.config, self.schedule.draw(iteration)
+        pieces = shard.micro_batches(len(batch), 1, config.updates, config.micro_batch_size)
+        batch = shard.of(batch)
+        which, noisy = config.trained_steps, self.sampler.trainable_steps
+        steps = self.sampler.trained_steps(which, iteration, self.schedule.seed)
         visited = []
-        for update, rows, n in shard.micro_batches(
-            images, 1, config.updates, config.micro_batch_size
-        ):
-            prompts, seeds, wanted = (
-                batch.prompts[rows],
-                batch.seeds[rows],
-                [steps] * len(batch.seeds[rows]),
-            )
-            if draws and not self.uses_actions:
+        for update, rows, n in pieces:
+            prompts, seeds = batch.prompts[rows], batch.seeds[rows]
+            wanted = [steps] * len(seeds)
+            if isinstance(which, int) and config.draw == "trajectory" and not self.uses_actions:
                 # by the sample's own seed, so that it does not depend on the processes
-                noisy = self.sampler.trainable_steps
-                wanted = [
-                    random.Random(f"steps/{seed}").sample(noisy, config.trained_steps)
-                    for seed in seeds
-                ]
+                wanted = [random.Random(f"steps/{seed}").sample(noisy, which) for seed in seeds]
             states, forwards = self._states(policy, adapter, prompts, seeds, wanted)
             visited.append(Visited(states, forwards, update, n))
         return visited, {}
@@ -268,34 +234,30 @@ class OPD:
         """The wanted states of these trajectories with their teachers' and the anchor's velocities,
         and how they are cut into forwards. Where ratios of probabilities are taken, a forward has
         the states of one step, as in the rollout: then ratios before an update are exactly 1."""
-        grid = policy.sigmas(self.sampler.steps)
-        visits = list(
-            visited_states(policy, prompts, seeds, self.sampler, adapter, wanted, self.uses_actions)
-        )
+        grid = torch.tensor(policy.sigmas(self.sampler.steps))
+        sampler, actions = self.sampler, self.uses_actions
+        visits = [*visited_states(policy, prompts, seeds, sampler, adapter, wanted, actions)]
         step = torch.tensor([v.index for v in visits for _ in v.rows])
-        sigma, sigma_next = torch.tensor(grid)[step], torch.tensor(grid)[step + 1]
+        sigma, sigma_next = grid[step], grid[step + 1]
         states = OPDBatch(
             [prompts[row] for v in visits for row in v.rows],
             step,
             sigma,
             sigma_next,
             torch.cat([v.x_t for v in visits]),
-            self.sampler.step_weights(sigma, sigma_next, self.config.weighting).to(policy.device),
+            sampler.step_weights(sigma, sigma_next, self.config.weighting).to(policy.device),
             clip=self.config.clip,
         )
         ends = torch.tensor([len(v.rows) for v in visits]).cumsum(0).tolist()
         per_step = [slice(start, end) for start, end in zip([0, *ends], ends)]
-        forwards = (
-            per_step if self.uses_actions else slices(len(states), self.config.micro_batch_size)
-        )
+        forwards = per_step if actions else slices(len(states), self.config.micro_batch_size)
         targets = [self._targets(policy, states[rows]) for rows in forwards]
         states.v_teacher = torch.cat([teacher for teacher, _ in targets])
         if self.config.mar:
             states.v_anchor = torch.cat([anchor for _, anchor in targets])
-        if self.uses_actions:
-            states.x_next, states.mean = (
-                torch.cat([getattr(v.step, name) for v in visits]) for name in ("x_next", "mean")
-            )
+        if actions:
+            states.x_next = torch.cat([v.step.x_next for v in visits])
+            states.mean = torch.cat([v.step.mean for v in visits])
             states.std = torch.cat([v.step.std.expand(len(v.rows)) for v in visits])
             states.later_kl = torch.zeros(len(states), device=policy.device)
             later = torch.zeros(len(prompts), device=policy.device)
@@ -310,23 +272,22 @@ class OPD:
         self, policy: FlowPolicy, states: OPDBatch
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The velocities of each state's own teacher and of the anchor: one forward an adapter."""
-        text, x_t, anchor = policy.encode([p.text for p in states.prompts]), states.x_t, None
-        if self.config.mar:
-            anchor = self._ask(policy, self.config.anchor, x_t, states.sigma, text)
-        teacher = torch.empty_like(x_t)
-        for name in dict.fromkeys(self.config.teachers[p.task] for p in states.prompts):
-            rows = [i for i, p in enumerate(states.prompts) if self.config.teachers[p.task] == name]
-            teacher[rows] = (
-                anchor[rows]
-                if anchor is not None and name == self.config.anchor
-                else self._ask(policy, name, x_t[rows], states.sigma[rows], text[rows])
-            )
-        return teacher, anchor
+        text = policy.encode([p.text for p in states.prompts])
 
-    def _ask(
-        self, policy: FlowPolicy, name: str | None, x_t, sigma, text: TextEmbedding
-    ) -> torch.Tensor:
-        return policy.velocity(x_t, sigma, text, self.config.guidance.get(name, 1.0), name)
+        def velocity(name: str | None, rows: slice | list[int]) -> torch.Tensor:
+            at, guidance = (states.x_t[rows], states.sigma[rows]), self.config.guidance
+            return policy.velocity(*at, text[rows], guidance.get(name, 1.0), name)
+
+        anchor = velocity(self.config.anchor, slice(None)) if self.config.mar else None
+        teacher, names = (
+            torch.empty_like(states.x_t),
+            [self.config.teachers[p.task] for p in states.prompts],
+        )
+        for name in dict.fromkeys(names):
+            rows = [i for i, own in enumerate(names) if own == name]
+            known = anchor is not None and name == self.config.anchor
+            teacher[rows] = anchor[rows] if known else velocity(name, rows)
+        return teacher, anchor
 
     def losses(
         self, policy: FlowPolicy, adapter: str, data: list[Visited], update: int
@@ -348,15 +309,12 @@ class OPD:
             then = log_prob(states.x_next, states.mean, states.std, self.config.reduction)
 
             def log_ratio_of(velocity: torch.Tensor) -> torch.Tensor:
-                mean, std = self.sampler.transition(
-                    states.x_t, velocity, states.sigma, states.sigma_next
-                )
+                at = states.sigma, states.sigma_next
+                mean, std = self.sampler.transition(states.x_t, velocity, *at)
                 return log_prob(states.x_next, mean, std, self.config.reduction) - then
 
-            batch.ratio, batch.log_ratio_teacher = (
-                log_ratio_of(v).exp(),
-                log_ratio_of(states.v_teacher),
-            )
+            batch.ratio = log_ratio_of(v).exp()
+            batch.log_ratio_teacher = log_ratio_of(states.v_teacher)
         return batch
 
     @torch.no_grad()
@@ -366,17 +324,14 @@ class OPD:
         squared = squared_distance(batch.v_student, batch.v_teacher)
         metrics = {"velocity_mse": squared / batch.v_student[0].numel()}
         if self.sampler.noise_level:
-            weight = self.sampler.step_weights(batch.sigma, batch.sigma_next, "kl").to(
-                squared.device
-            )
-            metrics["kl"] = weight * squared
+            weight = self.sampler.step_weights(batch.sigma, batch.sigma_next, "kl")
+            metrics["kl"] = weight.to(squared.device) * squared
             for k in batch.step.unique().tolist():
                 metrics[f"kl_step_{k}"] = metrics["kl"][(batch.step == k).to(squared.device)]
+        names = [n for n in ("kl", "velocity_mse") if n in metrics]
         for task in dict.fromkeys(p.task for p in batch.prompts):
             rows = [i for i, p in enumerate(batch.prompts) if p.task == task]
-            metrics |= {
-                f"{n}_{task}": metrics[n][rows] for n in ("kl", "velocity_mse") if n in metrics
-            }
+            metrics |= {f"{name}_{task}": metrics[name][rows] for name in names}
         if self.config.mar:
             metrics["anchor_loss"] = anchor_loss(batch)
         return metrics
@@ -389,15 +344,3 @@ def mirrored(data: Sequence[Visited]) -> list[Visited]:
         replace(v, states=replace(v.states, x_next=2 * v.states.mean - v.states.x_next))
         for v in data
     ]
-
-
-__all__ = [
-    "LOSSES",
-    "OPD",
-    "OPDBatch",
-    "OPDConfig",
-    "Visited",
-    "anchor_loss",
-    "mirrored",
-    "pathwise",
-]

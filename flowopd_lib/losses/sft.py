@@ -11,11 +11,12 @@ from types import MappingProxyType
 import torch
 
 from ..config import Config, Count
-from ..data import Prompt
+from ..data import Prompt, Shard, slices
 from ..policy import FlowPolicy
 from ..rollout import Sampler, generator, trajectory
 from ..sde import per_row
-from .base import Shard, Term, check_teachers, slices
+from .grpo import Term
+from .opd import check_teachers
 
 
 def sample_teachers(
@@ -29,8 +30,7 @@ def sample_teachers(
     shard: Shard = Shard(),
 ) -> torch.Tensor:
     """Latents (N, C, H, W) at sigma 0: each prompt sampled by its own task's teacher (`guidance`: a
-    teacher's own); several
-    processes share the batches."""
+    teacher's own); several processes share the batches."""
     check_teachers((p.task for p in prompts), teachers)
     latents = torch.zeros(len(prompts), *policy.latent_shape, device=policy.device)
     batches = []
@@ -73,6 +73,7 @@ class SFT:
     model's shift."""
 
     updates = 1
+    adapters = frozenset()
 
     def __init__(
         self,
@@ -81,35 +82,26 @@ class SFT:
         config: SFTConfig = SFTConfig(),
         seed: int = 0,
     ):
-        if len(latents) != len(prompts) or not len(prompts):
-            raise ValueError(
-                f"SFT needs one prompt for every latent, not {len(prompts)} for {len(latents)}"
-            )
         self.latents, self.prompts, self.config, self.seed = latents, list(prompts), config, seed
-
-    @property
-    def adapters(self) -> set[str]:
-        return set()
 
     def check(self, policy: FlowPolicy, adapter: str) -> None:
         policy.check_prompts(self.prompts)
 
     def identity(self) -> dict:
-        return {
-            "latents": self.latents,
-            "prompts": self.prompts,
-            "images an update": self.config.batch,
-            "seed": self.seed,
-        }
+        data = {"latents": self.latents, "prompts": self.prompts}
+        return {**data, "images an update": self.config.batch, "seed": self.seed}
 
     def collect(
         self, policy: FlowPolicy, adapter: str, iteration: int, shard: Shard
     ) -> tuple[Examples, dict[str, float]]:
         n, g = self.config.batch, generator((self.seed + 1 << 40) + iteration)
         epoch, position = divmod(iteration * n, len(self.prompts))
-        order = [
-            row for e in range(-(-n // len(self.prompts)) + 1) for row in self._order(epoch + e)
-        ]
+        epochs = range(epoch, epoch - (-n // len(self.prompts)) + 1)
+        order = []
+        for e in epochs:
+            rows = list(range(len(self.prompts)))
+            random.Random(f"sft/{self.seed}/{e}").shuffle(rows)
+            order += rows
         sigma = torch.sigmoid(torch.randn(n, generator=g))
         shift = policy.pipeline.scheduler.config.shift
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
@@ -121,11 +113,6 @@ class SFT:
         at = per_row(sigma, x0)
         prompts = [self.prompts[r] for r in rows][mine]
         return Examples(prompts, (1 - at) * x0 + at * eps, sigma, eps - x0, n), {}
-
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.prompts)))
-        random.Random(f"sft/{self.seed}/{epoch}").shuffle(order)
-        return order
 
     def losses(
         self, policy: FlowPolicy, adapter: str, data: Examples, update: int

@@ -16,8 +16,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..files import read_thumbnail
 from ..stats import GOLD, rewards_in
-from ..thumbnails import read_thumbnail
 from .style import color_of, draw_intervals, draw_matrix, finish, make_panels, spread
 
 # --- images
@@ -133,11 +133,9 @@ def plot_scores(
     return finish(figure, title)
 
 
-def plot_gain_matrix(
-    differences: pd.DataFrame, title: str, scales: Mapping[str, float] | None = None
-) -> Figure:
+def plot_gain_matrix(differences: pd.DataFrame, title: str, scales: Mapping[str, float]) -> Figure:
     """Models (rows) by rewards (columns): the change of the score with its 95 % interval, coloured
-    by its share of the full scale (`scales`; None: 1). Bold: the interval excludes 0.
+    by its share of the full scale (`scales`). Bold: the interval excludes 0.
 
     `differences`: model, reward, mean, low, high, n, as `paired_differences` gives them without
     tasks.
@@ -145,9 +143,8 @@ def plot_gain_matrix(
     counts = differences.groupby("reward", sort=False)["n"].max()
     rows = differences["model"].nunique()
     figure, (axis,) = make_panels(1, size=(1.7 * len(counts) + 2.5, 0.6 * rows + 0.6))
-    scale = 1.0 if scales is None else differences["reward"].map(scales)
-    label = "change of the score" if scales is None else "change / full scale"
-    draw_matrix(axis, differences, "model", "reward", scale, cbar_kws={"label": label})
+    scale, bar = differences["reward"].map(scales), {"label": "change / full scale"}
+    draw_matrix(axis, differences, "model", "reward", scale, cbar_kws=bar)
     axis.set_xticklabels([f"{reward} (n={n})" for reward, n in counts.items()])
     axis.set(xlabel="", ylabel="")
     return finish(figure, title)

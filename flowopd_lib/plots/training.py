@@ -86,22 +86,17 @@ def plot_distillation(metrics: pd.DataFrame, title: str) -> Figure:
     `iteration`, as means of ten neighbours. Where steps are drawn at random, a row has those it
     drew."""
     figure, (left, right) = make_panels(2, size=(5.2, 3.4))
-    tasks, steps = _melt(metrics, "velocity_mse_"), _melt(metrics, "kl_step_")
-    steps["key"] = steps["key"].astype(int) + 1
-    colors = [*map(color_of, tasks["key"].unique())]
-    style = {"x": "iteration", "y": "value", "hue": "key", "legend": "full"}
-    sns.lineplot(tasks, palette=colors, ax=left, **style)
-    sns.lineplot(steps, palette="viridis", ax=right, **style)
-    left.set(yscale="log", ylabel="mean squared difference of velocities", title="by task")
-    right.set(yscale="log", ylabel="KL of a step, nats", title="by denoising step")
+    table = metrics.set_index("iteration")
+    tasks, steps = table.filter(like="velocity_mse_"), table.filter(like="kl_step_")
+    for column in tasks:
+        task = column.removeprefix("velocity_mse_")
+        left.plot(smooth(tasks[column].dropna()), color=color_of(task), label=task)
+    for column, color in zip(steps, sns.color_palette("viridis", len(steps.columns))):
+        step = int(column.removeprefix("kl_step_")) + 1
+        right.plot(smooth(steps[column].dropna()), color=color, label=step)
+    mse, kl = "mean squared difference of velocities", "KL of a step, nats"
+    left.set(xlabel="iteration", yscale="log", ylabel=mse, title="by task")
+    right.set(xlabel="iteration", yscale="log", ylabel=kl, title="by denoising step")
     left.legend(title="to the teacher of")
-    sns.move_legend(right, "center left", bbox_to_anchor=(1, 0.5), title="step")
+    right.legend(title="step", loc="center left", bbox_to_anchor=(1, 0.5))
     return finish(figure, title, legend=False)
-
-
-def _melt(metrics: pd.DataFrame, prefix: str) -> pd.DataFrame:
-    """The columns PREFIX + KEY as rows: iteration, key, value, smoothed."""
-    columns = [column for column in metrics if column.startswith(prefix)]
-    rows = metrics.melt("iteration", columns, "key").dropna()
-    rows["value"] = rows.groupby("key")["value"].transform(smooth)
-    return rows.assign(key=rows["key"].str.removeprefix(prefix))

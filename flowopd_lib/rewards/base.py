@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data import Prompt
-from ..hub import hub_fault, quiet
+from ..loading import hub_fault, quiet
 
 
 class Reward(Protocol):

@@ -1,20 +1,40 @@
 """GenEval's rule (Ghosh et al. 2023, evaluation/evaluate_images.py) over the detections of any
-detector."""
+detector, and its detector with transformers.
+
+The public scorer runs mmdetection's training of the detector's architecture on the same data. The
+one here is another checkpoint under the same rule, so its scores belong in tables under its own
+name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..data import Prompt
-from .base import as_uint8
+from .base import as_uint8, batches, load_clip, load_frozen, loading
+from .server import COLORS, ColorClassifier
 
 POSITION_MARGIN = 0.1  # GenEval's POSITION_THRESHOLD, in object sizes: "left of" starts beyond it
 MAX_OBJECTS = 16  # of a class in an image; the rule ignores further ones
+# GenEval's names of COCO's classes, where COCO or the published config have others
+GENEVAL_NAMES = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
 
 
 @dataclass(frozen=True)
@@ -173,3 +193,65 @@ class GenEval:
                     raise ValueError(f"the detector {fault}; it knows {', '.join(known[key])}")
         for prompt, detections in zip(prompts, self.detector(pixels)):
             yield prompt.metadata, counted_objects(prompt.metadata, detections, self.detector)
+
+
+class Mask2FormerDetector:
+    """COCO's 80 classes under GenEval's names in images of any size, with colours by CLIP.
+
+    `model_id`: a folder or hub id of a `Mask2FormerForUniversalSegmentation`, published as
+    `facebook/mask2former-swin-small-coco-instance` (backbone Swin-S, trained on COCO's instances);
+    `clip_id`: of the `CLIPModel` of `ColorClassifier`. Images are enlarged to `side` pixels at the
+    shorter edge, as the public scorer does (longer edge: at most 1333). Masks are those of
+    transformers: cut at 384 x 384 pixels and resized to the image.
+    """
+
+    colors, size = COLORS, None
+    threshold, counting_threshold = 0.3, 0.9
+
+    def __init__(
+        self,
+        model_id: str | Path,
+        clip_id: str | Path,
+        device: str = "cpu",
+        batch: int = 8,
+        side: int = 800,
+    ):
+        # by name: the plain processor needs torchvision, with which scores differ
+        from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
+
+        self.name, self.batch = f"{Path(model_id).name} (transformers)", batch
+        kind, what = Mask2FormerForUniversalSegmentation, "GenEval's detector"
+        self.model = load_frozen(kind, model_id, what, device)
+        with loading(f"processor of {what}", model_id):
+            self.processor = Mask2FormerImageProcessorPil.from_pretrained(model_id)
+        self.options = {"size": {"shortest_edge": side, "longest_edge": side * 5 // 3}}
+        names = self.model.config.id2label
+        self.labels = tuple(GENEVAL_NAMES.get(names[i], names[i]) for i in range(len(names)))
+        self.classify = ColorClassifier(*load_clip(clip_id, "GenEval's colours", device))
+
+    def __call__(self, images: np.ndarray) -> list[list[Detection]]:
+        """(B, H, W, 3) uint8 to a list of detections per image."""
+        return [found for (some,) in batches(self.batch, images) for found in self._detect(some)]
+
+    @torch.no_grad()
+    def _detect(self, images: np.ndarray) -> Iterator[list[Detection]]:
+        inputs = self.processor(list(images), return_tensors="pt", **self.options)
+        output = self.model(**inputs.to(self.model.device))
+        for logits in (output.class_queries_logits, output.masks_queries_logits):
+            if not torch.isfinite(logits).all():
+                raise ValueError("GenEval's detector gave NaN; load its weights again, in float32")
+        results = self.processor.post_process_instance_segmentation(
+            output,
+            self.threshold,
+            target_sizes=[image.shape[:2] for image in images],
+            return_binary_maps=True,
+        )
+        for image, result in zip(images, results):
+            segments, objects = result["segments_info"], []
+            masks = [mask.bool().cpu().numpy() for mask in result["segmentation"][: len(segments)]]
+            for segment, mask in zip(segments, masks):
+                box = tuple(map(float, Image.fromarray(mask).getbbox()))
+                label = self.labels[segment["label_id"]]
+                objects.append({"label": label, "score": segment["score"], "box": box})
+            colored = self.classify(Image.fromarray(image), objects, masks)
+            yield [Detection(**found) for found in colored]

@@ -24,19 +24,16 @@ def ocr_reward(read: str, target: str) -> float:
     return 1 - min(Levenshtein.distance(read, target), len(target)) / len(target)
 
 
-def find_model(name: str) -> Path:
-    """The path of a file, or of `PACKAGE/PATH` inside an installed package. Raises
-    FileNotFoundError."""
+def find_model(name: str) -> str:
+    """The path of a file, which may be given as `PACKAGE/PATH` inside an installed package."""
     package, _, path = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    folders = (spec and spec.submodule_search_locations) or []
-    for candidate in (Path(name), *(Path(folder) / path for folder in folders)):
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"OCR's recogniser {name} is neither a file nor inside an installed package; install the "
-        "package that has it"
-    )
+    file = Path(spec.origin).parent / path if spec and spec.origin else Path(name)
+    if not file.is_file():  # rapidocr would notice at the first image
+        raise FileNotFoundError(
+            f"OCR's recogniser {name} is neither a file nor inside an installed package"
+        )
+    return str(file)
 
 
 class OCR:
@@ -74,7 +71,7 @@ class OCR:
             width = int(np.ceil(48 * (right - left) / (bottom - top) / 32)) * 32
             options["Rec.rec_img_shape"] = [3, 48, width]
         if recogniser:  # the version only says how images are prepared, alike for all
-            options["Rec.model_path"] = str(find_model(recogniser))
+            options["Rec.model_path"] = find_model(recogniser)
             options["Rec.ocr_version"] = OCRVersion.PPOCRV5
         self.engine = RapidOCR(params=options)
 

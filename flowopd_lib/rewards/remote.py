@@ -1,5 +1,5 @@
 """Rewards elsewhere: behind `server.py`, and vision-language models behind an OpenAI-style
-endpoint.
+endpoint (vLLM, sglang).
 
 A server that is gone, slow or wrong is an error, never a score. What can be temporary (408, 429,
 5xx, no connection, no reply in time) is tried again a few times with growing pauses; after that the
@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import functools
 import os
-import random
 import re
 import time
 from collections.abc import Sequence
@@ -30,10 +29,9 @@ from pydantic import AliasPath, BaseModel, Field, ValidationError, validate_call
 from ..config import Count, Index, Positive, sentence
 from ..data import Prompt
 from .base import as_uint8, batches
-from .geneval import Detection
-from .server import TOKEN, Health, Item, Result, ScoreRequest, ScoreResponse
+from .server import TOKEN, DetectedObject, Health, Item, ScoreRequest, ScoreResponse
 
-PAUSE, MAX_PAUSE = 0.5, 60.0  # seconds: the first pause, and the longest that a server may ask for
+PAUSE = 0.5  # seconds before the second try; each further pause is twice as long
 # "Score: 4.5", not "Score: 1-5"
 SCORE = r"(?i)score[\s*_]*:[\s*_]*(-?\d+(?:\.\d+)?)(?![\d.]*\d|\s*(?:-|–|to)\s*\d)"
 
@@ -43,57 +41,10 @@ class RewardUnavailable(RuntimeError):
 
 
 @functools.cache
-def _client(process: int, token: str, timeout: float) -> httpx.Client:
-    """Shared by threads, not with forked processes. It uses no proxy of the environment: images and
-    token go to the url alone."""
+def _client(token: str, timeout: float) -> httpx.Client:
+    """It uses no proxy of the environment: images and token go to the url alone."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     return httpx.Client(headers=headers, timeout=timeout, trust_env=False)
-
-
-class Endpoint:
-    """JSON requests to one server, with the token of the environment, FLOWOPD_REWARD_TOKEN."""
-
-    def __init__(self, url: str, name: str, timeout: float, retries: int):
-        parts = httpx.URL(url)
-        if parts.scheme not in ("http", "https") or not parts.host or parts.query or parts.userinfo:
-            raise ValueError(f"{name} needs a url like http://127.0.0.1:8100, with no password")
-        self.url, self.name, self.timeout, self.retries = url.rstrip("/"), name, timeout, retries
-        self.where = f"{name} at {self.url}"
-
-    def request(self, method: str, path: str, kind: type[BaseModel], body: Any = None) -> Any:
-        """The reply as `kind`. Raises RewardUnavailable after the last try, ValueError for a
-        refusal or a reply that is something else."""
-        token = os.environ.get(TOKEN, "")
-        if not all("!" <= letter <= "~" for letter in token):
-            raise ValueError(f"{TOKEN} must consist of letters, digits and signs without spaces")
-        for attempt in range(self.retries + 1):
-            pause, client = PAUSE * 2**attempt, _client(os.getpid(), token, self.timeout)
-            try:
-                reply = client.request(method, self.url + path, json=body)
-            except httpx.TimeoutException:
-                fault = f"no reply within {self.timeout:g} s"
-            except httpx.TransportError as error:
-                fault = f"no connection ({str(error) or type(error).__name__})"
-            else:
-                if reply.status_code == 200:
-                    try:
-                        return kind.model_validate_json(reply.content)
-                    except ValidationError as error:
-                        raise ValueError(sentence(error, f"the reply of {self.where}")) from None
-                text = " ".join(reply.text.split())[:300]
-                fault = f"{reply.status_code} {text.replace(token, '...') if token else text}"
-                if reply.status_code not in (408, 429) and reply.status_code < 500:
-                    hint = f"; the token is read from {TOKEN}" if reply.status_code == 401 else ""
-                    raise ValueError(f"{self.where} refused: {fault}{hint}")
-                seconds = reply.headers.get("Retry-After", "")
-                pause = max(pause, min(float(seconds), MAX_PAUSE) if seconds.isdigit() else 0.0)
-            if attempt < self.retries:
-                # at another moment in each process, and without drawing from seeded generators
-                time.sleep(pause * random.SystemRandom().uniform(1, 1.25))
-        raise RewardUnavailable(
-            f"{self.where} is unavailable (tries: {self.retries + 1}): {fault}. The run's state "
-            "is saved: start the reward again, and the same command continues"
-        )
 
 
 def encode_png(image: np.ndarray) -> str:
@@ -102,72 +53,92 @@ def encode_png(image: np.ndarray) -> str:
     return base64.b64encode(cv2.imencode(".png", image[:, :, ::-1], options)[1]).decode()
 
 
+class Endpoint:
+    """JSON requests to one server, with the token of the environment, FLOWOPD_REWARD_TOKEN."""
+
+    def __init__(self, url: str, name: str, timeout: float, retries: int):
+        if httpx.URL(url).scheme not in ("http", "https"):
+            raise ValueError(f"{name} needs a url like http://127.0.0.1:8100, not {url}")
+        self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
+        self.where = f"{name} at {self.url}"
+
+    def request(self, kind: type[BaseModel], method: str, path: str, body: Any = None) -> Any:
+        """The reply as `kind`. Raises RewardUnavailable after the last try, ValueError for a
+        refusal or a reply that is something else."""
+        token = os.environ.get(TOKEN, "").strip()
+        for attempt in range(self.retries + 1):
+            time.sleep(PAUSE * 2 ** (attempt - 1) if attempt else 0)
+            try:
+                reply = _client(token, self.timeout).request(method, self.url + path, json=body)
+            except httpx.TransportError as error:
+                fault = f"{type(error).__name__}: {error}"
+                continue
+            if reply.status_code == 200:
+                try:
+                    return kind.model_validate_json(reply.content)
+                except ValidationError as error:
+                    raise ValueError(sentence(error, f"the reply of {self.where}")) from None
+            fault = f"{reply.status_code} {' '.join(reply.text.split())[:300]}"
+            if reply.status_code not in (408, 429) and reply.status_code < 500:
+                raise ValueError(f"{self.where} refused: {fault}")
+        raise RewardUnavailable(
+            f"{self.where} is unavailable (tries: {self.retries + 1}): {fault}. The run's state "
+            "is saved: start the reward again, and the same command continues"
+        )
+
+
 class RewardServer(Endpoint):
-    """The reward of a `server.py`. Raises ValueError if its /health is not as `expected`."""
+    """The reward of a `server.py`. Raises ValueError for the server of another reward."""
 
-    def __init__(self, url: str, name: str, timeout: float, retries: int, batch: int, **expected):
-        super().__init__(url, name, timeout, retries)
-        self.batch, self.health = batch, self.request("GET", "/health", Health)
-        for key, value in {**expected, "reward": name}.items():
-            actual = getattr(self.health, key)
-            if value not in (None, actual):
-                raise ValueError(f"the server at {self.url} has the {key} {actual}, not {value}")
+    def __init__(self, url: str, reward: str, timeout: float, retries: int, batch: int):
+        super().__init__(url, reward, timeout, retries)
+        self.batch, self.health = batch, self.request(Health, "GET", "/health")
+        if self.health.reward != reward:
+            raise ValueError(
+                f"the server at {url} has the reward {self.health.reward}, not {reward}"
+            )
 
-    def results(self, images: np.ndarray, prompts: Sequence[str]) -> list[Result]:
-        """One result per image. Raises ValueError, with its number and prompt, for one that
-        failed."""
-        results: list[Result] = []
+    def results(self, images: np.ndarray, prompts: Sequence[str], field: str) -> list:
+        """One entry per image of the replies' `field`, scores or detections."""
+        results = []
         for some, own in batches(self.batch, images, prompts):
             items = [Item(png=encode_png(image), prompt=text) for image, text in zip(some, own)]
             body = ScoreRequest(reward=self.health.reward, items=items).model_dump()
-            reply = self.request("POST", "/score", ScoreResponse, body)
+            reply = self.request(ScoreResponse, "POST", "/score", body)
             identity = {"reward", "version", "model"}
             before, now = (one.model_dump(include=identity) for one in (self.health, reply))
             if now != before:
                 raise ValueError(f"{self.where} is now {now}, and was {before}")
-            if len(reply.results) != len(items):
-                count = f"{len(reply.results)} results for {len(items)} images"
-                raise ValueError(f"{self.where} gave {count}")
-            results += reply.results
-        for number, (result, prompt) in enumerate(zip(results, prompts), 1):
-            if result.score is None and result.detections is None:
-                image = f"image {number} of {len(images)} ({prompt!r})"
-                raise ValueError(f"{self.where} could not score {image}: {result.error}")
+            found = getattr(reply, field)
+            if len(found) != len(items):
+                raise ValueError(f"{self.where} gave {len(found)} {field} for {len(items)} images")
+            results += found
         return results
 
 
 class RemoteReward:
-    """The reward of a reward server, which must have this name, version and range at the start, and
-    the same name, version and model with every reply; version and range are the server's if left
-    out.
+    """The reward of a reward server, which must have this name at the start, and the same name,
+    version and model with every reply.
 
     `timeout`: seconds per request; `retries`: further tries; `batch`: images per request.
 
-    Raises RewardUnavailable, and ValueError for another reward and for an image that could not be
+    Raises RewardUnavailable, and ValueError for another reward and for images that could not be
     scored.
     """
 
     @validate_call
     def __init__(
-        self,
-        url: str,
-        reward: str,
-        timeout: Positive = 60.0,
-        retries: Index = 4,
-        batch: Count = 16,
-        version: str | None = None,
-        range: tuple[float, float] | None = None,
+        self, url: str, reward: str, timeout: Positive = 60.0, retries: Index = 4, batch: Count = 16
     ):
-        expected = {"answers": "scores", "version": version, "range": range}
-        self._server = RewardServer(url, reward, timeout, retries, batch, **expected)
+        self._server = RewardServer(url, reward, timeout, retries, batch)
         health = self._server.health
         self.name, self.range = reward, health.range
         self.version, self.model = health.version, health.model
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         pixels = as_uint8(images, prompts, self.name)
-        results = self._server.results(pixels, [prompt.text for prompt in prompts])
-        return np.array([result.score for result in results], np.float32)
+        texts = [prompt.text for prompt in prompts]
+        return np.array(self._server.results(pixels, texts, "scores"), np.float32)
 
 
 class RemoteDetector:
@@ -177,29 +148,15 @@ class RemoteDetector:
     size = None
 
     @validate_call
-    def __init__(
-        self,
-        url: str,
-        timeout: Positive = 60.0,
-        retries: Index = 4,
-        batch: Count = 16,
-        version: str | None = None,
-    ):
-        expected = {"answers": "detections", "version": version}
-        self._server = RewardServer(url, "GenEval", timeout, retries, batch, **expected)
+    def __init__(self, url: str, timeout: Positive = 60.0, retries: Index = 4, batch: Count = 16):
+        self._server = RewardServer(url, "GenEval", timeout, retries, batch)
         health = self._server.health
         self.name, self.version = health.model, health.version
         self.labels, self.colors = health.labels, health.colors
         self.threshold, self.counting_threshold = health.threshold, health.counting_threshold
 
-    def __call__(self, images: np.ndarray) -> list[list[Detection]]:
-        detections = []
-        for result in self._server.results(images, [""] * len(images)):
-            detections.append([Detection(**d.model_dump()) for d in result.detections])
-            for d in detections[-1]:
-                if d.label not in self.labels or d.color not in (None, *self.colors):
-                    raise ValueError(f"{self._server.where} gave {d}: not one of its own labels")
-        return detections
+    def __call__(self, images: np.ndarray) -> list[list[DetectedObject]]:
+        return self._server.results(images, [""] * len(images), "detections")
 
 
 class Models(BaseModel):
@@ -211,14 +168,14 @@ class Models(BaseModel):
 class Completion(BaseModel):
     """The reply of /v1/chat/completions."""
 
-    content: str | None = Field(validation_alias=AliasPath("choices", 0, "message", "content"))
+    text: str = Field(validation_alias=AliasPath("choices", 0, "message", "content"))
     finish: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
 
 
 class ChatReward:
-    """A vision-language model behind an OpenAI-style endpoint (vLLM, sglang), which gets the image
-    and `prompt`, where {prompt} stands for the image's own. The score is the number in its reply
-    that `pattern` finds; a reply with none, or with two that differ, is an error.
+    """A vision-language model behind an OpenAI-style endpoint, which gets the image and `prompt`,
+    where {prompt} stands for the image's own. The score is the number in its reply that `pattern`
+    finds; a reply with none, or with two that differ, is an error.
 
     `url`: what comes before /v1. `parallel`: requests at the same time. Otherwise as
     `RemoteReward`.
@@ -238,14 +195,12 @@ class ChatReward:
         retries: Index = 4,
         parallel: Count = 8,
     ):
-        if re.compile(pattern).groups != 1:
-            raise ValueError(f"pattern must have one group, the score, unlike {pattern!r}")
         self.name, self.range, self.model, self.prompt = name, range, model, prompt
         self.pattern, self.max_tokens, self._parallel = pattern, max_tokens, parallel
         self._endpoint = Endpoint(url, name, timeout, retries)
-        names = [m.get("id") for m in self._endpoint.request("GET", "/v1/models", Models).data]
-        if model not in names:
-            raise ValueError(f"{url} serves {', '.join(map(str, names)) or 'nothing'}, not {model}")
+        served = [m.get("id") for m in self._endpoint.request(Models, "GET", "/v1/models").data]
+        if model not in served:
+            raise ValueError(f"{url} serves {', '.join(map(str, served))}, not {model}")
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         pixels = as_uint8(images, prompts, self.name)
@@ -258,10 +213,10 @@ class ChatReward:
         content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": text}]
         body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         body |= {"temperature": 0, "max_tokens": self.max_tokens}
-        reply = self._endpoint.request("POST", "/v1/chat/completions", Completion, body)
-        scores = {float(value) for value in re.findall(self.pattern, reply.content or "")}
+        reply = self._endpoint.request(Completion, "POST", "/v1/chat/completions", body)
+        scores = {float(value) for value in re.findall(self.pattern, reply.text)}
         if len(scores) != 1 or reply.finish == "length":
             fault = "was cut off" if reply.finish == "length" else f"has {len(scores)} scores"
-            end = f"{fault}: {(reply.content or '')[-200:]!r}"
-            raise ValueError(f"the reply of {self.name} to the image of {prompt.text!r} {end}")
+            where = f"the reply of {self.name} to the image of {prompt.text!r}"
+            raise ValueError(f"{where} {fault}: {reply.text[-200:]!r}")
         return scores.pop()

@@ -8,11 +8,10 @@ import json
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import nbformat
 import papermill
@@ -20,11 +19,10 @@ import psutil
 from jupyter_client.kernelspec import NoSuchKernel
 from papermill.exceptions import PapermillExecutionError
 
-from ..files import ROOT, write_whole
-from ..lab.launch import shared_queue
-from ..precision import VARIABLE, decide
-from ..progress import MARK
-from .profiles import NOTEBOOKS
+from ..files import MARK, ROOT, write_whole
+from ..loading import VARIABLE, decide, dtype_name
+
+NOTEBOOKS = ROOT / "notebooks"
 
 
 def execute(name: str, parameters: Mapping[str, Any], folder: Path, log: Callable = print) -> None:
@@ -105,20 +103,11 @@ def scrub(node: Any, folder: Path) -> Any:
     return node
 
 
-def threads_each(processes: int) -> str:
-    """An equal number of the cores for each of so many processes at once."""
-    return str(max(1, (os.cpu_count() or 1) // processes))
-
-
-@contextlib.contextmanager
-def kernel_environment(folder: Path, jobs: int) -> Iterator[None]:
+def kernel_environment(folder: Path, jobs: int) -> dict[str, str]:
     """For the kernels of a run: no progress bars and widgets, the precision of the folder, their
-    number of cores, and one launcher's processes for all notebooks."""
-    values = {"FLOWOPD_HEADLESS": "1", VARIABLE: str(decide(folder)).removeprefix("torch.")}
-    if jobs > 1:
-        values["OMP_NUM_THREADS"] = threads_each(jobs)
-    with shared_queue(folder / ".jobs") as queue, patch.dict(os.environ, values | queue):
-        yield
+    number of cores."""
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+    return {"FLOWOPD_HEADLESS": "1", VARIABLE: dtype_name(decide(folder)), **threads}
 
 
 def stop_kernels() -> None:

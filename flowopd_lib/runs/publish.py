@@ -21,9 +21,8 @@ import pandas as pd
 from PIL import Image
 
 from ..files import write_whole
-from .profiles import load_profile
-from .report import duration, machine_text
-from .runner import read_status
+from .report import duration, machine_text, read_status
+from .runner import load_profile
 
 LIMIT = 30_000_000  # bytes
 TABLES = (".json", ".jsonl", ".csv", ".yaml")
@@ -45,13 +44,9 @@ def publish(run: Path, out: Path, page: Path) -> int:
             data = _small(path, path.relative_to(run), kept)
             if data is not None:
                 write_whole(small / path.relative_to(run), data)
-        sizes = {p.relative_to(small): p.stat().st_size for p in small.rglob("*") if p.is_file()}
-        size, largest = sum(sizes.values()), max(sizes, key=sizes.get)
+        size = sum(p.stat().st_size for p in small.rglob("*") if p.is_file())
         if size > LIMIT:
-            raise ValueError(
-                f"{run} would have {size / 1e6:.0f} MB, more than {LIMIT / 1e6:.0f}; the largest "
-                f"file is {largest}"
-            )
+            raise ValueError(f"{run} would have {size / 1e6:.0f} MB, more than {LIMIT / 1e6:.0f}")
         shutil.rmtree(out, ignore_errors=True)
         small.rename(out)
     write_whole(page, results_page(out, page))
@@ -65,13 +60,15 @@ def check_finished(run: Path) -> None:
         state = status.get(notebook, {}).get("state", "missing")
         if state != "done":
             raise ValueError(f"{run} is not finished: {notebook} is {state}; --resume the run")
-    git = {name: entry["git"] for name, entry in manifest["notebooks"].items()}
-    for name, commit in git.items():
-        if commit is None or commit["dirty"]:
+    commits = set()
+    for name, entry in manifest["notebooks"].items():
+        if not entry["git"] or entry["git"]["dirty"]:
             raise ValueError(f"{name} ran from files that no commit has; commit them and run again")
-    commits = sorted({commit["commit"][:10] for commit in git.values()})
+        commits.add(entry["git"]["commit"][:10])
     if len(commits) > 1:
-        raise ValueError(f"{run} is of several commits ({', '.join(commits)}); run again at one")
+        raise ValueError(
+            f"{run} is of several commits ({', '.join(sorted(commits))}); run again at one"
+        )
 
 
 def first_thumbnails(run: Path) -> set[Path]:

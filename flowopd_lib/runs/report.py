@@ -1,13 +1,13 @@
-"""What a run leaves to read: a manifest, which says what ran from which commit on what, and one
-page with the text and outputs of its notebooks."""
+"""What a run leaves to read: the status of its notebooks, a manifest, which says what ran from
+which commit on what, one page with their text and outputs; and two runs compared."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -16,19 +16,23 @@ from typing import Any
 import nbformat
 import pandas as pd
 import torch
-from latex2mathml.converter import convert
-from latex2mathml.exceptions import NoAvailableTokensError
 from nbconvert import HTMLExporter
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbdime import nbdiffapp
 from nbformat.v4 import new_markdown_cell, new_notebook
 
-from ..precision import decide
-from .fingerprints import file_hash, library_inputs
+from ..config import read_yaml, validate
+from ..lab.cache import file_hash
+from ..loading import decide, dtype_name
 
-STYLE = """body { max-width: 62rem; margin: 2rem auto; font: 16px/1.5 system-ui, sans-serif; }
-img { max-width: 100%; height: auto; } pre { overflow-x: auto; }
-table { display: block; overflow-x: auto; font-size: .85rem; border-collapse: collapse; }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; }"""
+Status = dict[str, dict[str, Any]]  # by notebook: state, parameters, fingerprint, seconds, ...
+VALUES = ["mean", "low", "high", "n"]  # of a score
+
+
+def read_status(folder: Path) -> Status:
+    """A run's `status.json`; empty where there is none. Raises ValueError, naming the file, if it
+    is not one."""
+    path = folder / "status.json"  # JSON is YAML
+    return validate(Status, read_yaml(path), str(path)) if path.is_file() else {}
 
 
 def duration(seconds: float) -> str:
@@ -55,7 +59,6 @@ def machine() -> dict[str, Any]:
     """What this is, without its name."""
     return {
         "cpus": os.cpu_count(),
-        "architecture": platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
@@ -82,34 +85,14 @@ def manifest(profile: str, folder: Path, status: Mapping[str, dict]) -> dict[str
         "python": platform.python_version(),
         "packages": {d.name: d.version for d in sorted(distributions(), key=lambda d: d.name)},
         "machine": machine(),
-        "precision": str(decide(folder, write=False)).removeprefix("torch."),
-        "inputs": {n: h for n, h in library_inputs().items() if not n.endswith(".py")},
+        "precision": dtype_name(decide(folder, write=False)),
         "notebooks": notebooks,
     }
 
 
-class _MathML(IPythonRenderer):
-    """Formulas as MathML, which browsers show without a script or a network. One that cannot be
-    converted stays as it is."""
-
-    def inline_math(self, body: str, display: str = "inline") -> str:
-        try:  # without the namespace, an address that HTML knows
-            return re.sub(' xmlns="[^"]*"', "", convert(body, display=display))
-        except (NoAvailableTokensError, IndexError, ValueError):
-            return self.escape_html(f"${body}$")
-
-    def block_math(self, body: str) -> str:
-        return self.inline_math(body, "block")
-
-
-def _to_html(markdown: str) -> str:
-    renderer = _MathML(escape=False, exclude_anchor_links=True)
-    return MarkdownWithMath(renderer=renderer).render(markdown)
-
-
 def page(manifest: Mapping[str, Any], folder: Path) -> str:
     """One HTML file: a table of the notebooks, then the text and outputs of each, figures inside,
-    without code."""
+    without code; a browser needs a network only for its formulas."""
     notebooks, columns = manifest["notebooks"], ["state", "seconds", "resumed", "git", "parameters"]
     table = pd.DataFrame.from_dict(notebooks, "index").reindex(columns=columns)
     about = f"{manifest['date']}; {machine_text(manifest['machine'])}; {manifest['precision']}"
@@ -124,7 +107,70 @@ def page(manifest: Mapping[str, Any], folder: Path) -> str:
         cell.id = str(number)
         for output in cell.get("outputs", ()):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    options = {"exclude_input": True, "exclude_output_prompt": True}
-    exporter = HTMLExporter(template_name="basic", filters={"markdown2html": _to_html}, **options)
+    exporter = HTMLExporter(exclude_input=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(new_notebook(cells=cells))
-    return f'<!DOCTYPE html>\n<meta charset="utf-8">\n<style>{STYLE}</style>\n{body}'
+    return body
+
+
+# ---- two runs compared
+
+
+def compare(a: Path, b: Path, notebooks: bool = False) -> None:
+    """Print what differs between two runs; with `notebooks` also how the text of their notebooks
+    does. Raises ValueError if a folder is no run."""
+    runs = (a, b)
+    for folder in runs:
+        if not (status := read_status(folder)):
+            raise ValueError(f"{folder} is no run: it has no status.json")
+        print(f"{'A' if folder == a else 'B'}: {folder}, {len(status)} notebooks")
+    common = [name for name in read_status(a) if name in read_status(b)]
+    for what, table in (
+        ("parameters and states", parameter_differences(runs, common)),
+        ("scores", score_differences(runs, common)),
+    ):
+        print(f"\n{what}: {len(table)} differ")
+        if len(table):
+            print(table.to_string(na_rep="", float_format="{:.4g}".format))
+    for name in common if notebooks else ():
+        print(f"\n{name}")
+        nbdiffapp.main(["--sources", *(str(folder / f"{name}.ipynb") for folder in runs)])
+
+
+def parameter_differences(runs: Sequence[Path], notebooks: Sequence[str]) -> pd.DataFrame:
+    """The parameters and states in which two runs differ, A and B by notebook and name."""
+    columns = {}
+    for column, folder in zip("AB", runs):
+        entries = {name: read_status(folder)[name] for name in notebooks}
+        states = {(n, "state"): e["state"] for n, e in entries.items()}
+        given = ((n, *item) for n, e in entries.items() for item in e.get("parameters", {}).items())
+        columns[column] = pd.Series(states | {(n, k): repr(value) for n, k, value in given})
+    table = pd.DataFrame(columns).drop(index="run_dir", level=1, errors="ignore")
+    return table[table["A"].fillna("") != table["B"].fillna("")]
+
+
+def score_differences(runs: Sequence[Path], notebooks: Sequence[str]) -> pd.DataFrame:
+    """The scores in which two runs differ, with mean, low, high (95 %) and n of A and B, and
+    whether the intervals overlap."""
+    columns = {c: pd.concat([_scores(f, n) for n in notebooks]) for c, f in zip("AB", runs)}
+    table = pd.concat(columns, axis=1)
+    a, b = table["A"], table["B"]
+    overlap = (a["low"] <= b["high"]) & (b["low"] <= a["high"])
+    overlap = overlap.map({True: "overlap", False: "disjoint"})
+    table["intervals", ""] = overlap.where(a["low"].notna() & b["low"].notna(), "")
+    return table[~((a == b) | (a.isna() & b.isna())).all(axis=1)]
+
+
+def _scores(run: Path, notebook: str) -> pd.DataFrame:
+    """The records with a mean in a notebook's results, by notebook, their list's key and strings,
+    and their number among those that differ by numbers only, such as points of a curve."""
+    path = run / notebook / "results.json"
+    lists = json.loads(path.read_text()).items() if path.is_file() else ()
+    rows = [
+        {"score": " ".join([key, *(v for v in record.values() if isinstance(v, str))]), **record}
+        for key, records in lists
+        for record in (records if isinstance(records, list) else ())
+        if isinstance(record, dict) and "mean" in record
+    ]
+    table = pd.DataFrame(rows, columns=["score", *VALUES]).assign(notebook=notebook)
+    table[VALUES] = table[VALUES].astype(float)
+    return table.set_index(["notebook", "score", table.groupby("score").cumcount().rename("#")])

@@ -3,25 +3,144 @@ depend on has changed."""
 
 from __future__ import annotations
 
+import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any
+from unittest.mock import patch
 
 import nbformat
+import yaml
 
-from ..config import read_yaml, validate
+from ..benchmarks import load_benchmark
+from ..config import choose, read_yaml, validate
 from ..files import ROOT, RUNS, locked, set_aside, write_json, write_whole
-from ..fingerprint import sha256_of_json
+from ..fingerprint import describe, sha256_of_json
+from ..lab.cache import file_hash, with_files
+from ..lab.notebook import read_parameters
 from . import report
-from .execute import execute, kernel_environment, scrub, stop_kernels
-from .fingerprints import benchmark_hash, library_inputs
-from .profiles import NOTEBOOKS, choose_notebooks, notebook_path, profile_path
+from .execute import NOTEBOOKS, execute, kernel_environment, scrub, stop_kernels
+from .report import Status, read_status
 
-Status = dict[str, dict[str, Any]]  # by notebook: state, parameters, fingerprint, seconds, ...
+# What every notebook may depend on.
+INPUTS = (
+    "flowopd_lib/**/*.py",
+    "flowopd_lib/**/*.yaml",
+    "flowopd_lib/assets/**/manifest.json",
+    "papermill_runs/recipes/*.yaml",
+)
+
+
+# ---- profiles: which notebooks a run executes, in this order, and with which parameters
+
+
+def profile_path(name: str) -> Path:
+    """A profile of papermill_runs/profiles by its name, or any YAML file."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    names = {p.stem: p for p in sorted((RUNS / "profiles").glob("*.yaml"))}
+    return names[choose("profile", name, names)]
+
+
+def load_profile(name: str) -> dict[str, dict[str, Any]]:
+    """The parameters of a profile's notebooks: `00_quickstart: {n_test: 12}`; nothing after the
+    colon: its defaults."""
+    path = profile_path(name)
+    chosen = validate(dict[str, dict[str, Any] | None], read_yaml(path), str(path))
+    return {notebook: parameters or {} for notebook, parameters in chosen.items()}
+
+
+def notebook_path(notebook: str) -> Path:
+    names = {p.stem: p for p in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    return names[choose("notebook", notebook, names)]
+
+
+def needs_of(notebook: str) -> list[str]:
+    """The notebooks whose results a notebook reads, as its metadata say: `{"flowopd": {"needs":
+    ["05_opd"]}}`."""
+    metadata = nbformat.read(notebook_path(notebook), 4).metadata
+    return metadata.get("flowopd", {}).get("needs", [])
+
+
+def choose_notebooks(
+    profile: str, only: str = "", overrides: Mapping[str, Any] = {}
+) -> dict[str, dict[str, Any]]:
+    """The notebooks of a profile that begin with `only`, with all their parameters but `out_dir`;
+    an override goes to the notebooks that have it.
+
+    Raises ValueError for a notebook or a parameter that does not exist, and for a value that the
+    parameter's annotation does not allow: before any notebook starts.
+    """
+    every = load_profile(profile)
+    models = {n: read_parameters(notebook_path(n)) for n in every if n.startswith(only)}
+    if not models:
+        raise ValueError(
+            f"no notebook of the profile {profile} begins with {only!r}; it has {', '.join(every)}"
+        )
+    known = {name for model in models.values() for name in model.model_fields} - {"out_dir"}
+    for name in overrides:
+        choose("parameter of these notebooks", name, sorted(known))
+    chosen = {}
+    for notebook, model in models.items():
+        own = {k: v for k, v in overrides.items() if k in model.model_fields}
+        values = validate(model, every[notebook] | own, f"{notebook}.ipynb").model_dump()
+        if values.pop("out_dir", ""):
+            raise ValueError(f"{notebook}: out_dir is set by the run, in its own --folder")
+        chosen[notebook] = values
+    return chosen
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """`NAME=VALUE` with values in YAML, by name. Raises ValueError."""
+    overrides = {}
+    for name, _, text in (item.partition("=") for item in items):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the value of {name} is not YAML: {text!r}") from error
+        number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value)
+        overrides[name] = float(value) if number else value  # YAML takes 3e-4 for a string
+    return overrides
+
+
+def check_needs(chosen: Mapping[str, dict], status: Status, folder: Path) -> None:
+    """Raises ValueError if a notebook needs one that neither comes before it nor is done in
+    `folder`. With a `run_dir` it reads another run."""
+    done = {n for n, s in status.items() if s["state"] == "done" and (folder / n).is_dir()}
+    done -= set(chosen)
+    for notebook, parameters in chosen.items():
+        missing = [n for n in needs_of(notebook) if n not in done]
+        if missing and not parameters.get("run_dir"):
+            raise ValueError(
+                f"{notebook} needs {', '.join(missing)}, neither before it in this run nor done in "
+                f"{folder}; run first: --only {missing[0]}"
+            )
+        done.add(notebook)
+
+
+# ---- what a notebook's results depend on
+
+
+def library_hash() -> str:
+    """Of the library's code and settings, the manifests of its assets, the recipes."""
+    files = (path for pattern in INPUTS for path in ROOT.glob(pattern))
+    return sha256_of_json({p.relative_to(ROOT).as_posix(): file_hash(p) for p in files})
+
+
+def benchmark_hash(name: str) -> str:
+    """The hash of a benchmark's settings, its prompts and the files and folders that it names.
+    Raises ValueError or FileNotFoundError for a benchmark that cannot be loaded."""
+    benchmark = load_benchmark(name)
+    settings = benchmark.config.model_dump(mode="json", by_alias=True, fallback=describe)
+    return sha256_of_json(with_files(settings, benchmark, ("train", "val", "test", "ood")))
+
+
+# ---- the run
 
 
 def run_profile(
@@ -42,85 +161,47 @@ def run_profile(
     `folder/earlier/`, never removed. `jobs`: notebooks at once, each with its part of the cores and
     after those it needs. Raises FolderInUse while another run writes to the folder.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs, the number of notebooks at once, must be at least 1, not {jobs}")
     chosen, name = choose_notebooks(profile, only, overrides), profile_path(profile).stem
     folder = (folder or RUNS / name).resolve()
-    if folder.is_file() or folder == NOTEBOOKS.resolve():
+    if folder == NOTEBOOKS.resolve():
         raise ValueError(f"{folder} cannot be the folder of a run; give another --folder")
     check_needs(chosen, read_status(folder) if only or resume else {}, folder)
     for benchmark in {p["benchmark"] for p in chosen.values() if "benchmark" in p}:
         benchmark_hash(benchmark)
     with locked(folder, f"a run of the profile {name}"):
-        before = read_status(folder)
-        # seconds of other parameters, or of the rest of a notebook, predict nothing
-        seconds = {
-            n: s["seconds"]
-            for status in (read_status(RUNS / "reference"), before)
-            for n, s in status.items()
-            if s["state"] == "done" and s["parameters"] == chosen.get(n) and not s.get("resumed")
-        }
-        status = before if only or resume else {}
+        status = read_status(folder) if only or resume else {}
         for notebook in chosen:
             if not resume or notebook not in status:
                 status[notebook] = {"state": "waiting"}
-        run = _Run(name, chosen, folder, resume, jobs, log, dict(sorted(status.items())), seconds)
+        run = _Run(chosen, folder, resume, jobs, log, dict(sorted(status.items())))
         try:
             run.execute_all()
         finally:
-            run.write_report()
+            manifest = scrub(report.manifest(name, folder, run.status), folder)
+            write_json(folder / "manifest.json", manifest)
+            write_whole(folder / "report.html", report.page(manifest, folder))
     return folder
-
-
-def read_status(folder: Path) -> Status:
-    """A run's `status.json`; empty where there is none. Raises ValueError, naming the file, if it
-    is not one."""
-    path = folder / "status.json"  # JSON is YAML
-    return validate(Status, read_yaml(path), str(path)) if path.is_file() else {}
-
-
-def needs_of(notebook: str) -> list[str]:
-    """The notebooks whose results a notebook reads, as its metadata say: `{"flowopd": {"needs":
-    ["05_opd"]}}`."""
-    metadata = nbformat.read(notebook_path(notebook), 4).metadata
-    return metadata.get("flowopd", {}).get("needs", [])
-
-
-def check_needs(chosen: Mapping[str, dict], status: Status, folder: Path) -> None:
-    """Raises ValueError if a notebook needs one that neither comes before it nor is done in
-    `folder`. With a `run_dir` it reads another run."""
-    done = {n for n, s in status.items() if s["state"] == "done" and (folder / n).is_dir()}
-    done -= set(chosen)
-    for notebook, parameters in chosen.items():
-        missing = [n for n in needs_of(notebook) if n not in done]
-        if missing and not parameters.get("run_dir"):
-            raise ValueError(
-                f"{notebook} needs {', '.join(missing)}, neither before it in this run nor done in "
-                f"{folder}; run first: --only {missing[0]}"
-            )
-        done.add(notebook)
 
 
 @dataclass
 class _Run:
-    profile: str
     chosen: Mapping[str, dict]
     folder: Path
     resume: bool
     jobs: int
     log: Callable
     status: Status
-    seconds: Mapping[str, float]  # of earlier runs, by notebook
 
     def __post_init__(self):
-        self.waiting, self.git = list(self.chosen), report.checkout(ROOT, self.folder)
+        self.git = report.checkout(ROOT, self.folder)
         self.label = {n: f"[{i}/{len(self.chosen)}] {n}" for i, n in enumerate(self.chosen, 1)}
         self.futures: dict[str, Future] = {}
         self.lock, self.stopping, self.interrupted = RLock(), False, False
 
     def execute_all(self) -> None:
         """Raises what the first notebook failed by, once those running have ended."""
-        with kernel_environment(self.folder, self.jobs), ThreadPoolExecutor(self.jobs) as pool:
+        environment = patch.dict(os.environ, kernel_environment(self.folder, self.jobs))
+        with environment, ThreadPoolExecutor(self.jobs) as pool:
             for notebook in self.chosen:  # those it needs have been submitted before it
                 self.futures[notebook] = pool.submit(self.run, notebook)
             try:
@@ -158,39 +239,25 @@ class _Run:
 
     def prepare(self, notebook: str) -> bool:
         """Whether to execute it; then its status says so, and its folder holds nothing else."""
-        left = [n for n in self.waiting if not self.is_done(n)]
-        self.waiting.remove(notebook)
-        if notebook not in left:
+        before, fingerprint = self.status[notebook], self.fingerprint(notebook)
+        files = (self.folder / notebook, self.folder / f"{notebook}.ipynb")
+        same = self.resume and before.get("fingerprint") == fingerprint
+        if same and before["state"] == "done" and all(file.exists() for file in files):
             self.log(f"{self.label[notebook]} is done and unchanged")
             return False
-        before, fingerprint = self.status[notebook], self.fingerprint(notebook)
-        unfinished = self.resume and before["state"] not in ("done", "waiting")
-        resumed, time_left = unfinished and before["fingerprint"] == fingerprint, ""
-        if set(left) <= set(self.seconds):
-            seconds = sum(self.seconds[n] for n in left) / self.jobs
-            time_left = f" (about {report.duration(seconds)} left)"
-        self.log(f"{self.label[notebook]} ...{time_left}")
+        self.log(f"{self.label[notebook]} ...")
+        resumed = same and before["state"] != "done"
         if not resumed:  # before the status is written, which says whose checkpoints lie there
-            files = (self.folder / notebook, self.folder / f"{notebook}.ipynb")
-            if moved := set_aside(self.folder, *files):
+            if any(file.exists() for file in files):
                 self.log(
-                    f"    earlier results are now in {moved}; --resume keeps what is unchanged"
+                    f"    earlier results are now in {self.folder / 'earlier'}; --resume keeps "
+                    "what is unchanged"
                 )
+            set_aside(self.folder, *files)
         self.status[notebook] = {"resumed": True} if resumed else {}
         about = {"git": self.git, "machine": report.machine(), "fingerprint": fingerprint}
         self.update(notebook, state="running", parameters=self.chosen[notebook], **about)
         return True
-
-    def is_done(self, notebook: str) -> bool:
-        """Whether there are results of the same fingerprint, which a resumed run leaves as they
-        are."""
-        status, files = self.status[notebook], (notebook, f"{notebook}.ipynb")
-        return (
-            self.resume
-            and status["state"] == "done"
-            and all((self.folder / name).exists() for name in files)
-            and status["fingerprint"] == self.fingerprint(notebook)
-        )
 
     def fingerprint(self, notebook: str) -> str:
         """The hash of what a notebook's results depend on: its cells, its parameters, the library,
@@ -201,7 +268,7 @@ class _Run:
         parts = {
             "cells": [(cell.cell_type, cell.source) for cell in cells],
             "parameters": parameters,
-            "library": library_inputs(),
+            "library": library_hash(),
             "benchmark": benchmark_hash(benchmark) if benchmark else None,
             "needs": {n: status.get(n, {}).get("fingerprint") for n in needs_of(notebook)},
         }
@@ -211,8 +278,3 @@ class _Run:
         with self.lock:
             self.status[notebook] |= values
             write_json(self.folder / "status.json", self.status)
-
-    def write_report(self) -> None:
-        manifest = scrub(report.manifest(self.profile, self.folder, self.status), self.folder)
-        write_json(self.folder / "manifest.json", manifest)
-        write_whole(self.folder / "report.html", report.page(manifest, self.folder))

@@ -3,7 +3,6 @@ and tables instead."""
 
 from .gallery import SampleGallery
 from .monitor import TrainingMonitor
-from .player import TrajectoryPlayer
-from .playground import Playground
+from .sampling import Playground, TrajectoryPlayer, list_prompts
 
-__all__ = ["Playground", "SampleGallery", "TrainingMonitor", "TrajectoryPlayer"]
+__all__ = ["Playground", "SampleGallery", "TrainingMonitor", "TrajectoryPlayer", "list_prompts"]

@@ -4,7 +4,6 @@ errors."""
 from __future__ import annotations
 
 import base64
-import io
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -64,7 +63,7 @@ class Viewer:
             if isinstance(item, Figure):
                 plt.close(item)
 
-    def control(self, kind: type, label="", width="auto", on_change=None, **options) -> ipw.Widget:
+    def control(self, kind: type, label="", on_change=None, width="270px", **options) -> ipw.Widget:
         """An input of a class of ipywidgets, with a label of fixed width; its changes call
         `on_change`."""
         style, layout = {"description_width": "70px"}, ipw.Layout(width=width)
@@ -85,14 +84,6 @@ class Viewer:
 
 
 # --- HTML
-
-
-def encode_png(figure: Figure) -> bytes:
-    """A figure as PNG; it is closed."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    plt.close(figure)
-    return file.getvalue()
 
 
 def image_html(data: bytes, alt: str, width: int, style: str = "") -> str:

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 
 import ipywidgets as ipw
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -22,13 +23,12 @@ from matplotlib.figure import Figure
 
 from ..config import choose
 from ..data import Prompt
-from ..files import write_table, write_whole
+from ..files import read_thumbnail, write_table, write_whole
 from ..plots.scores import load_images, plot_image_grid
 from ..policy import FlowPolicy
 from ..rollout import Sampler, sample
 from ..stats import rewards_in
-from ..thumbnails import read_thumbnail
-from .common import STYLE, Viewer, badges_html, encode_png, image_html, note_html, tile_html
+from .common import STYLE, Viewer, badges_html, image_html, note_html, tile_html
 
 TEACHER = "its teacher"  # as `Query.minus`: the expert of a prompt's task
 KEYS = ["task", "prompt", "seed"]  # the same prompt and noise under every model
@@ -46,7 +46,6 @@ class Query:
     sort, minus a reward, and a model (or `TEACHER`) whose score is subtracted. Without `sort` the
                 table's order stays, the tasks alternating. Samples without the score come last.
     range_of, range     a reward, and its lowest and highest score
-    same_noise  False sorts and filters each model's column on its own
     pinned      only rows with one of these positions of the table
     """
 
@@ -62,7 +61,6 @@ class Query:
     descending: bool = True
     range_of: str = ""
     range: tuple[float, float] = (-np.inf, np.inf)
-    same_noise: bool = True
     pinned: Sequence[int] | None = None
 
 
@@ -99,13 +97,12 @@ class Samples:
         self.records = table.to_dict("records")  # faster to get than a row of a DataFrame
         grid = table.reset_index().pivot(index=KEYS, columns="model", values="index")
         grid = grid.reindex(keys).reset_index(drop=True)
-        teachers = self.rows["task"].map(self.teacher)
-        grid[TEACHER] = [grid[t][row] if t else np.nan for row, t in teachers.items()]
+        grid[TEACHER] = np.nan
+        for task, row in self.rows.groupby("task").groups.items():
+            # the model that was trained for the task, by the names the notebooks give it
+            if names := [m for m in (f"{task} expert", task) if m in self.models]:
+                grid.loc[row, TEACHER] = grid.loc[row, names[0]]
         self.grid = grid[[*self.models, TEACHER]].fillna(-1).astype(int)
-
-    def teacher(self, task: str) -> str:
-        """The model that was trained for a task, by the names the notebooks give it; "": none."""
-        return next((m for m in (f"{task} expert", task) if m in self.models), "")
 
     def scores(self, reward: str, model: str) -> np.ndarray:
         """(rows,): NaN where there is no sample or no score."""
@@ -113,7 +110,7 @@ class Samples:
         return np.where(positions < 0, np.nan, self.table[reward].to_numpy(float)[positions])
 
     def image(self, position: int) -> bytes:
-        """WebP. Raises FileNotFoundError if the file is gone."""
+        """WebP."""
         return read_thumbnail(self.folder, self.records[position]["image"])
 
     def counterpart(self, position: int, model: str) -> int:
@@ -139,24 +136,17 @@ class Samples:
         row, scores = self.records[position], ", ".join(self.badges(position, "").values())
         return f"{row['model']}, seed {row['seed']}: {row['prompt']}; {scores}"
 
-    def label(self, positions: np.ndarray, rank: int) -> str:
-        """What the samples in a row of a page have in common: prompt, task and seed, or the
-        rank."""
-        positions = positions[positions >= 0]
-        if len(set(self.row_of[positions])) != 1:
-            return f"rank {rank}"
-        return "{prompt}\n{task}, seed {seed}".format(**self.records[positions[0]])
+    def label(self, positions: np.ndarray) -> str:
+        """What the samples in a row of a page have in common: prompt, task and seed."""
+        return "{prompt}\n{task}, seed {seed}".format(**self.records[max(positions)])
 
 
 def load_samples(folder: str | Path) -> Samples:
-    """`samples.parquet` of a notebook's results, with images. Raises FileNotFoundError or
-    ValueError with what is missing."""
+    """`samples.parquet` of a notebook's results, with images. Raises FileNotFoundError, naming the
+    file, or ValueError with what is missing."""
     folder = Path(folder)
-    path, about = folder / "samples.parquet", folder / "images" / "about.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; give the folder of a notebook's results")
-    record = json.loads(about.read_text()) if about.is_file() else {}
-    return Samples(pd.read_parquet(path), folder, record)
+    about = json.loads((folder / "images" / "about.json").read_text())
+    return Samples(pd.read_parquet(folder / "samples.parquet"), folder, about)
 
 
 def merge_splits(tables: Mapping[str, pd.DataFrame], folder: str | Path) -> Samples:
@@ -180,37 +170,25 @@ def select(samples: Samples, query: Query, models: Sequence[str] | None = None) 
         choose("model", model, [*samples.models, TEACHER, ""])
     for reward in (query.sort, query.range_of):
         choose("reward", reward, [*samples.rewards, ""])
-    keep = np.ones(len(samples.rows), bool)
+    keep = (samples.grid[models] >= 0).any(axis=1)
     for name in ("task", "tag", "split", "prompt", "repeat"):
         if (value := getattr(query, name)) not in ("", -1):
-            keep &= (samples.rows[name] == value).to_numpy()
+            keep &= samples.rows[name] == value
     for word in query.search.split():
-        keep &= samples.rows["prompt"].str.contains(word, case=False, regex=False).to_numpy()
+        keep &= samples.rows["prompt"].str.contains(word, case=False, regex=False)
     if query.pinned is not None:
-        keep &= samples.grid.isin(query.pinned).any(axis=1).to_numpy()
-    if query.same_noise:
-        return samples.grid[models].to_numpy()[_order(samples, query, keep, query.model)]
-    ranked = {}
-    for model in models:
-        positions = samples.grid[model].to_numpy()
-        order = _order(samples, query, keep & (positions >= 0), model)
-        ranked[model] = pd.Series(positions[order])
-    return pd.DataFrame(ranked).fillna(-1).to_numpy(int)
-
-
-def _order(samples: Samples, query: Query, keep: np.ndarray, model: str) -> np.ndarray:
-    """The rows to keep whose score is in the range, sorted, both by the scores of `model`."""
-    model = model or samples.models[-1]
+        keep &= samples.grid.isin(query.pinned).any(axis=1)
+    model = query.model or samples.models[-1]
     if query.range_of:
         scores, (low, high) = samples.scores(query.range_of, model), query.range
-        keep = keep & (scores >= low) & (scores <= high)  # False for NaN
+        keep &= (scores >= low) & (scores <= high)  # False for NaN
     rows = np.flatnonzero(keep)
-    if not query.sort:
-        return rows
-    scores = samples.scores(query.sort, model)[rows]
-    if query.minus:
-        scores = scores - samples.scores(query.sort, query.minus)[rows]
-    return rows[np.argsort(-scores if query.descending else scores, kind="stable")]
+    if query.sort:
+        scores = samples.scores(query.sort, model)
+        if query.minus:
+            scores = scores - samples.scores(query.sort, query.minus)
+        rows = rows[np.argsort(-scores[rows] if query.descending else scores[rows], kind="stable")]
+    return samples.grid[models].to_numpy()[rows]
 
 
 def find_regressions(
@@ -248,15 +226,15 @@ def plot_contact_sheet(samples: Samples, grid: np.ndarray, models: Sequence[str]
         if position >= 0:
             images[number] = load_images(samples.table.iloc[[position]], samples.folder)[0]
             captions[number] = "\n".join(samples.badges(position).values())
-    labels = [samples.label(row, rank) for rank, row in enumerate(grid, 1)]
+    labels = [*map(samples.label, grid)]
     return plot_image_grid(images, captions, len(models), "", models, labels)
 
 
 def export_html(samples: Samples, grid: np.ndarray, models: Sequence[str]) -> str:
     """A grid as an HTML page that needs no other file."""
     cells = [label_html(""), *map(label_html, models)]
-    for rank, row in enumerate(grid, 1):
-        cells += [label_html(samples.label(row, rank)), *(sample_html(samples, p) for p in row)]
+    for row in grid:
+        cells += [label_html(samples.label(row)), *(sample_html(samples, p) for p in row)]
     columns = f"grid-template-columns: 150px repeat({len(models)}, 168px)"
     page = f'<div class="fo fo-page" style="{columns}">{"".join(cells)}</div>'
     return f'<!doctype html><meta charset="utf-8">{STYLE}{page}'
@@ -284,8 +262,8 @@ def redraw(policy: FlowPolicy, samples: Samples, position: int) -> torch.Tensor:
     the samples it was sampled with, because in bfloat16 the rounding of a product depends on the
     size of its batch.
 
-    `policy` needs the adapter and dtype that `about.json` names. Raises ValueError if that file is
-    missing, or for another dtype.
+    `policy` needs the adapter and dtype that `about.json` names. Raises ValueError for another
+    dtype.
     """
     row, about = samples.table.iloc[position], samples.about
     adapter = find_adapter(samples, row["model"])
@@ -305,28 +283,24 @@ def redraw(policy: FlowPolicy, samples: Samples, position: int) -> torch.Tensor:
 
 
 def find_adapter(samples: Samples, model: str) -> str | None:
-    """The adapter a model was sampled with (`student` may be recorded as `student#0`). Raises
-    ValueError where it is not recorded."""
-    adapters = samples.about.get("adapters", {})
-    name = model if model in adapters else f"{model}#0"
-    if name not in adapters:
-        raise ValueError(f"{samples.folder}/images/about.json has no adapter of the model {model}")
-    return adapters[name]
+    """The adapter a model was sampled with (`student` may be recorded as `student#0`)."""
+    adapters = samples.about["adapters"]
+    return adapters[model if model in adapters else f"{model}#0"]
 
 
 def reproduction_code(samples: Samples, position: int, setup: str) -> str:
     """A code cell that makes a sample again. `setup` is the code that makes `policy` with the
     adapters that the run did not train itself."""
-    adapter = find_adapter(samples, samples.table["model"].iat[position])
-    lines = [
-        "from flowopd_lib.widgets.gallery import load_samples, redraw",
-        setup.strip(),
-        f"samples = load_samples({str(samples.folder)!r})",
-    ]
-    if adapter and (samples.folder / adapter / "adapter" / "adapter_config.json").is_file():
-        lines.append(f"policy.load_adapter({adapter!r}, samples.folder / {adapter + '/adapter'!r})")
-    lines.append(f"image = redraw(policy, samples, {position})  # {samples.describe(position)}")
-    return "\n".join(lines)
+    adapter = find_adapter(samples, samples.records[position]["model"])
+    own = f"policy.load_adapter({adapter!r}, samples.folder / {f'{adapter}/adapter'!r})\n"
+    trained = adapter and (samples.folder / adapter / "adapter").is_dir()
+    return (
+        "from flowopd_lib.widgets.gallery import load_samples, redraw\n"
+        f"{setup.strip()}\n"
+        f"samples = load_samples({str(samples.folder)!r})\n"
+        f"{own if trained else ''}"
+        f"image = redraw(policy, samples, {position})  # {samples.describe(position)}"
+    )
 
 
 # --- the widget
@@ -365,57 +339,53 @@ class SampleGallery(Viewer):
         return self.grid[self.number * self.size :][: self.size]
 
     def contact_sheet(self) -> Figure:
-        return plot_contact_sheet(self.samples, self.page, self.models)
-
-    def table(self) -> pd.DataFrame:
-        """Every sample that passes the filter, in the gallery's order."""
-        return export_rows(self.samples, self.grid)
+        """The page as a figure, which a cell shows only as its last line."""
+        figure = plot_contact_sheet(self.samples, self.page, self.models)
+        plt.close(figure)  # an open one would be shown below every cell that saves it
+        return figure
 
     def still(self) -> list:
         rows = export_rows(self.samples, self.page).drop(columns="image")
         return [self.contact_sheet(), rows.round(3)]
 
     def _build(self) -> None:
-        samples, query, update = self.samples, self.query, self._update
-        choice = partial(self.control, ipw.Dropdown, width="210px")
+        samples, query, update, control = self.samples, self.query, self._update, self.control
         rewards, models = _pairs(samples.rewards), _pairs(samples.models)
-        tags = [("any", ""), *_pairs(samples.rows["tag"].unique())]
         seeds = [(f"sample {n + 1} of each prompt", n) for n in sorted(set(samples.rows["repeat"]))]
         minus = [(f"minus {name}", name) for name in (TEACHER, *samples.models)]
-        order = [("highest first", True), ("lowest first", False)]
-        # named by the fields of Query, whose values they hold
-        self.controls = {
-            "search": self.control(ipw.Text, "search", "270px", placeholder="words of a prompt"),
-            "tag": choice("tag", options=tags),
-            "repeat": choice("seeds", options=[("every seed", -1), *seeds]),
-            "model": choice("scores of", options=models),
-            "sort": choice("sort by", options=[("the run's order", ""), *rewards]),
-            "minus": choice(options=[("the score itself", ""), *minus]),
-            "descending": self.control(ipw.ToggleButtons, options=order),
-            "range_of": choice("range of", options=[("none", ""), *rewards]),
-            "same_noise": self.control(ipw.Checkbox, "the same noise in a row", "220px"),
+        choices = {
+            "tag": ("tag", [("any", ""), *_pairs(samples.rows["tag"].unique())]),
+            "repeat": ("seeds", [("every seed", -1), *seeds]),
+            "model": ("scores of", models),
+            "sort": ("sort by", [("the run's order", ""), *rewards]),
+            "minus": ("", [("the score itself", ""), *minus]),
+            "range_of": ("range of", [("none", ""), *rewards]),
         }
-        for name, control in self.controls.items():
-            control.value = getattr(query, name)
-        self.controls["range"] = self.control(ipw.FloatRangeSlider, width="330px")
+        # named by the fields of Query, whose values they hold
+        c = self.controls = {}
+        for name, (label, options) in choices.items():
+            value = {"options": options, "value": getattr(query, name)}
+            c[name] = control(ipw.Dropdown, label, update, "210px", **value)
+        order = [("highest first", True), ("lowest first", False)]
+        order = {"options": order, "value": query.descending}
+        words = {"value": query.search, "placeholder": "words of a prompt"}
+        c["descending"] = control(ipw.ToggleButtons, "", update, "auto", **order)
+        c["search"] = control(ipw.Text, "search", update, **words)
+        c["range"] = control(ipw.FloatRangeSlider, "", None, "330px")
+        self.prompt = control(ipw.Select, rows=18)
         self._set_range(query.range)
-        self.prompt = self.control(ipw.Select, width="270px", rows=18)
-        self._list_prompts()
-        wanted = query.task, query.split, query.prompt
-        self.prompt.value = wanted if wanted in dict(self.prompt.options).values() else ("", "", "")
-        for control in (*self.controls.values(), self.prompt):
-            control.observe(self.guard(update), "value")
-        options = {"options": samples.models, "value": self.models}
-        self.columns = self.control(ipw.SelectMultiple, "models", "270px", update, **options)
-        self.only_pinned = self.control(ipw.Checkbox, "pinned only", "180px", update)
+        self._list_prompts((query.task, query.split, query.prompt))
+        for widget in (c["range"], self.prompt):
+            widget.observe(self.guard(update), "value")
+        columns = {"options": samples.models, "value": self.models}
+        self.columns = control(ipw.SelectMultiple, "models", update, **columns)
+        self.only_pinned = control(ipw.Checkbox, "pinned only", update, "180px")
         self.previous = self.button("◀ page", lambda: self._show_page(self.number - 1))
         self.next = self.button("page ▶", lambda: self._show_page(self.number + 1))
-        turn = lambda: self._show_page(self.page_number.value - 1)  # noqa: E731
-        self.page_number = self.control(ipw.BoundedIntText, "", "70px", turn, min=1, max=1)
-        self.cells, self.body = {}, ipw.GridBox()
-        self.count, self.status, self.zoom = ipw.HTML(), ipw.HTML(), ipw.HTML()
-        self.other = choice("swipe to", on_change=self._show_detail, options=models)
-        self.swipe = self.control(ipw.IntSlider, "A | B", "auto", self._show_detail, readout=False)
+        self.cells, self.body, self.count = {}, ipw.GridBox(), ipw.HTML()
+        self.status, self.zoom = ipw.HTML(), ipw.HTML()
+        self.other = control(ipw.Dropdown, "swipe to", self._show_detail, "210px", options=models)
+        self.swipe = control(ipw.IntSlider, "A | B", self._show_detail, "auto", readout=False)
         self.pin = self.button("pin", self._toggle_pin)
         show_code = self.button("code of this sample", self._show_code)
         self.code = ipw.Textarea(layout=ipw.Layout(width="640px", height="110px"))
@@ -423,12 +393,11 @@ class SampleGallery(Viewer):
         self.detail = ipw.VBox([self.zoom, tools, self.code], layout=ipw.Layout(display="none"))
         exports = {"contact sheet": "png", "HTML of the page": "html", "CSV of all pages": "csv"}
         self.exports = [self.button(k, partial(self._export, kind)) for k, kind in exports.items()]
-        c = self.controls
         main = [
             ipw.HBox([c["sort"], c["minus"], c["descending"]]),
             ipw.HBox([c["model"], c["range_of"], c["range"]]),
-            ipw.HBox([c["tag"], c["repeat"], c["same_noise"], self.only_pinned]),
-            ipw.HBox([self.previous, self.page_number, self.next, self.count]),
+            ipw.HBox([c["tag"], c["repeat"], self.only_pinned]),
+            ipw.HBox([self.previous, self.next, self.count]),
             self.guard.box,
             self.body,
         ]
@@ -444,7 +413,6 @@ class SampleGallery(Viewer):
             raise ValueError("no models are chosen; choose one or more (hold Ctrl or Shift)")
         if self.controls["search"].value != self.query.search:
             self._list_prompts()
-            self.prompt.value = ("", "", "")
         if self.controls["range_of"].value != self.query.range_of:
             self._set_range()
         self.models = list(self.columns.value)
@@ -455,7 +423,7 @@ class SampleGallery(Viewer):
         self.grid = select(self.samples, self.query, self.models)
         self._show_page(0)
 
-    def _list_prompts(self, limit: int = 300) -> None:
+    def _list_prompts(self, chosen: tuple[str, str, str] = ("", "", "")) -> None:
         """The prompts with the words searched for, below a line for all of their task and split."""
         words = self.controls["search"].value.lower().split()
         options = {"all prompts": ("", "", "")}
@@ -463,10 +431,9 @@ class SampleGallery(Viewer):
             prompts = [p for p in rows["prompt"].unique() if all(w in p.lower() for w in words)]
             name = f"{task}, {split}" if split else task
             options[f"— {name}: {len(prompts)} —"] = (task, split, "")
-            options |= {prompt: (task, split, prompt) for prompt in prompts[:limit]}
-            if len(prompts) > limit:
-                options[f"… {len(prompts) - limit} more {name}: search"] = (task, split, "")
+            options |= {prompt: (task, split, prompt) for prompt in prompts}
         self.prompt.options = list(options.items())
+        self.prompt.value = chosen if chosen in options.values() else ("", "", "")
 
     def _set_range(self, value: tuple[float, float] = (-np.inf, np.inf)) -> None:
         """Set the slider to the scores of the reward chosen, or hide it."""
@@ -483,16 +450,15 @@ class SampleGallery(Viewer):
         """Write a page into its cells, which are made once and then reused."""
         last = max(0, -(-len(self.grid) // self.size) - 1)
         self.number = min(max(number, 0), last)
-        self.page_number.max, self.page_number.value = last + 1, self.number + 1
         self.previous.disabled, self.next.disabled = self.number == 0, self.number == last
         shown, total = int((self.grid >= 0).sum()), len(self.samples.table)
         hint = "" if shown else ": nothing passes; widen the filter"
-        text = f"of {last + 1}; {len(self.grid)} rows, {shown} of {total} samples{hint}"
+        page = f"page {self.number + 1} of {last + 1}"
+        text = f"{page}; {len(self.grid)} rows, {shown} of {total} samples{hint}"
         self.count.value = note_html(text)
         cells = [self._cell(-1, i, label_html(m)) for i, m in enumerate(["", *self.models], -1)]
         for row, positions in enumerate(self.page):
-            label = self.samples.label(positions, self.number * self.size + row + 1)
-            cells.append(self._cell(row, -1, label_html(label)))
+            cells.append(self._cell(row, -1, label_html(self.samples.label(positions))))
             for column, position in enumerate(positions.tolist()):
                 html = sample_html(self.samples, position)
                 cells.append(self._cell(row, column, html, position))
@@ -517,7 +483,7 @@ class SampleGallery(Viewer):
 
     def _choose(self, position: int) -> None:
         model = self.samples.table["model"].iat[position]
-        self.chosen, self.swipe.value, self.code.layout.display = position, 0, "none"
+        self.chosen, self.swipe.value, self.code.value = position, 0, ""
         self.other.value = next((m for m in self.models if m != model), model)
         self._show_detail()
 
@@ -526,7 +492,7 @@ class SampleGallery(Viewer):
         another model."""
         if self.chosen < 0:
             return
-        samples, label = self.samples, self.samples.label(np.array([self.chosen]), 0)
+        samples, label = self.samples, self.samples.label([self.chosen])
         other = samples.counterpart(self.chosen, self.other.value)
         clip = f"clip-path: inset(0 {100 - self.swipe.value}% 0 0)"
         images = captions = ""
@@ -550,17 +516,16 @@ class SampleGallery(Viewer):
 
     def _show_code(self) -> None:
         self.code.value = reproduction_code(self.samples, self.chosen, self.setup)
-        self.code.layout.display = "flex"
 
     def _export(self, kind: str) -> None:
         path = self.folder / f"gallery.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == "csv":
-            self.table().to_csv(path, index=False)
+            export_rows(self.samples, self.grid).to_csv(path, index=False)
         elif kind == "html":
             path.write_text(export_html(self.samples, self.page, self.models), encoding="utf-8")
         else:
-            path.write_bytes(encode_png(self.contact_sheet()))
+            self.contact_sheet().savefig(path)
         self.status.value = note_html(f"written: {path}")
 
 

@@ -8,6 +8,7 @@ validation_samples.jsonl    a line per validation sample, as `evaluate` makes it
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from ..files import read_lines
 from ..plots.training import plot_training_curves
 from ..train import METRICS, VALIDATION
-from .common import Guard, Viewer, encode_png, image_html, note_html
+from .common import Guard, Viewer, image_html, note_html
 from .gallery import Query, Samples, plot_contact_sheet, sample_html, select
 
 POLL_SECONDS = 1.0
@@ -49,8 +50,6 @@ class TrainingMonitor(Viewer):
 
     def __init__(self, training, columns: Sequence[str] = ("loss",), title: str = ""):
         super().__init__()
-        if not columns:
-            raise ValueError("a monitor needs at least one metric to draw, such as loss")
         self.training, self.columns = training, list(columns)
         self.title, self._drawn = title or training.folder.name, None
         if not self.headless:
@@ -122,8 +121,9 @@ class TrainingMonitor(Viewer):
         self.bar.value, self.status.value = len(metrics), note_html(f"{state}: {progress}")
         if len(metrics) and (len(metrics), state) != self._drawn:
             self._drawn = len(metrics), state
-            curves = encode_png(self._plot(metrics))
-            self.curves.value = image_html(curves, f"Curves of {progress}", 900)
+            file = io.BytesIO()
+            self._plot(metrics).savefig(file, format="png")
+            self.curves.value = image_html(file.getvalue(), f"Curves of {progress}", 900)
         if samples := load_validation_samples(self.training.folder):
             html = ""
             for model in dict.fromkeys([samples.models[0], *samples.models[-2:]]):

@@ -1,8 +1,5 @@
-"""Build the small benchmark's assets from nothing: `python -m flowopd_lib build --work build`.
-
-Steps: prompts, vae, text (encoders), base (to capability), misalign, pickscore, deqa, and the gold
-rewards pickscore_gold and deqa_gold, these on a GPU where there is one.
-"""
+"""Build the small benchmark's assets from nothing: `python -m flowopd_lib build --work build`, then
+its experts: `python -m flowopd_lib experts --work experts`."""
 
 from __future__ import annotations
 
@@ -18,44 +15,31 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save
 
-from ...config import choose
-from ...data import Prompt, write_prompts
-from ...files import write_json
-from . import ASSETS
-from .misalign import misalign
-from .specs import PROMPT_TASKS, sample_specs
-from .train_base import train_base
+from ...config import choose, read_yaml, validate
+from ...data import write_prompts
+from ...evaluate import evaluate
+from ...files import RUNS, write_json, write_whole
+from ...lab.recipe import Recipe
+from ...lab.recipe import build as build_recipe
+from ...lab.workspace import Workspace
+from ...loading import decide
+from ...stats import GOLD, rewards_in, summary
+from ...train import METRICS, train
+from .. import load_benchmark
+from . import ASSETS, BASE, EXPERTS
+from .loop import say
+from .specs import PROMPT_COUNTS, PROMPT_TASKS, SEED, sample_specs
+from .text import load_text, pretrain_text
+from .train_base import misalign, train_base, train_vae
 from .train_rewards import train_deqa, train_pickscore
-from .train_text import load_text, pretrain_text
-from .train_vae import train_vae
 
-SEED = 0
-PROMPT_COUNTS = {"train": 1200, "val": 120, "test": 300, "ood": 240}
 LIBRARIES = ("torch", "diffusers", "transformers", "rapidocr", "numpy", "pillow", "matplotlib")
-
-
-def say(message: str) -> None:
-    print(f"{datetime.datetime.now():%H:%M:%S} {message}", flush=True)
-
-
-def write_files(out: Path) -> None:
-    """The prompts of all tasks and splits, under Flow-GRPO's names."""
-    for task in PROMPT_TASKS:
-        for split, n in PROMPT_COUNTS.items():
-            specs = sample_specs(task, split, n, SEED)
-            prompts = [
-                Prompt(s.text, task, s.metadata if task == ("geneval") else {}) for s in specs
-            ]
-            write_prompts(
-                out / task / (f"{split}_metadata.jsonl" if task == "geneval" else f"{split}.txt"),
-                prompts,
-            )
-
-
-# what each step is made from, and the folders it makes
+# the steps, and what each is made from; gold rewards are trained on a GPU where there is one
 INPUTS = {
     "prompts": (),
     "vae": (),
@@ -70,41 +54,43 @@ INPUTS = {
 SHIPPED = ("prompts", "tiny-sd3", "ability", "pickscore", "deqa", "pickscore_gold", "deqa_gold")
 
 
-def steps(work: Path) -> dict:
-    def vae(device: str = "cpu") -> AutoencoderKL:
-        return AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False).to(device)
+def write_files(out: Path) -> None:
+    """The prompts of all tasks and splits, under Flow-GRPO's names."""
+    for task in PROMPT_TASKS:
+        for split, n in PROMPT_COUNTS.items():
+            name = f"{split}_metadata.jsonl" if task == "geneval" else f"{split}.txt"
+            write_prompts(out / task / name, [s.prompt for s in sample_specs(task, split, n)])
 
-    def text() -> dict:
-        return load_text(work / "text")
 
-    common, state = dict(seed=SEED, log=say), work / "state"
-    device, golds = "cuda" if torch.cuda.is_available() else "cpu", state / "gold"
-    gold = dict(seed=SEED + 1, gold=True, log=say)
-    return {
-        "prompts": lambda: write_files(work / "prompts"),
-        "vae": lambda: train_vae(work / "vae", state, **common),
-        "text": lambda: pretrain_text(work / "text", **common),
-        "base": lambda: train_base(vae(), text(), work / "base", state, **common),
-        "misalign": lambda: misalign(
-            vae(), text(), work / "base", work / "tiny-sd3", state, log=say
-        ),
-        "pickscore": lambda: train_pickscore(vae(), work / "pickscore", state, **common),
-        "deqa": lambda: train_deqa(vae(), work / "deqa", state, **common),
-        "pickscore_gold": lambda: train_pickscore(
-            vae(device), work / "pickscore_gold", golds, **gold
-        ),
-        "deqa_gold": lambda: train_deqa(vae(device), work / "deqa_gold", golds, **gold),
+def run_step(name: str, work: Path) -> None:
+    """Make what a step makes, the folder `work/name` in most cases."""
+    out, gold = work / name, name.endswith("_gold")
+    state = work / "state" / "gold" if gold else work / "state"
+    device = "cuda" if gold and torch.cuda.is_available() else "cpu"
+    if "vae" in INPUTS[name]:
+        vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False).to(device)
+    if "text" in INPUTS[name]:
+        text = load_text(work / "text")
+    steps = {
+        "prompts": lambda: write_files(out),
+        "vae": lambda: train_vae(out, state),
+        "text": lambda: pretrain_text(out),
+        "base": lambda: train_base(vae, text, out, state),
+        "misalign": lambda: misalign(vae, text, work),
+        "pickscore": lambda: train_pickscore(vae, out, state, gold),
+        "deqa": lambda: train_deqa(vae, out, state, gold),
     }
+    steps[name.removesuffix("_gold")]()
 
 
 def check_inputs(work: Path, name: str) -> None:
-    """Raises ValueError if a step was begun from other inputs than those there are now."""
+    """Raises ValueError if a step was started from other inputs than those there are now."""
     inputs = {i: folder_hash(work / i) for i in INPUTS[name]}
     record = work / f"{name}.inputs.json"
     for i, found in json.loads(record.read_text()).items() if record.exists() else ():
         if inputs[i] != found:
             raise ValueError(
-                f"{name} was begun from another {i} than {work / i} now is; delete {record} and "
+                f"{name} was started from another {i} than {work / i} now is; delete {record} and "
                 f"what {name} left in {work / 'state'}, or put {i} back"
             )
     write_json(record, inputs)
@@ -117,16 +103,17 @@ def folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def describe_files(folder: Path, without: Sequence[str] = ()) -> dict[str, dict]:
-    """sha256 and size of the files in a folder, but of manifests and some of its folders."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / "manifest.json"]
+    """sha256 and size of the files in a folder, but of `manifest.json` and `without`."""
+    paths = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {
-        str(p.relative_to(folder)): {
-            "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
-            "bytes": p.stat().st_size,
-        }
-        for p in files
-        if p.relative_to(folder).parts[0] not in without
+        name: {"sha256": file_hash(path), "bytes": path.stat().st_size}
+        for name, path in paths.items()
+        if Path(name).parts[0] not in ("manifest.json", *without)
     }
 
 
@@ -159,30 +146,105 @@ def build(work: Path, only: Sequence[str] = (), out: Path = ASSETS) -> None:
 
     Raises ValueError for a step whose inputs are missing, or are not those it began with.
     """
-    todo = steps(work)
     for name in only:
-        choose("step", name, todo)
-    chosen = [name for name in todo if not only or name in only]
+        choose("step", name, INPUTS)
+    chosen = [name for name in INPUTS if not only or name in only]
+    done = {name: work / f"{name}.done" for name in INPUTS}
     for name in chosen:
         for i in INPUTS[name]:
-            if i not in chosen and not (work / f"{i}.done").exists():
+            if i not in chosen and not done[i].exists():
                 raise ValueError(f"{name} needs {i}, which {work} does not have; run {i} too")
     work.mkdir(parents=True, exist_ok=True)
     for name in chosen:
-        done = work / f"{name}.done"
-        if done.exists():
-            continue
-        check_inputs(work, name)
-        with count_seconds(work / f"{name}.seconds.json"):
-            todo[name]()
-        done.touch()
-        say(f"{name}: finished")
-    if all((work / f"{name}.done").exists() for name in todo):
+        if not done[name].exists():
+            check_inputs(work, name)
+            with count_seconds(work / f"{name}.seconds.json"):
+                run_step(name, work)
+            done[name].touch()
+            say(f"{name}: finished")
+    if all(file.exists() for file in done.values()):
         for name in SHIPPED:
             shutil.rmtree(out / name, ignore_errors=True)
             shutil.copytree(work / name, out / name)
-        seconds = {name: round(read_seconds(work / f"{name}.seconds.json")) for name in todo}
+        seconds = {name: round(read_seconds(work / f"{name}.seconds.json")) for name in INPUTS}
         record = {"command": "python -m flowopd_lib build --work build", "seed": SEED}
         record |= {"seconds": seconds, **describe_machine()}
         write_json(out / "manifest.json", {**record, "files": describe_files(out, ["experts"])})
         say(f"assets written to {out}")
+
+
+# --- the experts
+
+NAMES = ("geneval", "ocr", "pickscore", "deqa")
+# the adapters that are shipped, by percent of the iterations: their folders in a training's
+FOLDERS = {25: "25", 50: "50", 100: "adapter"}
+VAL_SEED = 1 << 20
+
+
+def recipe_file(name: str) -> Path:
+    return RUNS / "recipes" / f"expert_{name}.yaml"
+
+
+def train_expert(name: str, folder: Path) -> None:
+    """Train an expert in `folder`, from its last checkpoint if there is one, in the precision in
+    which it began."""
+    workspace = Workspace(load_benchmark(), decide(folder))
+    recipe = validate(Recipe, read_yaml(recipe_file(name)), str(recipe_file(name)))
+    objective, config = build_recipe(recipe, workspace)
+    at = {round(config.iterations * percent / 100): FOLDERS[percent] for percent in (25, 50)}
+    for info in train(workspace.policy, objective, folder, config):
+        done = info.iteration + 1
+        if info.metrics and done in at:
+            with workspace.policy.adapter_weights("student", info.average):
+                workspace.policy.save_adapter("student", folder / at[done])
+        if info.metrics and done % 10 == 0:
+            shown = " ".join(f"{key} {value:.4g}" for key, value in info.metrics.items())
+            say(f"expert_{name} {done}/{config.iterations} {info.seconds:.0f} s {shown}")
+
+
+def measure_curve(folder: Path) -> pd.DataFrame:
+    """Every reward and gold reward of the base and of the adapters of a training, on val prompts:
+    task, percent of the iterations, reward, mean, low, high (95 %), n."""
+    benchmark = load_benchmark()
+    policy, models = benchmark.policy(), {"0": None}
+    for percent, source in FOLDERS.items():
+        models[str(percent)] = f"at{percent}"
+        policy.load_adapter(f"at{percent}", folder / source)
+    prompts, sampler = benchmark.first_prompts("val", 120), benchmark.sampler(16)
+    table = evaluate(policy, prompts, benchmark.all_rewards(), VAL_SEED, sampler, models)
+    golds = [reward + GOLD for reward in rewards_in(table) if reward + GOLD in table]
+    scores = summary(table, ["task", "model"], [*rewards_in(table), *golds])
+    return scores.rename(columns={"model": "percent"})
+
+
+def train_experts(work: Path, only: Sequence[str] = (), out: Path = EXPERTS) -> None:
+    """Train the recipes `papermill_runs/recipes/expert_*.yaml` one after the other in `work`, with
+    checkpoints from which they resume, and ship each: the adapter in half precision with those
+    after a quarter and a half of the iterations (`25`, `50`), its training curve, the rewards and
+    gold rewards of all of them on val prompts, and a manifest."""
+    for name in only:
+        choose("expert", name, NAMES)
+    base = BASE / "transformer" / "diffusion_pytorch_model.safetensors"
+    work.mkdir(parents=True, exist_ok=True)
+    for name in only or NAMES:
+        folder, target, seconds = work / f"expert_{name}", out / name, work / f"{name}.seconds.json"
+        with count_seconds(seconds):
+            train_expert(name, folder)
+        shutil.rmtree(target, ignore_errors=True)
+        for percent, source in reversed(FOLDERS.items()):
+            into = target if percent == 100 else target / source
+            shutil.copytree(folder / source, into)
+            weights = into / "adapter_model.safetensors"
+            halves = {key: weight.half() for key, weight in load_file(weights).items()}
+            write_whole(weights, save(halves, {"format": "pt"}))
+        shutil.copy(folder / METRICS, target)
+        measure_curve(folder).round(4).to_csv(target / "curve.csv", index=False)
+        record = {
+            "command": f"python -m flowopd_lib experts --work experts --only {name}",
+            "recipe": read_yaml(recipe_file(name)),
+            "seconds": round(read_seconds(seconds)),
+            "base_transformer_sha256": file_hash(base),
+        }
+        record |= {**describe_machine(), "files": describe_files(target)}
+        write_json(target / "manifest.json", record)
+        say(f"{name}: finished, {read_seconds(seconds):.0f} s")

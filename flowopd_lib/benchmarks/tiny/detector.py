@@ -89,8 +89,6 @@ def _match(inside: np.ndarray, chroma: np.ndarray, color: str, top: int, left: i
     near, core = ndimage.binary_dilation(inside), ndimage.binary_erosion(inside)
     cover = np.where(core, 1.0, np.where(near, np.clip(chroma / full, 0, 1), 0.0))
     ys, xs = np.nonzero(cover > 0.5)
-    if len(ys) == 0:
-        ys, xs = np.nonzero(inside)
     y0, y1, x0, x1 = ys.min(), ys.max() + 1, xs.min(), xs.max() + 1
     crop = cover[y0:y1, x0:x1].astype(np.float32)
     crop = cv2.resize(crop, (GRID, GRID), interpolation=cv2.INTER_LINEAR)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -79,31 +80,15 @@ def outline(shape: str, n: int = 48) -> np.ndarray:
         r = np.where(np.arange(10) % 2 == 0, 1.05, 0.45)
         return np.stack([r * np.cos(a), r * np.sin(a)], 1)
     if shape == "cross":
-        w, s = 0.34, 0.95
-        return np.array(
-            [
-                (-w, -s),
-                (w, -s),
-                (w, -w),
-                (s, -w),
-                (s, w),
-                (w, w),
-                (w, s),
-                (-w, s),
-                (-w, w),
-                (-s, w),
-                (-s, -w),
-                (-w, -w),
-            ]
-        )
-    if shape == "heart":
-        x = 16 * np.sin(t) ** 3
-        y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
-        return np.stack([x / 16.5, (y - 2.3) / 15.5], 1)
-    raise ValueError(f"unknown shape {shape!r}")
+        arm, quarter_turn = [(-0.34, -0.95), (0.34, -0.95), (0.34, -0.34)], [(0, 1), (-1, 0)]
+        turns = (np.linalg.matrix_power(quarter_turn, k) for k in range(4))
+        return np.concatenate([arm @ turn for turn in turns])
+    x = 16 * np.sin(t) ** 3  # heart
+    y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+    return np.stack([x / 16.5, (y - 2.3) / 15.5], 1)
 
 
-def _color(rng: random.Random, shape: str, avoid: tuple[str, ...] = ()) -> str:
+def _color(rng: random.Random, shape: str, avoid: Iterable[str] = ()) -> str:
     return rng.choice([c for c in COLORS if c not in avoid and not heldout_pair(shape, c)])
 
 
@@ -111,35 +96,32 @@ def lay_out(spec: Spec, seed: int) -> Scene:
     """A scene that is correct for the prompt; what the prompt leaves open is drawn from `seed`."""
     rng = random.Random(f"{spec.text}/{seed}")
     styled = spec.task == "pickscore"
-    common = dict(
+    scene = Scene(
         background=spec.background or rng.choice(BACKGROUNDS),
         shadow=styled and rng.random() < 0.3,
         finish=spec.finish or "flat",
         tint=rng.randint(-8, 8) if styled else 0,
     )
     if spec.word:
-        common["background"] = spec.background or rng.choice(BACKGROUNDS[1:] + SCENERIES)
-        return Scene(word=spec.word, ink=rng.choice(list(INK)), **common)
-    shapes = [spec.objects[0][0]] * spec.count + [o[0] for o in spec.objects[1:]]
-    if spec.count > 1:
-        colors = [spec.objects[0][1] or _color(rng, shapes[0])] * spec.count
-    else:
-        colors = []
-        for shape, color in spec.objects:
-            colors.append(color or _color(rng, shape, tuple(colors)))
-    r = {"small": 10.0, "big": 21.0}.get(spec.size) or RADII[len(shapes)]
+        background = spec.background or rng.choice(BACKGROUNDS[1:] + SCENERIES)
+        return replace(scene, background=background, word=spec.word, ink=rng.choice(list(INK)))
+    objects = [spec.objects[0]] * spec.count + list(spec.objects[1:])
+    n, colors = len(objects), []
+    for shape, color in objects:
+        same = spec.count > 1 and colors  # objects that are counted have one colour
+        colors.append(same[0] if same else color or _color(rng, shape, colors))
     if spec.relation:
         first, across = 16 if spec.relation in ("left of", "above") else 48, rng.choice((16, 48))
         centres = [(first, across), (SIZE - first, across)]
         if spec.relation in ("above", "below"):
             centres = [(y, x) for x, y in centres]
-    elif len(shapes) == 1:
+    elif n == 1:
         centres = [MIDDLE if spec.size == "big" else rng.choice((*CORNERS, MIDDLE))]
     else:
-        centres = rng.sample(CORNERS, min(len(shapes), 4)) + [MIDDLE] * (len(shapes) - 4)
-    return Scene(
-        tuple(Item(s, c, x, y, r) for s, c, (x, y) in zip(shapes, colors, centres)), **common
-    )
+        centres = rng.sample(CORNERS, min(n, 4)) + [MIDDLE] * (n - 4)
+    r = {"small": 10.0, "big": 21.0}.get(spec.size) or RADII[n]
+    items = (Item(s, c, x, y, r) for (s, _), c, (x, y) in zip(objects, colors, centres))
+    return replace(scene, items=tuple(items))
 
 
 def accompany(scene: Scene, rng: random.Random, n: int) -> Scene:
@@ -158,9 +140,8 @@ def accompany(scene: Scene, rng: random.Random, n: int) -> Scene:
 
 @lru_cache(maxsize=16)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(
-        str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono-Bold.ttf"), size
-    )
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return ImageFont.truetype(str(fonts / "DejaVuSansMono-Bold.ttf"), size)
 
 
 @lru_cache(maxsize=64)
@@ -171,6 +152,10 @@ def _background(name: str, tint: int) -> Image.Image:
     top, bottom = (np.array(c, float) for c in GRADIENTS[name])
     ramp = np.linspace(0, 1, side)[:, None, None]
     pixels = np.broadcast_to((1 - ramp) * top + ramp * bottom + tint, (side, side, 3))
+    return _image(pixels)
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -184,59 +169,40 @@ def draw(scene: Scene) -> Image.Image:
         points = (outline(item.shape) * item.r + (item.x, item.y)) * SUPER
         rgb = COLORS[item.color]
         if scene.shadow:
-            pen.polygon(
-                [(x + 7, y + 7) for x, y in points],
-                fill=tuple(c // 2 for c in image.getpixel((4, 128))),
-            )
-        edge = (7 if item.r > 11 else 4) if scene.finish == "outlined" else 0
-        pen.polygon(
-            [tuple(p) for p in points],
-            fill=rgb,
-            outline=(10, 10, 10) if edge else rgb,
-            width=edge or 1,
-        )
+            pen.polygon([tuple(p) for p in points + 7], _shadow(image))
+        points = [tuple(p) for p in points]
+        if scene.finish == "outlined":
+            pen.polygon(points, rgb, outline=(10, 10, 10), width=7 if item.r > 11 else 4)
+        else:
+            pen.polygon(points, rgb, outline=rgb)
         if scene.finish == "glossy":
-            cx, cy, q = (
-                (item.x - 0.18 * item.r) * SUPER,
-                (item.y - 0.02 * item.r) * SUPER,
-                0.17 * item.r * SUPER,
-            )
-            pen.ellipse(
-                (cx - q, cy - q, cx + q, cy + q), fill=tuple((255 * 3 + c) // 4 for c in rgb)
-            )
+            cx, cy = (item.x - 0.18 * item.r) * SUPER, (item.y - 0.02 * item.r) * SUPER
+            q = 0.17 * item.r * SUPER
+            shine = tuple((255 * 3 + c) // 4 for c in rgb)
+            pen.ellipse((cx - q, cy - q, cx + q, cy + q), shine)
     return image.reduce(SUPER)
+
+
+def _shadow(image: Image.Image) -> tuple[int, ...]:
+    """The colour of shadows: half of that at the left edge."""
+    return tuple(c // 2 for c in image.getpixel((4, 128)))
 
 
 def _draw_sign(image: Image.Image, pen: ImageDraw.ImageDraw, scene: Scene) -> None:
     left, top, right, bottom = SIGN_BOX
     board = [SUPER * v for v in (left + 1.5, top + 2, right - 1.5, bottom - 2)]
+    ink, paper = INK[scene.ink], (246, 244, 238)
     if scene.shadow:
-        pen.rounded_rectangle(
-            [v + 6 for v in board], 10, fill=tuple(c // 2 for c in image.getpixel((4, 128)))
-        )
-    pen.rounded_rectangle(
-        board,
-        10,
-        fill=(246, 244, 238),
-        outline=INK[scene.ink] if scene.finish == "outlined" else None,
-        width=5,
-    )
-    em = {2: 24, 3: 24, 4: 22, 5: 18}.get(len(scene.word), 90 // max(len(scene.word), 1))
-    pen.text(
-        (SIZE / 2 * SUPER, (top + bottom) / 2 * SUPER),
-        scene.word,
-        font=_font(em * SUPER),
-        fill=INK[scene.ink],
-        anchor="mm",
-    )
+        pen.rounded_rectangle([v + 6 for v in board], 10, _shadow(image))
+    frame = ink if scene.finish == "outlined" else None
+    pen.rounded_rectangle(board, 10, paper, outline=frame, width=5)
+    font = _font({2: 24, 3: 24, 4: 22, 5: 18}[len(scene.word)] * SUPER)
+    middle = SIZE / 2 * SUPER, (top + bottom) / 2 * SUPER
+    pen.text(middle, scene.word, ink, font, anchor="mm")
 
 
 def degrade(image: Image.Image, kind: str, level: int, seed: int = 0) -> Image.Image:
     """Spoil an image: `kind` one of DEGRADATIONS, `level` 5 (untouched) down to 1 (bad)."""
-    if kind not in DEGRADATIONS:
-        raise ValueError(f"unknown degradation {kind!r}: choose one of {', '.join(DEGRADATIONS)}")
-    if level not in LEVELS:
-        raise ValueError(f"a quality level is one of {LEVELS}, not {level!r}")
     if level == 5:
         return image
     step = 4 - level  # 0 .. 3
@@ -245,12 +211,10 @@ def degrade(image: Image.Image, kind: str, level: int, seed: int = 0) -> Image.I
     pixels = np.asarray(image, float)
     if kind == "noise":
         noise = np.random.default_rng(seed).normal(0, (10, 20, 36, 60)[step], pixels.shape)
-        return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
+        return _image(pixels + noise)
     if kind == "contrast":
         mean = pixels.mean((0, 1), keepdims=True) * 0.5 + 64
-        return Image.fromarray(
-            (mean + (pixels - mean) * (0.7, 0.5, 0.34, 0.2)[step]).clip(0, 255).astype(np.uint8)
-        )
+        return _image(mean + (pixels - mean) * (0.7, 0.5, 0.34, 0.2)[step])
     buffer = io.BytesIO()  # blocks: what a harsh JPEG does
     image.save(buffer, "JPEG", quality=(30, 16, 8, 3)[step])
     return Image.open(buffer).convert("RGB")

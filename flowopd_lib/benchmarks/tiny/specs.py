@@ -11,7 +11,11 @@ import hashlib
 import itertools
 import random
 import string
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...data import Prompt
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 # name -> RGB; about 60 degrees of hue apart, so that a colour is a fact and not a matter of taste
@@ -25,30 +29,23 @@ COLORS = {
 }
 COUNT_WORDS = {2: "two", 3: "three", 4: "four", 5: "five"}
 RELATIONS = ("left of", "right of", "above", "below")
-OPENERS = (
-    "a photo of",
-    "a picture of",
-    "a drawing of",
-    "an image of",
-    "a painting of",
-    "a render of",
-)
+OPENERS = ("a photo of", "a picture of", "a drawing of")
+OPENERS += ("an image of", "a painting of", "a render of")
 BACKGROUNDS = ("white", "gray", "black")  # plain: GenEval's detector has an easy time
 SCENERIES = ("sunset", "ocean", "meadow", "night")  # gradients: the preference task
 FINISHES = ("flat", "glossy", "outlined")
 SIZES = ("small", "big")
-SIGN_FORMS = (
-    'a sign that says "{}"',
-    'a board that reads "{}"',
-    'a sign with the word "{}"',
-    'a label saying "{}"',
-)
+SIGN_FORMS = ('a sign that says "{}"', 'a board that reads "{}"')
+SIGN_FORMS += ('a sign with the word "{}"', 'a label saying "{}"')
 # what people ask for in a style, and how often
 STYLE_KINDS = {"one": 0.25, "two": 0.15, "several": 0.2, "sign": 0.4}
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # DeQA has no prompts of its own: it rewards images of all three
 PROMPT_TASKS = ("geneval", "ocr", "pickscore")
 MAX_TRAIN_COUNT, MAX_TRAIN_LETTERS = 4, 4
+# of the prompts that are shipped: their seed, and how many each task has of each split
+SEED = 0
+PROMPT_COUNTS = {"train": 1200, "val": 120, "test": 300, "ood": 240}
 
 
 @dataclass(frozen=True)
@@ -69,44 +66,39 @@ class Spec:
 
     @property
     def text(self) -> str:
+        where = f", {self.background} scenery" if self.background else ""
         if self.word:
-            scenery = f", {self.background} scenery" if self.background else ""
-            return self.opener.format(self.word) + scenery
+            return self.opener.format(self.word) + where
+        if where and self.tag != "style":
+            where = f" on a {self.background} background"
         nouns = [
             " ".join(filter(None, (self.finish, self.size, color, shape)))
             for shape, color in self.objects
         ]
         if self.count > 1:
             body = f"{COUNT_WORDS[self.count]} {nouns[0]}{'es' if nouns[0].endswith('s') else 's'}"
-        elif self.tag == "position":
-            body = f"a {nouns[0]} {self.relation} a {nouns[1]}"
         else:
-            body = " and ".join(f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for noun in nouns)
-        if self.tag == "style":
-            return f"{self.opener} {body}, {self.background} scenery"
-        return f"{self.opener} {body}" + (
-            f" on a {self.background} background" if self.background else ""
-        )
+            joint = f" {self.relation or 'and'} "
+            body = joint.join(f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for noun in nouns)
+        return f"{self.opener} {body}{where}"
 
     @property
     def metadata(self) -> dict:
         """GenEval's JSON record: `tag`, `include`, `exclude` (counting only), `prompt`."""
-        include = []
-        for i, (shape, color) in enumerate(self.objects):
-            entry = {"class": shape, "count": self.count if i == 0 else 1}
-            if color:
-                entry["color"] = color
-            if self.relation and i == 0:
-                entry = {**entry, "position": [self.relation, 1]}
-            include.append(entry)
-        if (
-            self.relation
-        ):  # GenEval lists the reference first, then the object with `position: [relation, 0]`
+        include = [
+            {"class": shape, "count": 1 if i else self.count} | ({"color": color} if color else {})
+            for i, (shape, color) in enumerate(self.objects)
+        ]
+        if self.relation:  # GenEval lists the reference first
             include = [include[1], {**include[0], "position": [self.relation, 0]}]
         record = {"tag": self.tag, "include": include}
         if self.tag == "counting":
             record["exclude"] = [{"class": self.objects[0][0], "count": self.count + 1}]
         return {**record, "prompt": self.text}
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt(self.text, self.task, self.metadata if self.task == "geneval" else {})
 
 
 def heldout_pair(shape: str, color: str | None) -> bool:
@@ -119,10 +111,9 @@ def heldout_relation(a: str, relation: str, b: str) -> bool:
     """Six ordered shape pairs per axis are never described in training, in neither of the two ways
     to say it."""
     if relation in ("right of", "below"):
-        a, b, relation = b, a, {"right of": "left of", "below": "above"}[relation]
-    return (SHAPES.index(b) - SHAPES.index(a)) % len(SHAPES) == {"left of": 1, "above": 2}.get(
-        relation
-    )
+        a, b = b, a
+    distance = 1 if relation in ("left of", "right of") else 2
+    return (SHAPES.index(b) - SHAPES.index(a)) % len(SHAPES) == distance
 
 
 def split_of(spec: Spec) -> str:
@@ -132,14 +123,12 @@ def split_of(spec: Spec) -> str:
     So a test sentence is new, but what it describes may stand in other words in a training
     sentence: new content is what the OOD split asks for.
     """
+    shapes = [shape for shape, _ in spec.objects]
     if (
         any(heldout_pair(*o) for o in spec.objects)
         or spec.count > MAX_TRAIN_COUNT
         or len(spec.word) > MAX_TRAIN_LETTERS
-        or (
-            spec.relation
-            and heldout_relation(spec.objects[0][0], spec.relation, spec.objects[1][0])
-        )
+        or (spec.relation and heldout_relation(shapes[0], spec.relation, shapes[1]))
     ):
         return "ood"
     # a word seen in another sentence, or on another task's sign, is not held out
@@ -150,74 +139,112 @@ def split_of(spec: Spec) -> str:
 
 def random_spec(rng: random.Random, task: str, tag: str | None = None) -> Spec:
     """A draw from the grammar, whatever its split."""
-    style = dict(background=rng.choice(SCENERIES)) if task == "pickscore" else {}
-    kind = rng.choices(list(STYLE_KINDS), STYLE_KINDS.values())[0] if style else ""
-    if task == "ocr" or kind == "sign":
+    spec = Spec(task, "ocr")
+    if task == "pickscore":
+        spec = replace(spec, tag="style", background=rng.choice(SCENERIES))
+        kind = rng.choices(list(STYLE_KINDS), STYLE_KINDS.values())[0]
+    if task == "ocr" or (task == "pickscore" and kind == "sign"):
         n = rng.choice((2, 3, 3, 4, 4, 4, 5))
-        if style and rng.random() < 0.5:
-            style = dict(background="")  # a sign is asked for as it comes
-        return Spec(
-            task,
-            "style" if style else "ocr",
-            word="".join(rng.choices(string.ascii_uppercase, k=n)),
-            opener=rng.choice(SIGN_FORMS),
-            **style,
-        )
+        if task == "pickscore" and rng.random() < 0.5:
+            spec = replace(spec, background="")  # a sign is asked for as it comes
+        word = "".join(rng.choices(string.ascii_uppercase, k=n))
+        return replace(spec, word=word, opener=rng.choice(SIGN_FORMS))
     opener, colors = rng.choice(OPENERS), list(COLORS)
     shape, other = rng.sample(SHAPES, 2)
     if task == "pickscore":
         first, second = rng.sample(colors, 2)
-        return Spec(
-            "pickscore",
-            "style",
-            ((shape, first), (other, second)) if kind == "two" else ((shape, first),),
-            count=rng.choice(tuple(COUNT_WORDS)) if kind == "several" else 1,
-            finish=rng.choice(FINISHES),
-            opener=opener,
-            **style,
-        )
-    if task != "geneval":
-        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(PROMPT_TASKS)}")
+        objects = ((shape, first), (other, second)) if kind == "two" else ((shape, first),)
+        count = rng.choice(tuple(COUNT_WORDS)) if kind == "several" else 1
+        finish = rng.choice(FINISHES)
+        return replace(spec, objects=objects, count=count, finish=finish, opener=opener)
     tag = tag or rng.choice(GENEVAL_TAGS)
-    base = dict(task="geneval", tag=tag, opener=opener, background=rng.choice(("",) + BACKGROUNDS))
+    background, one, two = rng.choice(("",) + BACKGROUNDS), ((shape, None),), ((other, None),)
+    spec = Spec(task, tag, one, opener=opener, background=background)
     if tag == "single_object":
-        return Spec(objects=((shape, None),), size=rng.choice(("",) + SIZES), **base)
+        return replace(spec, size=rng.choice(("",) + SIZES))
     if tag == "two_object":
-        return Spec(objects=((shape, None), (other, None)), **base)
+        return replace(spec, objects=one + two)
     if tag == "counting":
-        return Spec(objects=((shape, None),), count=rng.choice(tuple(COUNT_WORDS)), **base)
+        return replace(spec, count=rng.choice(tuple(COUNT_WORDS)))
     if tag == "colors":
-        return Spec(objects=((shape, rng.choice(colors)),), **base)
+        return replace(spec, objects=((shape, rng.choice(colors)),))
     if tag == "position":
-        return Spec(objects=((shape, None), (other, None)), relation=rng.choice(RELATIONS), **base)
-    if tag == "color_attr":
-        c1, c2 = rng.sample(colors, 2)
-        return Spec(objects=((shape, c1), (other, c2)), **base)
-    raise ValueError(f"unknown GenEval tag {tag!r}: choose one of {', '.join(GENEVAL_TAGS)}")
+        return replace(spec, objects=one + two, relation=rng.choice(RELATIONS))
+    first, second = rng.sample(colors, 2)  # color_attr
+    return replace(spec, objects=((shape, first), (other, second)))
 
 
-def sample_specs(task: str, split: str, n: int, seed: int = 0) -> list[Spec]:
+TASK_WEIGHTS = {"geneval": 0.5, "ocr": 0.3, "pickscore": 0.2}
+
+
+def split_spec(rng: random.Random, split: str = "train", task_weights: dict = TASK_WEIGHTS) -> Spec:
+    """A draw from one split: whoever trains on "train" never sees a val, test or OOD prompt."""
+    weights = [task_weights[t] for t in PROMPT_TASKS]
+    while True:
+        spec = random_spec(rng, rng.choices(PROMPT_TASKS, weights)[0])
+        if split_of(spec) == split:
+            return spec
+
+
+def mutate(spec: Spec, rng: random.Random) -> Spec:
+    """The same prompt got wrong in one respect (a sign: mostly all of its word): what a wrong
+    caption describes, and what a reward must notice."""
+
+    def other(values: Iterable, *taken: Any) -> Any:
+        return rng.choice([v for v in values if v not in taken])
+
+    if spec.word:
+        if rng.random() < 0.7:
+            word = "".join(rng.choices(string.ascii_uppercase, k=len(spec.word)))
+            return replace(spec, word=word)
+        i = rng.randrange(len(spec.word))
+        letter = other(string.ascii_uppercase, spec.word[i])
+        return replace(spec, word=spec.word[:i] + letter + spec.word[i + 1 :])
+    respects = ["shape"]
+    if spec.count > 1:
+        respects += ["count"] * 3
+    if spec.relation:
+        respects += ["relation"] * 3
+    if any(color for _, color in spec.objects):
+        respects += ["color"] * 2
+    if spec.tag == "style":
+        respects += ["background", "finish"]
+    respect = rng.choice(respects)
+    values = dict(count=(2, 3, 4), relation=RELATIONS, background=SCENERIES, finish=FINISHES)
+    if respect in values:
+        return replace(spec, **{respect: other(values[respect], getattr(spec, respect))})
+    i = rng.randrange(len(spec.objects))
+    objects, (shapes, colors) = list(spec.objects), zip(*spec.objects)
+    if respect == "shape":
+        objects[i] = other(SHAPES, *shapes), colors[i]
+    else:
+        objects[i] = shapes[i], other(COLORS, *colors)
+    return replace(spec, objects=tuple(objects))
+
+
+def mistake(spec: Spec, rng: random.Random) -> Spec:
+    """`mutate`, but never into what is held out for the OOD split, not even as the image of a
+    wrong caption."""
+    other = mutate(spec, rng)
+    return spec if split_of(other) == "ood" else other
+
+
+def sample_specs(task: str, split: str, n: int, seed: int = SEED) -> list[Spec]:
     """`n` different specs of one task and split, GenEval's tags in equal numbers, the same for the
     same seed.
 
-    The OOD split has only the tags that something was held out of.
+    The OOD split has only the tags that something was held out of. Raises ValueError for more than
+    the grammar has.
     """
-    if split not in ("train", "val", "test", "ood"):
-        raise ValueError(f"unknown split {split!r}: choose train, val, test or ood")
-    rng = random.Random(f"{task}/{split}/{seed}")
-    tags = {"geneval": GENEVAL_TAGS if split != "ood" else GENEVAL_TAGS[2:]}.get(task, (None,))
-    found: dict[str, Spec] = {}
+    rng, found = random.Random(f"{task}/{split}/{seed}"), {}
+    tags = (None,) if task != "geneval" else GENEVAL_TAGS[2:] if split == "ood" else GENEVAL_TAGS
     for tag in itertools.cycle(tags):
         for _ in range(2000):
             spec = random_spec(rng, task, tag)
             if split_of(spec) == split and spec.text not in found:
-                found[spec.text] = spec
                 break
         else:
-            raise ValueError(
-                f"the benchmark has fewer than {n} different {split} prompts for {task} ({tag}); "
-                "ask for fewer"
-            )
-        if len(found) >= n:
-            break
-    return list(found.values())
+            raise ValueError(f"there are fewer than {n} {split} prompts for {task}; take fewer")
+        found[spec.text] = spec
+        if len(found) == n:
+            return list(found.values())

@@ -8,56 +8,33 @@ images.
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    RegNetConfig,
-    RegNetForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-)
 
-from ...precision import in_fast_precision
+from ...loading import in_fast_precision
 from ...rewards.deqa import LEVELS
 from .data import SHARPNESS, candidate, graded_image, noisy_example, split_spec, to_tensor
-from .loop import run_steps
+from .loop import Descent, run_steps
 from .scenes import SIZE
-from .text import CLIP_TOKENS, clip_tokenizer
+from .specs import SEED
+from .text import CLIP_TOKENS, clip_tokenizer, special_tokens, token_ids
 
 SCALE = 26.0  # exp(logit_scale), fixed: the paper divides PickScore by 26 in its average
 GROUP = 8  # images of one prompt that are compared
 # of PickScore and of its gold reward: width, layers and heads of the text and the image tower, and
 # the steps on preferences
 TOWERS = {False: ((128, 3, 2), (160, 4, 5)), True: ((160, 2, 5), (192, 3, 6))}
-PREFERENCE_STEPS = {False: 3000, True: 2000}
-
-
-class _Batches(Dataset):
-    """The batch of each step, drawn in processes next to the training."""
-
-    def __init__(self, draw: Callable, steps: int):
-        self.draw, self.steps = draw, steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, i: int):
-        return i, self.draw(i)
+CONTRASTIVE_STEPS, PREFERENCE_STEPS, DEQA_STEPS = 1000, {False: 3000, True: 2000}, 1200
+PICKSCORE_BATCH, DEQA_BATCH = 128, 64
+IMAGES = dict(size={"shortest_edge": SIZE}, crop_size=SIZE)
 
 
 def to_pixels(images: list[Image.Image], rng: random.Random, fraction: float):
@@ -74,89 +51,43 @@ def through_vae(vae: AutoencoderKL, x: torch.Tensor, rows: list[int], processor)
         part = rows[i : i + 64]
         with in_fast_precision():
             x[part] = vae.decode(vae.encode(x[part]).latent_dist.mean).sample.float().clamp(-1, 1)
-    mean, std = (
-        torch.tensor(v, device=x.device)[:, None, None]
-        for v in (processor.image_mean, processor.image_std)
-    )
-    return (((x + 1) * 127.5).round() / 255 - mean) / std
+    mean, std = torch.tensor([processor.image_mean, processor.image_std], device=x.device)
+    return (((x + 1) * 127.5).round() / 255 - mean[:, None, None]) / std[:, None, None]
 
 
-def train(
-    name: str,
-    model: nn.Module,
-    draw: Callable,
-    loss_of: Callable,
-    steps: int,
-    lr: float,
-    work: Path,
-    log,
-) -> None:
-    """Steps of `loss_of(draw(step))` with AdamW and one cycle of the learning rate."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, steps, pct_start=0.1, cycle_momentum=False
-    )
-    workers = max((os.cpu_count() or 1) - 2, 0)  # two cores are as busy without them
-    batches = None
+def train(name, model, draw, loss_of, steps, rate, work) -> None:
+    """Steps of `loss_of(draw(step))`."""
+    descent = Descent(model.parameters(), rate, steps, warmup=0.1, weight_decay=0.05)
     model.train()
 
     def step(i: int) -> float:
-        nonlocal batches
-        if batches is None:
-            data = _Batches(lambda k, first=i: draw(first + k), steps - i)
-            batches = iter(DataLoader(data, batch_size=None, num_workers=workers))
         with in_fast_precision(), sdpa_kernel(SDPBackend.MATH):  # see train_base.py
-            loss = loss_of(next(batches)[1])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        return loss.item()
+            loss = loss_of(draw(i))
+        return descent.step(loss)
 
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    run_steps(name, work, steps, parts, step, log, every=100)
+    run_steps(name, work, steps, {"model": model, **descent.parts}, step, every=100)
     model.eval()
 
 
-def train_pickscore(
-    vae: AutoencoderKL,
-    out: Path,
-    work: Path,
-    contrastive: int = 1000,
-    batch: int = 128,
-    seed: int = 0,
-    gold: bool = False,
-    log=print,
-) -> None:
+def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, gold: bool = False) -> None:
     """PickScore, or its gold reward, on the autoencoder's device."""
+    seed, batch = SEED + gold, PICKSCORE_BATCH
     torch.manual_seed(seed)
-    tokenizer = clip_tokenizer()
+    tokenizer, images = clip_tokenizer(), transformers.CLIPImageProcessorPil(**IMAGES)
     text, vision = (
         dict(hidden_size=w, intermediate_size=3 * w, num_hidden_layers=n, num_attention_heads=h)
         for w, n, h in TOWERS[gold]
     )
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
-    special = {
-        (f"{name}_token_id"): getattr(tokenizer, f"{name}_token_id")
-        for name in ("bos", "eos", "pad")
-    }
-    config = CLIPConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), max_position_embeddings=CLIP_TOKENS, **special, **text
-        ),
+    text |= dict(vocab_size=len(tokenizer), max_position_embeddings=CLIP_TOKENS)
+    text |= special_tokens(tokenizer)
+    config = transformers.CLIPConfig(
+        text_config=text,
         vision_config=dict(image_size=SIZE, patch_size=8, **vision),
         projection_dim=128,
         logit_scale_init_value=float(np.log(SCALE)),
     )
-    model = CLIPModel(config).to(vae.device)
+    model = transformers.CLIPModel(config).to(vae.device)
     model.logit_scale.requires_grad_(False)
-
-    def tokens(texts):
-        padded = tokenizer(
-            list(texts), padding=("max_length"), max_length=CLIP_TOKENS, truncation=True
-        )
-        return torch.tensor(padded.input_ids)
 
     def embed(ids, pixels):
         o = model(input_ids=ids.to(vae.device), pixel_values=through_vae(vae, *pixels, images))
@@ -165,7 +96,7 @@ def train_pickscore(
     def captioned(step):
         rng = random.Random(f"clip/{seed}/{step}")
         texts, images = zip(*(noisy_example(rng, spoiled=0.3) for _ in range(batch)))
-        return tokens(texts), to_pixels(list(images), rng, 0.25)
+        return token_ids(tokenizer, list(texts)), to_pixels(images, rng, 0.25)
 
     def contrastive_loss(examples):
         t, i = embed(*examples)
@@ -176,45 +107,33 @@ def train_pickscore(
 
     def preferences(step):
         """Prompts with a group of candidates each, and who is preferred in every pair: 1 or -1."""
-        rng, g = (
-            random.Random(f"group/{seed}/{step}"),
-            torch.Generator().manual_seed(seed * 1_000_003 + step),
-        )
+        rng = random.Random(f"group/{seed}/{step}")
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         specs = [split_spec(rng) for _ in range(batch // GROUP)]
-        candidates = [candidate(spec, rng) for spec in specs for _ in range(GROUP)]
-        utility = torch.tensor([c.utility for c in candidates]).unflatten(0, (-1, GROUP))
+        images, utility = zip(*(candidate(spec, rng) for spec in specs for _ in range(GROUP)))
+        utility = torch.tensor(utility).unflatten(0, (-1, GROUP))
         p = torch.sigmoid(SHARPNESS * (utility[:, first] - utility[:, second]))
         chosen = torch.where(torch.rand(p.shape, generator=g) < p, 1.0, -1.0)
-        pixels = to_pixels([c.image for c in candidates], rng, 0.25)
-        return tokens(spec.text for spec in specs), pixels, chosen
+        texts = token_ids(tokenizer, [spec.text for spec in specs])
+        return texts, to_pixels(images, rng, 0.25), chosen
 
-    # Bradley-Terry: P(a preferred) = sigmoid(score of a - score of b), on every pair of a prompt's
-    # images
     def preference_loss(examples):
+        """Bradley-Terry on every pair of a prompt's images: P(a preferred) = sigmoid(score of a -
+        score of b)."""
         *offered, chosen = examples
         t, i = embed(*offered)
         scores = SCALE * (t[:, None] * i.unflatten(0, (-1, GROUP))).sum(-1)
         return -F.logsigmoid(chosen.to(t.device) * (scores[:, first] - scores[:, second])).mean()
 
-    train("clip", model, captioned, contrastive_loss, contrastive, 1e-3, work, log)
-    train(
-        ("pickscore"), model, preferences, preference_loss, PREFERENCE_STEPS[gold], 6e-4, work, log
-    )
+    train("clip", model, captioned, contrastive_loss, CONTRASTIVE_STEPS, 1e-3, work)
+    train("pickscore", model, preferences, preference_loss, PREFERENCE_STEPS[gold], 6e-4, work)
     model.half().save_pretrained(out)
-    CLIPProcessor(images, tokenizer).save_pretrained(out)
+    transformers.CLIPProcessor(images, tokenizer).save_pretrained(out)
 
 
-def train_deqa(
-    vae: AutoencoderKL,
-    out: Path,
-    work: Path,
-    steps: int = 1200,
-    batch: int = 64,
-    seed: int = 0,
-    gold: bool = False,
-    log=print,
-) -> None:
+def train_deqa(vae: AutoencoderKL, out: Path, work: Path, gold: bool = False) -> None:
     """DeQA, a ResNet, or its gold reward, a RegNet, on the autoencoder's device."""
+    seed = SEED + gold
     torch.manual_seed(seed)
     shape = dict(
         embedding_size=32,
@@ -225,24 +144,25 @@ def train_deqa(
         label2id={v: k for k, v in enumerate(LEVELS)},
     )
     if gold:
-        model = RegNetForImageClassification(
-            RegNetConfig(groups_width=16, layer_type=("y"), **shape)
-        )
+        config = transformers.RegNetConfig(groups_width=16, layer_type="y", **shape)
+        model = transformers.RegNetForImageClassification(config)
     else:
-        model = ResNetForImageClassification(ResNetConfig(layer_type="basic", **shape))
+        model = transformers.ResNetForImageClassification(
+            transformers.ResNetConfig(layer_type="basic", **shape)
+        )
     model.to(vae.device)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    processor = transformers.CLIPImageProcessorPil(**IMAGES)
 
     def graded(step):
         rng = random.Random(f"deqa/{seed}/{step}")
-        images, levels = zip(*(graded_image(rng) for _ in range(batch)))
-        return to_pixels(list(images), rng, 0.5), torch.tensor(levels) - 1
+        images, levels = zip(*(graded_image(rng) for _ in range(DEQA_BATCH)))
+        return to_pixels(images, rng, 0.5), torch.tensor(levels) - 1
 
     def loss_of(examples):
         pixels, levels = examples
         logits = model(pixel_values=through_vae(vae, *pixels, processor)).logits
         return F.cross_entropy(logits.float(), levels.to(vae.device), label_smoothing=0.02)
 
-    train("deqa", model, graded, loss_of, steps, 2e-3, work, log)
+    train("deqa", model, graded, loss_of, DEQA_STEPS, 2e-3, work)
     model.half().save_pretrained(out)
     processor.save_pretrained(out)
