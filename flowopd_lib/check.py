@@ -7,7 +7,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from .config import validate
 from .evaluate import evaluate
 from .lab.recipe import Recipe, build
 from .lab.workspace import Workspace
-from .loading import hub_fault
 from .rewards import applies_to, score_images
 from .rollout import initial_noise
 from .train import train
@@ -51,8 +49,6 @@ def check(benchmark: Benchmark | str, precision: str = "auto") -> Iterator[Row]:
         rows.append(Row(name, passed, message, time.perf_counter() - start))
         return rows[-1]
 
-    if not Path(benchmark.base).is_dir():
-        yield run("the hub", check_hub)
     for task in benchmark.prompt_tasks:
         yield run(f"prompts of {task}", check_prompts, task)
     yield run(f"model {benchmark.base_name}", lambda w: f"{w.policy.device}, {w.policy.precision}")
@@ -74,22 +70,6 @@ def print_rows(rows: Iterable[Row]) -> bool:
         print(f"{state}  {row.check}: {row.message} ({row.seconds:.1f} s)", flush=True)
         passed &= row.passed
     return passed
-
-
-def check_hub(workspace: Workspace) -> str:
-    """Whether the model may be downloaded. Where the hub cannot be reached, only files on this
-    machine are used from here on, so that not every file waits for it."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().model_info(workspace.benchmark.base, timeout=10)
-        return "reached"
-    except Exception as error:  # the hub's client has many kinds of its own
-        fault = hub_fault(workspace.benchmark.base, error)
-    if "cannot be reached" not in fault:
-        raise PermissionError(fault)
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    return "cannot be reached: only files on this machine are used"
 
 
 def check_prompts(workspace: Workspace, task: str) -> str:

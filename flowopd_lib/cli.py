@@ -104,13 +104,11 @@ def export(
     *,
     out: Annotated[Path, "a new folder"],
     license: Annotated[str, "its name on the hub, such as apache-2.0"],
-    scores: Annotated[Path | None, "a results.json with the model's scores"] = None,
-    model: Annotated[str, "its name in those scores (default: student)"] = "student",
 ) -> None:
     """Write a trained adapter in diffusers' format, with a model card."""
     from .export import export_training
 
-    print(export_training(training, out, license, scores, model))
+    print(export_training(training, out, license))
 
 
 def bench(
@@ -153,16 +151,11 @@ def publish(
     print(f"{out}: {publish(run, out, page) / 1e6:.1f} MB; see {page}")
 
 
-def diff(
-    run_a: Run,
-    run_b: Run,
-    *,
-    notebooks: Annotated[bool, "also how the text of the notebooks differs"] = False,
-) -> None:
-    """Show what differs between two runs: parameters, scores with intervals, notebooks."""
+def diff(run_a: Run, run_b: Run) -> None:
+    """Show what differs between two runs: parameters, scores with intervals."""
     from .runs.report import compare
 
-    compare(run_a, run_b, notebooks)
+    compare(run_a, run_b)
 
 
 def cache(run: Run) -> None:

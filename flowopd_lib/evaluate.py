@@ -27,7 +27,7 @@ from .files import (
     write_thumbnails,
     write_whole,
 )
-from .fingerprint import describe, sha256_of_json
+from .fingerprint import SAMPLING_CODE, code_hashes, describe, sha256_of, sha256_of_json
 from .policy import FlowPolicy
 from .rewards import Reward, applies_to, score_images
 from .rollout import Sampler, sample
@@ -56,6 +56,7 @@ def evaluate(
     sampler: Sampler = Sampler(),
     models: Mapping[str, str | None] = MappingProxyType({"base": None}),
     repeats: int = 1,
+    first_repeat: int = 0,
     embed: Callable[[torch.Tensor], np.ndarray] | None = None,
     batch: int = 64,
     show_progress: bool = True,
@@ -64,13 +65,15 @@ def evaluate(
     guidance: Mapping[str, float] = MappingProxyType({}),
     shard: Shard = Shard(),
 ) -> pd.DataFrame:
-    """Sample every prompt `repeats` times under every model and score it: one row an image.
+    """Sample every prompt `repeats` times (from `first_repeat`) under every model and score it: one
+    row an image.
 
-    `models` maps a name to an adapter (None: the base). Image j of prompt i has seed `seed + j *
-    len(prompts) + i` under every model: the same noise, so that models can be compared prompt by
-    prompt. Columns: model, task, tag, prompt, repeat, seed, one per reward, and `embedding` if
-    `embed` (images to (B, D), such as `PickScore.embed`) is given. `guidance`: of an adapter, where
-    it is not the sampler's.
+    `models` maps a name to an adapter (None: the base). The seed of an image follows from its
+    prompt's text, its repeat and `seed`: the same noise under every model, so that models can be
+    compared prompt by prompt, and in every list of prompts. Columns: model, task, tag, prompt,
+    repeat, seed, guidance, steps, resolution, one per reward, and `embedding` if `embed` (images to
+    (B, D), such as `PickScore.embed`) is given. `guidance`: of an adapter, where it is not the
+    sampler's.
 
     With `images`, a folder, every sample is saved there as a thumbnail and the column `image` says
     where, seen from the folder's parent, where the table belongs; `about.json` there says how they
@@ -86,15 +89,16 @@ def evaluate(
         raise ValueError("nothing to evaluate: the list of prompts is empty")
     policy.check_adapters(a for a in models.values() if a is not None)
     policy.check_prompts(prompts)
-    every, main = list(prompts) * repeats, shard.rank == 0
+    samples = [(p, first_repeat + j) for j in range(repeats) for p in prompts]
+    main = shard.rank == 0
 
     def sample_batch(adapter: str | None, rows: slice) -> pd.DataFrame:
-        numbers = range(len(every))[rows]
-        seeds = [seed + i for i in numbers]
+        here, repeat = ([sample[i] for sample in samples[rows]] for i in (0, 1))
+        seeds = [noise_seed(prompt.text, j, seed) for prompt, j in samples[rows]]
         own = replace(sampler, guidance=guidance.get(adapter, sampler.guidance))
-        pixels = sample(policy, every[rows], seeds, own, adapter, batch)
-        repeat = [i // len(prompts) for i in numbers]
-        table = score(pixels, every[rows], rewards).assign(repeat=repeat, seed=seeds)
+        pixels = sample(policy, here, seeds, own, adapter, batch)
+        settings = {"guidance": own.guidance, "steps": own.steps, "resolution": pixels.shape[-1]}
+        table = score(pixels, here, rewards).assign(repeat=repeat, seed=seeds, **settings)
         if images is not None:
             table["thumbnail"] = [encode_webp(image) for image in pixels]
         if embed is not None:
@@ -105,7 +109,7 @@ def evaluate(
         "sampler": sampler,
         "seed": seed,
         "batch size": batch,
-        "repeats": repeats,
+        "repeats": [first_repeat, repeats],
         "precision": policy.precision,
         "base": policy.base_hash,
         "models": {m: a and policy.adapter(a).sha256 for m, a in models.items()},
@@ -114,9 +118,10 @@ def evaluate(
         "rewards": dict(rewards),
         "embedded": embed is not None,
         "images": images is not None,
+        "code": code_hashes(SAMPLING_CODE),
     }
     fingerprint = sha256_of_json(describe(follows_from))
-    batches = [(m, rows) for m in range(len(models)) for rows in slices(len(every), batch)]
+    batches = [(m, rows) for m in range(len(models)) for rows in slices(len(samples), batch)]
     mine, adapters = batches[shard.rank :: shard.processes], list(models.values())
     with contextlib.ExitStack() as stack:
         if into is None:
@@ -126,11 +131,11 @@ def evaluate(
         files = {(m, rows.start): partial / f"{m}_{rows.start}.parquet" for m, rows in batches}
         if main:
             stack.enter_context(locked(partial, f"an evaluation into {into}"))
-            _set_aside_other(into, partial, fingerprint)
+            _set_aside_other(into, partial, images, fingerprint)
         shard.wait()
         if finished := into.is_file():
             mine = []
-        what = f"evaluate {len(models)} models on {len(every)} prompts"
+        what = f"evaluate {len(models)} models on {len(samples)} prompts"
         with progress(len(mine) * batch, what, show_progress and main) as advance:
             for m, rows in mine:
                 if not files[m, rows.start].is_file():
@@ -149,7 +154,7 @@ def evaluate(
             if images is not None:
                 settings = {k: v for k, v in asdict(sampler).items() if k != "noise_scale"}
                 about = {"sampler": settings, "batch": batch, "dtype": policy.precision}
-                about |= {"adapters": dict(models), "guidance": dict(guidance)}
+                about |= {"adapters": dict(models), "guidance": dict(guidance), "table": into.name}
                 write_json(Path(images) / "about.json", about)
             write_with_fingerprint(into, fingerprint, pd.concat(tables, ignore_index=True))
         shard.wait()
@@ -160,12 +165,25 @@ def evaluate(
     return table
 
 
-def _set_aside_other(into: Path, partial: Path, fingerprint: str) -> None:
-    """Move a table, or batches of one, that follow from something else into `earlier/`."""
+def noise_seed(text: str, repeat: int, seed: int = 0) -> int:
+    """Of a sample in an evaluation, below 2^30."""
+    return int(sha256_of([text, repeat, seed])[:8], 16) >> 2
+
+
+def _set_aside_other(into: Path, partial: Path, images, fingerprint: str) -> None:
+    """Move a table with its images, or batches of one, that follow from something else into
+    `earlier/`. Raises ValueError where the images are another table's."""
+    thumbnails = [Path(images)] if images is not None else []
+    for file in (p / "about.json" for p in thumbnails if (p / "about.json").is_file()):
+        if (table := json.loads(file.read_text())["table"]) != into.name:
+            raise ValueError(
+                f"{images} holds the images of another table, {table}; save those of {into.name} "
+                "in another folder"
+            )
     about = partial / "fingerprint.txt"
     before = about.read_text() if about.is_file() else fingerprint
     if before != fingerprint or (into.is_file() and read_fingerprint(into) != fingerprint):
-        set_aside(into.parent, into, *partial.glob("*.parquet"))
+        set_aside(into.parent, into, *thumbnails, *partial.glob("*.parquet"))
     write_whole(about, fingerprint)
 
 

@@ -1,10 +1,9 @@
 """A trained adapter for others to use: a folder with `pytorch_lora_weights.safetensors`, which
 `StableDiffusion3Pipeline.load_lora_weights` reads, ranks and alphas included, and a model card,
-`README.md`, with base, recipe, scores, data and licence."""
+`README.md`, with base, recipe, data and licence."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from .benchmarks import DEFAULT, load_benchmark
-from .config import choose, read_yaml
+from .config import read_yaml
 from .files import read_lines, write_whole
 from .lora import PEFT_FILE, read_adapter, write_diffusers
 from .train import METRICS
@@ -39,10 +38,6 @@ the training prompts of {tasks} of the benchmark {benchmark}; no images but the 
 pipeline.load_lora_weights(FOLDER)
 ```
 
-## Scores
-
-{scores}
-
 ## Recipe
 
 ```yaml
@@ -54,23 +49,13 @@ pipeline.load_lora_weights(FOLDER)
 """
 
 
-def export_training(
-    folder: str | Path,
-    out: str | Path,
-    license: str,
-    scores: str | Path | None = None,
-    model: str = "student",
-) -> Path:
+def export_training(folder: str | Path, out: str | Path, license: str) -> Path:
     """Write the adapter of a finished training into `out`, a new folder.
 
-    `license`: its name on the hub, such as apache-2.0. `scores`: a notebook's results.json, from
-    which the card takes those of `model`. Raises ValueError for a licence without a name, a folder
-    that is not empty, or scores without the model, and FileNotFoundError for a training that has
-    not finished.
+    `license`: its name on the hub, such as apache-2.0. Raises ValueError for a folder that is not
+    empty, and FileNotFoundError for a training that has not finished.
     """
     folder, out = Path(folder), Path(out)
-    if not license.strip():
-        raise ValueError("a model card needs a licence, such as apache-2.0 or that of the base")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty; give a new folder")
     if not (folder / "adapter").is_dir():
@@ -85,7 +70,6 @@ def export_training(
         base=base,
         method=METHODS[kind],
         iterations=len(read_lines(folder / METRICS)),
-        scores=score_table(Path(scores), model) if scores else "Exported without scores.",
         tasks=", ".join(tasks),
         benchmark=benchmark.name,
         recipe=yaml.safe_dump(recipe, sort_keys=False),
@@ -107,13 +91,3 @@ def adapted_modules(weights: Path) -> dict[str, tuple[int, int]]:
             b = tensors[key.replace(".lora_A.", ".lora_B.")]
             modules[name] = a.shape[1], b.shape[0]
     return modules
-
-
-def score_table(path: Path, model: str) -> str:
-    """A model's scores in a notebook's results.json, in Markdown. Raises ValueError if there are
-    none."""
-    scores = [row for row in json.loads(path.read_text()).get("scores", []) if "reward" in row]
-    choose(f"model with scores in {path}", model, sorted({row["model"] for row in scores}))
-    line = "| {reward} | {mean:.3f} [{low:.3f}, {high:.3f}] | {n} |"
-    rows = [line.format(**row) for row in scores if row["model"] == model]
-    return "\n".join(["| reward | mean [95 % interval] | n |", "|---|---|---|", *rows])

@@ -14,7 +14,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,18 +239,13 @@ def write_thumbnails(
     return [f"{path.parent.name}/{path.name}/{n}.webp" for n in range(len(thumbnails))]
 
 
-@lru_cache(maxsize=64)
-def _open_zip(path: str, changed: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
-
-
 def read_thumbnail(folder: str | Path, image: str) -> bytes:
     """The WebP of one `image` of a table in `folder`. Raises FileNotFoundError, naming the file,
     where there is none."""
     archive, _, name = image.rpartition("/")
-    path = Path(folder) / archive
     try:
-        return _open_zip(str(path), path.stat().st_mtime_ns).read(name)
+        with zipfile.ZipFile(Path(folder) / archive) as file:
+            return file.read(name)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise FileNotFoundError(f"no image {image} in {folder} ({error})") from error
 

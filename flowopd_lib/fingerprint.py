@@ -8,8 +8,10 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,11 @@ import torch
 NOT_COMPARED = ("device", "batch", "micro_batch_size")
 # What the names of modules begin with that `config.load_plugin` loads from a user's file.
 PLUGIN = "flowopd_plugin_"
+LIBRARY = Path(__file__).parent
+# What samples and scores are computed by, and what trainings are: after a change here, but for
+# comments and docstrings, nothing is found again and no training is resumed.
+SAMPLING_CODE = ("sde", "lora", "policy", "rollout", "data", "evaluate", "rewards")
+CODE = (*SAMPLING_CODE, "merge", "train", "losses", "lab/recipe", "lab/jobs")
 
 
 def sha256_of(node: Any) -> str:
@@ -113,6 +120,45 @@ def sha256_of_code(source: str) -> str:
             case [ast.Expr(ast.Constant(str())), *_]:
                 del node.body[0]
     return hashlib.sha256(repr(_syntax(tree)).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Of a file's bytes, of Python code without comments and docstrings, of a folder's weights and
+    settings by their paths; of a hub id its commit. Computed again only if the file has changed."""
+    if path.is_dir():
+        files = {
+            p.relative_to(path).as_posix(): file_hash(p)
+            for p in path.rglob("*")
+            if p.suffix in (".safetensors", ".json", ".txt", ".model") and p.name != "manifest.json"
+        }
+        return sha256_of_json(files)
+    return _file_hash(path, path.stat().st_mtime_ns) if path.is_file() else hub_commit(str(path))
+
+
+def hub_commit(name: str) -> str:
+    """A hub id with its commit on this machine; any other string as it is."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if not (parts := re.match(r"([\w.-]{1,96})/([\w.-]{1,96})(/|$)", name)):
+        return name
+    ref = Path(HF_HUB_CACHE) / f"models--{parts[1]}--{parts[2]}" / "refs" / "main"
+    return f"{name} at {ref.read_text().strip()}" if ref.is_file() else name
+
+
+@cache
+def _file_hash(path: Path, changed: int) -> str:
+    if path.suffix == ".py":
+        return sha256_of_code(path.read_text(encoding="utf-8"))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def code_hashes(names: tuple[str, ...] = CODE) -> dict[str, str]:
+    """Of this library's modules and folders of these names, by file: what they do."""
+    files = [p for name in names for p in LIBRARY.glob(f"{name}.py")]
+    files += [p for name in names for p in (LIBRARY / name).rglob("*.py") if p.stem != "server"]
+    return {p.relative_to(LIBRARY).as_posix(): file_hash(p) for p in files}
 
 
 def _syntax(node: Any) -> Any:

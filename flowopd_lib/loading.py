@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 import timeit
 import traceback
@@ -24,7 +25,21 @@ from .files import write_json
 
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VARIABLE, FILE = "FLOWOPD_PRECISION", "precision.json"
+DEVICE = "FLOWOPD_DEVICE"
 ROWS, WIDTH = 64, 512  # a product small enough that the slowest way we know takes .1 s
+
+
+def choose_device(device: str | torch.device = "") -> torch.device:
+    """`device`, else what the environment says (`FLOWOPD_DEVICE`), else a GPU where there is one.
+    Raises ValueError for a GPU that is not there."""
+    there = torch.cuda.is_available()
+    chosen = torch.device(device or os.environ.get(DEVICE) or ("cuda" if there else "cpu"))
+    if chosen.type == "cuda" and not there:
+        raise ValueError(
+            f"the device is to be {chosen}, but torch sees no GPU on this machine; use cpu, or a "
+            "launcher that needs no GPU"
+        )
+    return chosen
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -88,27 +103,21 @@ def decide(
 
 # Loading a model changes states of the whole process, such as the device of new tensors.
 LOADING = threading.RLock()
-GATED = ("GatedRepoError", "gated repo")
-UNKNOWN = ("RepositoryNotFoundError", "not a valid model identifier")
-OFFLINE = ("ConnectError", "ConnectTimeout", "LocalEntryNotFoundError", "OfflineModeIsEnabled")
-OFFLINE += ("Cannot load model", "couldn't connect")
+# What to do, by what the hub's clients write.
+OFFLINE = "connecterror|connecttimeout|localentrynotfound|offlinemode|cannot load|couldn't connect"
+ADVICE = {
+    "gatedrepo|gated repo": "is gated: accept its licence on its page, then `hf auth login`",
+    "repositorynotfound|not a valid model": "is not on the hub, or private: try `hf auth login`",
+    OFFLINE: "is not on this machine and the hub cannot be reached: connect, or give a folder",
+}
 
 
 def hub_fault(name: str, error: BaseException) -> str:
     """Why `name` could not be loaded, and what to do; the error's own message where it is none of
     the hub's."""
     causes = "".join(traceback.format_exception(error, limit=0)).lower()
-    for signs, advice in (
-        (GATED, "is gated: accept its licence on its page on the hub, then `hf auth login`"),
-        (UNKNOWN, "is not on the hub, or private: check the name, or `hf auth login`"),
-        (
-            OFFLINE,
-            "is not on this machine and the hub cannot be reached: connect, or give a folder",
-        ),
-    ):
-        if any(sign.lower() in causes for sign in signs):
-            return f"{name} {advice}"
-    return " ".join(str(error).split())
+    advice = next((text for signs, text in ADVICE.items() if re.search(signs, causes)), None)
+    return f"{name} {advice}" if advice else " ".join(str(error).split())
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +23,6 @@ from torch import nn
 from .files import write_json, write_whole
 from .fingerprint import sha256_of
 from .loading import hub_fault
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 # Flow-GRPO's
 ATTENTION = tuple("to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split())
@@ -75,18 +71,16 @@ class Lora:
         """(out, in): what is added to the weight of one module."""
         return self.alpha[name] / len(self.a[name]) * self.b[name] @ self.a[name]
 
-    def config(self) -> LoraConfig:
-        """PEFT's description of it: exactly these modules, ranks and scales."""
-        from peft import LoraConfig
-
+    def config(self) -> dict:
+        """As PEFT describes it: exactly these modules, ranks and scales."""
         rank, alpha = mode(self.ranks.values()), mode(self.alpha.values())
-        return LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            target_modules=list(self.a),
-            rank_pattern={f"^{re.escape(n)}": r for n, r in self.ranks.items() if r != rank},
-            alpha_pattern={f"^{re.escape(n)}": a for n, a in self.alpha.items() if a != alpha},
-        )
+        return {
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": sorted(self.a),
+            "rank_pattern": {f"^{re.escape(n)}": r for n, r in self.ranks.items() if r != rank},
+            "alpha_pattern": {f"^{re.escape(n)}": a for n, a in self.alpha.items() if a != alpha},
+        }
 
 
 class LoRALinear(nn.Linear):
@@ -170,11 +164,11 @@ def read_adapter(source: str | Path, modules: Mapping[str, tuple[int, int]]) -> 
     else:  # diffusers' older files, whose scales are all 1
         ranks = {k: len(w) for k, w in weights.items() if k.endswith(".lora_A.weight")}
         plan = {k[len(prefix) : -len(".lora_A.weight")]: (r, float(r)) for k, r in ranks.items()}
-    keys = {(name, f): f"{prefix}{name}.lora_{f}.weight" for name in plan for f in "AB"}
     expected = {}
     for name, (rank, _) in plan.items():
         inputs, outputs = modules.get(name, (0, 0))
-        expected[keys[name, "A"]], expected[keys[name, "B"]] = (rank, inputs), (outputs, rank)
+        expected[f"{prefix}{name}.lora_A.weight"] = rank, inputs
+        expected[f"{prefix}{name}.lora_B.weight"] = outputs, rank
     shapes = {key: tuple(w.shape) for key, w in weights.items()}
     wrong = [k for k in {**expected, **shapes} if expected.get(k) != shapes.get(k)]
     if wrong or not plan:
@@ -190,14 +184,16 @@ def read_adapter(source: str | Path, modules: Mapping[str, tuple[int, int]]) -> 
             f"the adapter {source}: {len(broken)} of {len(weights)} weights are not finite "
             f"floating-point numbers, such as {broken[0]!r}"
         )
-    a, b = ({name: weights[keys[name, f]].float() for name in plan} for f in "AB")
+    a, b = ({n: weights[f"{prefix}{n}.lora_{f}.weight"].float() for n in plan} for f in "AB")
     return Lora(a, b, {name: alpha for name, (_, alpha) in plan.items()})
 
 
 def _plan(config: Mapping, modules: Mapping, source: str | Path) -> dict[str, tuple[int, float]]:
     """{module name: (rank, alpha)} as PEFT itself plans them. Raises ValueError for a kind of
     adapter that is not supported."""
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
 
     defaults = LoraConfig().to_dict()
     for field, value in {"peft_type": "LORA", **config}.items():
@@ -209,26 +205,16 @@ def _plan(config: Mapping, modules: Mapping, source: str | Path) -> dict[str, tu
                 f"the adapter {source} has {field} = {value!r}, which is not supported: it is more "
                 "than `alpha / r B A` on linear layers; convert it to plain LoRA with PEFT"
             )
-    skeleton = nn.Module()
-    with torch.device("meta"):
-        for name, shape in modules.items():
-            node, (*parents, last) = skeleton, name.split(".")
-            for part in parents:
-                if not hasattr(node, part):
-                    node.add_module(part, nn.Module())
-                node = getattr(node, part)
-            node.add_module(last, nn.Linear(*shape))
-        try:
-            lora = LoraConfig(**{k: config[k] for k in PLAN if config.get(k) is not None})
-            inject_adapter_in_model(lora, skeleton)
-        except ValueError as error:  # PEFT's own where no module has such a name
-            message = f"the adapter {source} adapts no layer of this model ({error})"
-            raise ValueError(message) from error
-    return {
-        name: (m.r["default"], m.scaling["default"] * m.r["default"])
-        for name, m in skeleton.named_modules()
-        if hasattr(m, "lora_A")
-    }
+    lora = LoraConfig(**{k: config[k] for k in PLAN if config.get(k) is not None})
+    ranks, alphas, targets = lora.rank_pattern, lora.alpha_pattern, lora.target_modules
+    plan = {}
+    for name in (n for n in modules if targets and check_target_module_exists(lora, n)):
+        rank = ranks.get(get_pattern_key(ranks, name), lora.r)
+        alpha = alphas.get(get_pattern_key(alphas, name), lora.lora_alpha)
+        plan[name] = rank, float(alpha * rank**0.5 if lora.use_rslora else alpha)
+    if not plan:
+        raise ValueError(f"the adapter {source} adapts no layer of this model: {targets}")
+    return plan
 
 
 def _files_of(source: str | Path) -> tuple[Path, Path | None]:
@@ -272,8 +258,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 
 def write_peft(lora: Lora, folder: str | Path) -> None:
     """A folder that `read_adapter` and PEFT read."""
-    record = {**lora.config().to_dict(), "inference_mode": True}
-    record["target_modules"] = sorted(record["target_modules"])
+    from peft import LoraConfig
+
+    record = LoraConfig().to_dict() | lora.config() | {"inference_mode": True}
     weights = save(_state_dict(lora, "base_model.model."), {"format": "pt"})
     write_whole(Path(folder) / PEFT_FILE, weights)
     write_json(Path(folder) / CONFIG, record)
@@ -282,10 +269,7 @@ def write_peft(lora: Lora, folder: str | Path) -> None:
 def write_diffusers(lora: Lora, folder: str | Path) -> None:
     """A folder that `read_adapter` and `StableDiffusion3Pipeline.load_lora_weights` read, ranks and
     alphas included."""
-    record, plan = lora.config().to_dict(), {}
-    record["target_modules"] = sorted(record["target_modules"])
-    for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"):
-        plan[f"transformer.{key}"] = record[key]
+    plan = {f"transformer.{key}": value for key, value in lora.config().items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(plan, sort_keys=True)}
     write_whole(Path(folder) / DIFFUSERS_FILE, save(_state_dict(lora, "transformer."), metadata))
 

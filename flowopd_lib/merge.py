@@ -52,6 +52,8 @@ def merge_loras(
 
     Raises ValueError for weights, ranks or densities that do not fit.
     """
+    from peft.utils.merge_utils import dare_ties, ties
+
     choose("way to merge", method, METHODS)
     if len(loras) == 1 and weights is None:
         raise ValueError("an average takes at least two adapters; of one, weights say how much")
@@ -80,24 +82,17 @@ def merge_loras(
                     a[name], b[name] = _mean_of_factors(name, loras, weights)
                 else:
                     deltas, of_deltas = [lora.delta(name) for lora, _ in here], [w for _, w in here]
-                    mean = _combine(deltas, of_deltas, method, density)
+                    if method == "svd":
+                        mean = sum(w * delta for delta, w in zip(deltas, of_deltas))
+                    else:
+                        combine = ties if method == "ties" else dare_ties
+                        mean = combine(deltas, torch.tensor(of_deltas), density)
                     u, s, vh = torch.linalg.svd(mean, full_matrices=False)
                     a[name], b[name] = vh[:rank].contiguous(), u[:, :rank] * s[:rank]
                 alpha[name] = float(len(a[name]))
     finally:
         torch.set_num_threads(threads)
     return Lora(a, b, alpha)
-
-
-def _combine(
-    deltas: list[torch.Tensor], weights: list[float], method: str, density: float
-) -> torch.Tensor:
-    from peft.utils.merge_utils import dare_ties, ties
-
-    if method == "svd":
-        return sum(w * delta for delta, w in zip(deltas, weights))
-    combine = ties if method == "ties" else dare_ties
-    return combine(deltas, torch.tensor(weights), density)
 
 
 def _mean_of_factors(

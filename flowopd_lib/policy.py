@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import Prompt
 from .fingerprint import sha256_of
-from .loading import dtype_name, hub_fault, quiet, resolve
+from .loading import choose_device, dtype_name, hub_fault, quiet, resolve
 from .lora import (
     ATTENTION,
     MLP,
@@ -106,10 +106,11 @@ class FlowPolicy:
         resolution: int | None = None,
         text_length: int | None = None,
     ):
+        device = choose_device(device)
         dtype = resolve(dtype, device)
         self.pipeline = load_pipeline(model_id, device, dtype)
         self.transformer, self.vae = self.pipeline.transformer, self.pipeline.vae
-        self.device, self.dtype, self._lock = torch.device(device), dtype, threading.RLock()
+        self.device, self.dtype, self._lock = device, dtype, threading.RLock()
         # T5 positions are not masked, so their number is part of the model: the tokenizer's, or the
         # pipeline's default
         tokenizer = self.pipeline.tokenizer_3
@@ -214,13 +215,13 @@ class FlowPolicy:
     def load_adapter(self, name: str, path: str | Path) -> None:
         """An adapter in PEFT's or diffusers' format, from a folder, a file or the hub
         (`read_adapter`). One that is refused leaves nothing behind."""
-        self._check_new(name)
         self.set_adapter(name, read_adapter(path, linear_modules(self.transformer)))
 
     @one_thread_at_a_time
     def set_adapter(self, name: str, lora: Lora) -> None:
         """A new adapter with the modules, ranks, scales and weights of `lora`, which are copied."""
-        self._check_new(name)
+        if not name or "." in name or name in self._loras:
+            raise ValueError(f"an adapter needs a new name without dots, not {name!r}")
         for path in lora.a:
             layer = self.transformer.get_submodule(path)
             if not isinstance(layer, LoRALinear):
@@ -319,10 +320,6 @@ class FlowPolicy:
         """float32 or bfloat16."""
         return dtype_name(self.dtype)
 
-    def _check_new(self, name: str) -> None:
-        if not name or "." in name or name in self._loras:
-            raise ValueError(f"an adapter needs a new name without dots, not {name!r}")
-
     def check_adapters(self, names: Iterable[str]) -> None:
         """Raises ValueError for an adapter that does not exist."""
         for name in names:
@@ -385,8 +382,6 @@ class FlowPolicy:
     def sigmas(self, steps: int) -> list[float]:
         """The scheduler's grid for `steps` denoising steps: `steps + 1` numbers from 1 down to
         0."""
-        if steps < 1:
-            raise ValueError(f"a trajectory needs at least one step, not {steps}")
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(steps)
         return scheduler.sigmas.tolist()

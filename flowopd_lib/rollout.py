@@ -139,7 +139,8 @@ class Step:
     std^2)` at `sigma_next`.
 
     Latents are (B, C, H, W) and carry no graph; `std == 0` says that the step is deterministic.
-    Where images of a prompt separate, `shared` neighbours have one `x_t` and one `v`.
+    Where images of a prompt separate, `shared` neighbours have one `x_t` and one `v`. `rows`: which
+    of the trajectories it is of, if some ended before.
     """
 
     index: int
@@ -150,7 +151,8 @@ class Step:
     x_next: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
-    shared: int = 1
+    shared: int
+    rows: list[int]
 
     @property
     def x0_pred(self) -> torch.Tensor:
@@ -199,8 +201,9 @@ def trajectory(
     sampler: Sampler = Sampler(),
     adapter: str | None = None,
     group: int = 1,
+    ends: Sequence[int] | None = None,
 ) -> Iterator[Step]:
-    """Yield the transitions of one batch, from noise to data.
+    """Yield the transitions of one batch, from noise to data or, of each sample, the first `ends`.
 
     A sample depends on its own prompt and seed alone. Where the sampler branches, it also depends
     on those of the first of its `group` neighbours, images of one prompt, whose steps down to the
@@ -214,31 +217,24 @@ def trajectory(
         raise ValueError(f"branch is for several images of a prompt, not for {group}")
     text = policy.encode([p.text for p in prompts])
     noise, grid = NoiseStreams(policy, seeds), policy.sigmas(sampler.steps)
-    x_t = noise.draw()
+    x_t, rows = noise.draw(), list(range(len(seeds)))
     for index, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):
+        if ends is not None:
+            going = [n for n, row in enumerate(rows) if ends[row] > index]
+            x_t, rows = x_t[going], [rows[n] for n in going]
+        if not rows:
+            return
         shared = group if sampler.branch and index <= sampler.window_range[0] else 1
         if shared > 1:
             x_t = x_t[::shared].repeat_interleave(shared, 0)
-        v = policy.velocity(x_t[::shared], sigma, text[::shared], sampler.guidance, adapter)
+        v = policy.velocity(x_t[::shared], sigma, text[rows[::shared]], sampler.guidance, adapter)
         v = v.repeat_interleave(shared, 0)
         mean, std = sampler.transition(x_t, v, sigma, sigma_next, index)
-        x_next = mean + per_row(std, mean) * noise.draw() if std > 0 else mean
-        yield Step(index, sigma, sigma_next, x_t, v, x_next, mean, std, shared)
+        x_next = mean + per_row(std, mean) * noise.draw()[rows] if std > 0 else mean
+        yield Step(index, sigma, sigma_next, x_t, v, x_next, mean, std, shared, rows)
         x_t = x_next
 
 
-@dataclass(frozen=True)
-class Visit:
-    """States of several trajectories at one step: `rows` says which; with the action taken there,
-    if it was asked for."""
-
-    index: int
-    rows: list[int]
-    x_t: torch.Tensor
-    step: Step | None
-
-
-@torch.no_grad()
 def visited_states(
     policy: FlowPolicy,
     prompts: Sequence[Prompt],
@@ -246,29 +242,17 @@ def visited_states(
     sampler: Sampler,
     adapter: str | None,
     wanted: Sequence[Sequence[int]],
-    actions: bool = False,
-) -> Iterator[Visit]:
-    """The states in which the `wanted` steps of each trajectory begin; a trajectory ends there at
-    the last of them (with `actions`: after it). Trajectories are those of `trajectory`."""
-    text = policy.encode([p.text for p in prompts])
-    noise, grid = NoiseStreams(policy, seeds), policy.sigmas(sampler.steps)
-    x_t, last = noise.draw(), [max(steps) for steps in wanted]
+) -> Iterator[tuple[int, list[int], torch.Tensor]]:
+    """(step, rows, x_t of these rows): the states in which the `wanted` steps of each trajectory
+    begin. A trajectory ends there at the last of them; nothing is computed for that one."""
+    last, x_t = [max(steps) for steps in wanted], initial_noise(policy, seeds)
+    steps = trajectory(policy, prompts, seeds, sampler, adapter, ends=last)
     for index in range(max(last) + 1):
-        rows = [i for i, steps in enumerate(wanted) if index in steps]
-        on = [i for i, end in enumerate(last) if end > index or (actions and end == index)]
-        step = None
-        before = x_t[rows]
-        if on:
-            sigma, sigma_next = grid[index], grid[index + 1]
-            v = policy.velocity(x_t[on], sigma, text[on], sampler.guidance, adapter)
-            mean, std = sampler.transition(x_t[on], v, sigma, sigma_next, index)
-            x_next = mean + per_row(std, mean) * noise.draw()[on] if std > 0 else mean
-            if actions and rows:
-                at = [on.index(i) for i in rows]
-                step = Step(index, sigma, sigma_next, before, v[at], x_next[at], mean[at], std)
-            x_t = x_t.index_copy(0, torch.tensor(on, device=x_t.device), x_next)
-        if rows:
-            yield Visit(index, rows, before, step)
+        if rows := [i for i, of_row in enumerate(wanted) if index in of_row]:
+            yield index, rows, x_t[rows]
+        if index < max(last):
+            step = next(steps)
+            x_t = x_t.index_copy(0, torch.tensor(step.rows, device=x_t.device), step.x_next)
 
 
 def sample(

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 # The columns of a table of samples that are no reward's scores.
-COLUMNS = "model task tag prompt repeat seed train_seed split image embedding".split()
+COLUMNS = """model task tag prompt repeat seed train_seed split image embedding guidance steps
+resolution""".split()
 # The gold reward of a reward, which nothing is trained on, has its name and this.
 GOLD = " gold"
 # A reward, the task on whose prompts its score counts, and its full scale.

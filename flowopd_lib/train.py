@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from .config import Count, Decay, Fraction, Index, NonNegative, Positive, choose, settings
+from .config import Count, Decay, Fraction, Index, Positive, choose, settings
 from .files import append_lines, load_state, locked, progress, read_lines, save_state, write_whole
-from .fingerprint import describe, differences
+from .fingerprint import code_hashes, describe, differences
 from .losses import Objective, Shard
 from .policy import FlowPolicy
 
@@ -35,10 +36,10 @@ STATE, METRICS, VALIDATION = "state.safetensors", "metrics.jsonl", "validation_s
 # same: objective, prompts and their order, sampler, rewards, the weights of teachers, base and
 # start, the adapter's shape and scale, precision, optimizer. (Not compared either: images in a
 # forward, devices, processes.)
-MAY_CHANGE = ("iterations", "save_every", "save_seconds", "log_with")
-
-
+MAY_CHANGE = ("iterations", "save_every", "log_with")
 COUNTS = ("iteration", "updates", "seconds")
+BETAS, CLIP_NORM = (0.9, 0.99), 1.0
+SAVE_SECONDS = 120.0
 
 
 class TrainingDiverged(RuntimeError):
@@ -48,7 +49,7 @@ class TrainingDiverged(RuntimeError):
 @settings
 class TrainConfig:
     """`iterations` of the objective (each makes its own number of updates). A checkpoint is written
-    every `save_every` iterations and after `save_seconds`, whichever comes first, and at the end.
+    every `save_every` iterations and two minutes, whichever comes first, and at the end.
     `log_with`: one of accelerate's trackers, such as tensorboard or wandb. `cooldown`: the fraction
     of the iterations, at the end, over which `lr` falls to zero."""
 
@@ -57,11 +58,7 @@ class TrainConfig:
     warmup: Index = 0  # updates
     cooldown: Fraction = 0.0
     ema: Decay = 0.95  # of the adapter, per update; 0 keeps none
-    clip_norm: Positive = 1.0
-    betas: tuple[Decay, Decay] = (0.9, 0.99)
-    weight_decay: NonNegative = 0.0
     save_every: Count = 20
-    save_seconds: Positive = 120.0
     log_with: str | None = None
 
     def __post_init__(self):
@@ -93,9 +90,7 @@ class _Run:
         self.config, self.fingerprint = config, about
         self.parameters = policy.train_adapter(adapter)
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, config.lr, BETAS, weight_decay=0.0)
         self.iteration = self.updates = 0
         self.seconds = 0.0
 
@@ -128,7 +123,7 @@ class _Run:
             flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
             for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
                 p.grad = part.view_as(p)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM).item()
         if not math.isfinite(norm):
             return norm
         for group in self.optimizer.param_groups:
@@ -142,35 +137,29 @@ class _Run:
         return norm
 
 
-def fingerprint(
-    policy: FlowPolicy, objective: Objective, folder: Path, config: TrainConfig, adapter: str
-) -> dict:
-    """What a training follows from, compared before it is resumed."""
-    may_change = set(MAY_CHANGE) - ({"iterations"} if config.cooldown else set())
-    return {
-        "objective": describe(objective),
-        "train": {k: v for k, v in describe(config).items() if k not in may_change},
-        "base": policy.base_hash,
-        "precision": policy.precision,
-        "start": policy.start_hash(adapter, folder),
-        "adapters": {name: policy.adapter(name).sha256 for name in sorted(objective.adapters)},
-        "ranks": describe(policy.adapter(adapter).ranks),
-        "scales": describe(policy.adapter(adapter).alpha),
-    }
-
-
 def check_folder(
     policy: FlowPolicy,
     objective: Objective,
     folder: str | Path,
     config: TrainConfig,
     adapter: str = "student",
-) -> None:
-    """Raises ValueError for a folder that holds a training of something else, or of more
-    iterations."""
-    here = fingerprint(policy, objective, Path(folder), config, adapter)
+) -> dict:
+    """What the training follows from, compared before it is resumed. Raises ValueError for a folder
+    that holds a training of something else, or of more iterations."""
+    may_change = set(MAY_CHANGE) - ({"iterations"} if config.cooldown else set())
+    here = {
+        "objective": describe(objective),
+        "train": {k: v for k, v in describe(config).items() if k not in may_change},
+        "base": policy.base_hash,
+        "code": code_hashes(),
+        "precision": policy.precision,
+        "start": policy.start_hash(adapter, Path(folder)),
+        "adapters": {name: policy.adapter(name).sha256 for name in sorted(objective.adapters)},
+        "ranks": describe(policy.adapter(adapter).ranks),
+        "scales": describe(policy.adapter(adapter).alpha),
+    }
     if not (Path(folder) / STATE).exists():
-        return
+        return here
     state = load_state(Path(folder) / STATE)
     if changed := list(differences(state["fingerprint"], here)):
         raise ValueError(
@@ -182,34 +171,27 @@ def check_folder(
             f"{folder} holds {done} iterations already, more than {config.iterations}; give a new "
             "folder"
         )
+    return here
 
 
 def mean_metrics(terms: list[dict[str, torch.Tensor]], accelerator: Accelerator) -> dict:
     """Means over the rows and micro-batches of an iteration, and over processes."""
     from accelerate.utils import gather_object
 
+    pairs = [(name, value) for term in terms for name, value in term.items()]
     values = defaultdict(list)
-    for term in terms:
-        for name, value in term.items():
-            values[name].append(torch.as_tensor(value).detach().reshape(-1))
-    sums = {name: (float(torch.cat(v).sum()), len(torch.cat(v))) for name, v in values.items()}
-    totals = {}
-    for part in gather_object([sums]):
-        for name, (total, n) in part.items():
-            before = totals.get(name, (0.0, 0))
-            totals[name] = before[0] + total, before[1] + n
-    return {name: total / n for name, (total, n) in totals.items() if n and math.isfinite(total)}
+    for name, value in gather_object([(n, torch.as_tensor(v).detach().cpu()) for n, v in pairs]):
+        values[name].append(value.reshape(-1))
+    means = {name: torch.cat(parts).mean().item() for name, parts in values.items()}
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
 
 def shard_of(accelerator: Accelerator) -> Shard:
     """This process's shard; processes may have unequal parts to gather."""
+    from accelerate.utils import gather_object
 
     def gather(values: torch.Tensor) -> torch.Tensor:
-        sizes = accelerator.gather(torch.tensor([len(values)], device=accelerator.device)).tolist()
-        padded = values.new_zeros(max(sizes), *values.shape[1:])
-        padded[: len(values)] = values
-        every = accelerator.gather(padded.to(accelerator.device)).unflatten(0, (len(sizes), -1))
-        return torch.cat([part[:size] for part, size in zip(every, sizes)]).to(values.device)
+        return torch.cat(gather_object([values.cpu()])).to(values.device)
 
     rank, processes = accelerator.process_index, accelerator.num_processes
     return Shard(rank, processes, gather, accelerator.wait_for_everyone)
@@ -241,19 +223,30 @@ def train(
     folder, main = Path(folder), accelerator.is_main_process
     objective.check(policy, adapter)
     with locked(folder, f"a training of {adapter}") if main else contextlib.nullcontext():
-        check_folder(policy, objective, folder, config, adapter)
-        wandb = {"wandb": {"dir": str(folder), "name": folder.name}}
-        accelerator.init_trackers("flow-opd", init_kwargs=wandb)
+        about = check_folder(policy, objective, folder, config, adapter)
+        if main:
+            start_trackers(accelerator, folder, about)
         try:
-            yield from _updates(policy, objective, folder, config, adapter, accelerator)
+            yield from _updates(policy, objective, folder, config, adapter, accelerator, about)
         finally:
             policy.train_adapter(None)
             for tracker in accelerator.trackers:
                 tracker.finish()
 
 
-def _updates(policy, objective, folder, config, adapter, accelerator) -> Iterator[StepInfo]:
-    about = fingerprint(policy, objective, folder, config, adapter)
+def start_trackers(accelerator: Accelerator, folder: Path, about: dict) -> None:
+    """With the training's settings where it begins, as the same run where it is resumed."""
+    begins, file = not (folder / STATE).exists(), folder / "tracker_run.txt"
+    if begins:
+        write_whole(file, uuid.uuid4().hex)
+    wandb = {"dir": str(folder), "name": folder.name, "id": file.read_text(), "resume": "allow"}
+    settings = {key: about[key] for key in ("objective", "train", "precision")}
+    (flat,) = pd.json_normalize(settings).to_dict("records")
+    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flat.items()}
+    accelerator.init_trackers("flow-opd", plain if begins else None, {"wandb": wandb})
+
+
+def _updates(policy, objective, folder, config, adapter, accelerator, about):
     run, state, log = _Run(policy, adapter, config, about), folder / STATE, folder / METRICS
     main, shard = accelerator.is_main_process, shard_of(accelerator)
     if state.exists():
@@ -261,14 +254,22 @@ def _updates(policy, objective, folder, config, adapter, accelerator) -> Iterato
     if main:
         lines = log.read_text().splitlines()[: run.iteration] if log.exists() else []
         write_whole(log, "".join(line + "\n" for line in lines))
-    saved = time.time()
+    saved, unlogged = time.time(), []
     start = saved - run.seconds
+
+    def save() -> None:
+        """A tracker gets an iteration when a checkpoint has it: each once, whatever is killed."""
+        run.save(state)
+        while unlogged:
+            line, step = unlogged.pop(0)
+            accelerator.log(line, step)
+
     while run.iteration < config.iterations:
         try:
             data, collected = objective.collect(policy, adapter, run.iteration, shard)
         except Exception:  # a reward server is gone, say: what was trained before is whole
-            if run.iteration:
-                run.save(state)
+            if run.iteration and main:
+                save()
             raise
         metrics = [collected]
         for update in range(objective.updates):
@@ -291,21 +292,21 @@ def _updates(policy, objective, folder, config, adapter, accelerator) -> Iterato
             if last:
                 run.iteration += 1
                 line = {"loss": loss, "grad_norm": norm, **means}
-                accelerator.log(line, step=info.iteration)
                 if main:
+                    unlogged.append((line, info.iteration))
                     line = {"iteration": info.iteration, "seconds": round(info.seconds, 2), **line}
                     append_lines(log, json.dumps(line) + "\n")
                     due = run.iteration % config.save_every == 0
-                    due |= time.time() - saved > config.save_seconds
+                    due |= time.time() - saved > SAVE_SECONDS
                     if due or run.iteration == config.iterations:
-                        run.save(state)
+                        save()
                         saved = time.time()
             paused = time.time()
             try:
                 yield info
             except GeneratorExit:  # between two iterations is a place to continue from
                 if last and main:
-                    run.save(state)
+                    save()
                 raise
             start += time.time() - paused
     if config.ema:

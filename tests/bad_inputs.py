@@ -37,7 +37,6 @@ CHANGES = (
         "train: {warmup: -1}": "train.warmup: Input should be greater than or equal to 0, not -1",
         "train: {cooldown: 1.5}": "train.cooldown: Input should be less than or equal to 1",
         "train: {ema: 1.0}": "train.ema: Input should be less than 1, not 1.0",
-        "train: {betas: [0.9]}": "train.betas.1: Field required",
         "train: [1]": "train: Input should be a dictionary",
         "train: {log_with: tensorbord}": "there is no installed tracker 'tensorbord'",
         "scedule: {}": "scedule: no such setting (did you mean 'schedule'?)",

@@ -42,6 +42,7 @@ ENVIRONMENT = {
     "SLURM_JOB_NODELIST": "flowopd[1-2]",
     "SLURM_JOB_NUM_NODES": "2",
     "GPUS_PER_NODE": "2",
+    "FLOWOPD_DEVICE": "cpu",
     "OMP_NUM_THREADS": "1",
     "FLOWOPD_PRECISION": "float32",
 }

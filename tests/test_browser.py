@@ -1,11 +1,9 @@
 """Notebook 09 and a training in JupyterLab in headless Chromium, operated by mouse and keys.
 
-Screenshots and measurements are left in build/browser; `make test-browser` installs Chromium first.
-A wait ends when the page shows what is expected, when it shows an error, or when nothing happens
-any more.
+Screenshots are left in build/browser; `make test-browser` installs Chromium first. A wait ends when
+the page shows what is expected or an error.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -14,13 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import nbformat
 import pandas as pd
-import psutil
 import pytest
-from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
@@ -46,27 +41,20 @@ ARGUMENTS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
-    "--disable-quic",
     "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
     "--window-size=1500,1700",
     "--force-device-scale-factor=1",
 )
-CAP = 3600  # seconds, for what never ends; a slow machine needs far less
-PATIENCE = 240  # polls, a quarter of a second apart, in which nothing happens
-# Errors, the kernel's status, what the page shows. On the page an error of a cell looks like a
-# warning, so errors are read from the notebook.
+CAP = 1200  # seconds; a slow machine needs far less
+# Errors, and whether a kernel is there. On the page an error of a cell looks like a warning, so
+# errors are read from the notebook.
 STATE = r"""
 const shown = window.jupyterapp?.shell.currentWidget;
 const kernel = shown?.sessionContext?.session?.kernel;
 const outputs = [...shown?.content?.model?.cells ?? []].flatMap(c => c.outputs?.toJSON() ?? []);
 const errors = outputs.filter(o => o.output_type == "error").map(o => o.traceback.join("\n"));
 const alerts = [...document.querySelectorAll(".fo-problem, .jp-Dialog")].map(a => a.innerText);
-const images = [...document.images].map(image => image.src.length);
-return [[...errors, ...alerts].join("\n").replace(/\x1b\[[\d;]*m/g, ""),
-        kernel ? kernel.status : "", document.body.innerText + images];
+return [[...errors, ...alerts].join("\n").replace(/\x1b\[[\d;]*m/g, ""), kernel?.status];
 """
 
 TRAINING = """
@@ -84,8 +72,8 @@ TrainingMonitor(Lab("tiny").background("training", recipe, validation), ["OCR", 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """JupyterLab over a copy of notebook 09 and a notebook with a training: (address of a file,
-    folder). There is no run in the folder, so notebook 09 samples here, of two splits and two seeds
-    each."""
+    folder). There is no run in the folder, so notebook 09 samples here, two seeds of each
+    prompt."""
     place = tmp_path_factory.mktemp("lab")
     root = place / "root"
     root.mkdir()
@@ -119,37 +107,17 @@ def lab(tmp_path_factory):
         "JUPYTER_RUNTIME_DIR": str(place / "runtime"),
         "IPYTHONDIR": str(place / "ipython"),
     }
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [f"--ServerApp.port={port}", f"--ServerApp.root_dir={root}"]
+    command += ["--IdentityProvider.token=for-the-test", "--LabApp.expose_app_in_browser=True"]
     with (place / "log.txt").open("w") as log:
-        server = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "jupyterlab",
-                "--no-browser",
-                "--allow-root",
-                f"--ServerApp.port={port}",
-                "--ServerApp.port_retries=0",
-                "--IdentityProvider.token=for-the-test",
-                f"--ServerApp.root_dir={root}",
-                "--LabApp.expose_app_in_browser=True",
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=root,
-        )
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=root)
     try:
         end = time.monotonic() + CAP
-        while True:
-            try:
-                urllib.request.urlopen(
-                    f"http://127.0.0.1:{port}/api?token=for-the-test", timeout=60
-                ).close()
-                break
-            except OSError:  # refused: it does not listen yet
-                log_tail = (place / "log.txt").read_text()[-2000:]
-                assert server.poll() is None and time.monotonic() < end, log_tail
-                time.sleep(0.2)
+        while socket.socket().connect_ex(("127.0.0.1", port)):  # it does not listen yet
+            log_tail = (place / "log.txt").read_text()[-2000:]
+            assert server.poll() is None and time.monotonic() < end, log_tail
+            time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token=for-the-test", root
     finally:
         server.terminate()
@@ -162,9 +130,8 @@ def page(tmp_path_factory):
     options.binary_location = CHROMIUM
     for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument(argument)
-    # Selenium's own limits, Chromium's start among them, know nothing of how busy the machine is.
+    # Selenium's own limits know nothing of how busy the machine is.
     options.timeouts = {"script": CAP * 1000, "pageLoad": CAP * 1000}
-    options.add_experimental_option("browserStartupTimeout", CAP * 1000)
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     driver.command_executor.client_config.timeout = 2 * CAP
     # A window without a screen may have no focus, which JupyterLab needs to know its notebook.
@@ -174,20 +141,6 @@ def page(tmp_path_factory):
     driver.quit()
 
 
-def processor_seconds():
-    """Seconds of processor time that all kernels have used; an idle one needs minutes for one.
-
-    The kernel's status does not do: it is idle as soon as a widget's message has been answered,
-    even while a cell or a training in a thread runs.
-    """
-    used = 0
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # one that ended meanwhile
-            if "ipykernel_launcher" in process.cmdline():
-                used += sum(process.cpu_times()[:2])
-    return int(used)
-
-
 class Page:
     """What a reader does: find a control by its label, press it, read the page."""
 
@@ -195,11 +148,11 @@ class Page:
         self.driver = driver
 
     def until(self, condition, what):
-        """Wait as long as something happens: the page changes or a kernel computes. An error of a
-        cell or a widget ends the wait at once, and so does a dead kernel."""
-        end, before, quiet = time.monotonic() + CAP, None, 0
-        while True:
-            problem, kernel, shown = self.driver.execute_script(STATE)
+        """Wait for a condition. An error of a cell or a widget ends the wait at once, and so does a
+        dead kernel."""
+        end = time.monotonic() + CAP
+        while time.monotonic() < end:
+            problem, kernel = self.driver.execute_script(STATE)
             if problem or kernel in ("restarting", "autorestarting", "terminating", "dead"):
                 break
             try:
@@ -207,26 +160,9 @@ class Page:
                     return result
             except (WebDriverException, LookupError, StopIteration, ValueError):
                 pass  # it is not there yet, or is just being replaced
-            now = shown, processor_seconds()
-            before, quiet = now, quiet + 1 if now == before else 0
-            # without a kernel, JupyterLab itself is still being loaded
-            if quiet > PATIENCE * (1 if kernel else 5):
-                problem = "nothing happens any more"
-            elif time.monotonic() > end:
-                problem = f"not within {CAP} s"
-            if problem:
-                break
             time.sleep(0.25)
-        self.shot("failed")
-        raise AssertionError(f"waited in vain for {what} (kernel: {kernel or 'none'}): {problem}")
-
-    def run(self, command, arguments="{}"):
-        """One of JupyterLab's commands, to its end."""
-        problem = self.driver.execute_async_script(
-            f"""jupyterapp.commands.execute('{command}', {arguments})
-            .then(() => arguments[0](), e => arguments[0](String(e)))"""
-        )
-        assert not problem, f"{command}: {problem}"
+        self.driver.save_screenshot(str(SHOTS / "failed.png"))
+        raise AssertionError(f"waited in vain for {what} (kernel: {kernel}): {problem}")
 
     def open_and_run(self, address, name):
         self.driver.get(address.format(name))
@@ -243,7 +179,11 @@ class Page:
             "the notebook's kernel",
         )
         self.run("application:toggle-left-area")
-        self.driver.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.run("notebook:run-all-cells")
+
+    def run(self, command):
+        """Start one of JupyterLab's commands."""
+        self.driver.execute_script(f"jupyterapp.commands.execute('{command}')")
 
     def all(self, css, within=None):
         return (within or self.driver).find_elements(By.CSS_SELECTOR, css)
@@ -265,14 +205,8 @@ class Page:
     def labelled(self, label, kind, within):
         return within.find_element(By.XPATH, f".//label[normalize-space()='{label}']/..//{kind}")
 
-    def handle(self, label, within, number=0):
-        slider = within.find_element(By.XPATH, f".//label[normalize-space()='{label}']/..")
-        return self.all(".noUi-handle", slider)[number]
-
-    def button(self, text, within, number=0):
-        return within.find_elements(By.XPATH, f".//button[contains(normalize-space(), '{text}')]")[
-            number
-        ]
+    def button(self, text, within):
+        return within.find_element(By.XPATH, f".//button[contains(normalize-space(), '{text}')]")
 
     def press(self, find, *what):
         """Click what `find(*what)` finds, which a widget may replace meanwhile."""
@@ -288,63 +222,28 @@ class Page:
 
         return self.until(pressed, f"something to press: {what}")
 
-    def shot(self, name, element=None):
-        if element is not None:
-            self.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", element)
-            element.screenshot(str(SHOTS / f"{name}.png"))
-        else:
-            self.driver.save_screenshot(str(SHOTS / f"{name}.png"))
-
-    def contrast(self, element):
-        """WCAG's contrast of an element's text against what is behind it."""
-        return self.driver.execute_script(
-            """
-            const rgb = s => s.match(/[\\d.]+/g).map(Number);
-            const light = c => c.slice(0, 3).map(v => v / 255)
-                                .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-                                .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-            let e = arguments[0], behind = [0, 0, 0, 0];
-            const text = rgb(getComputedStyle(e).color);
-            while (e && !(behind.length == 3 || behind[3] > 0)) {
-                behind = rgb(getComputedStyle(e).backgroundColor); e = e.parentElement; }
-            const [a, b] = [light(text), light(behind)].sort((x, y) => y - x);
-            return (a + .05) / (b + .05);""",
-            element,
-        )
-
-
-def count(page, gallery):
-    """Rows that the filter lets through, as the gallery writes."""
-    note = next(text for text in page.read(".fo-note", gallery) if " samples" in text)
-    return int(note.split(";")[1].split()[0])
+    def shot(self, name, element):
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", element)
+        element.screenshot(str(SHOTS / f"{name}.png"))
 
 
 def test_notebook_09_in_jupyterlab(lab, page):
     address, root = lab
-    measured, start = {}, time.time()
     page.open_and_run(address, "09_gallery.ipynb")
-    page.until(lambda: page.all(".fo-gallery img"), "the gallery")
-    measured["seconds to the first gallery"] = round(time.time() - start, 1)
     page.until(
         lambda: page.all(".fo-playground img") and "interval" in page.all(".jp-CodeCell")[-1].text,
         "the last cell",
     )
-    measured["seconds to the last cell"] = round(time.time() - start, 1)
-    kinds = ("stderr", "error")
-    wrong = [f"[data-mime-type='application/vnd.jupyter.{kind}']" for kind in kinds]
-    assert not page.all(", ".join([".fo-problem", *wrong]))
+    assert not page.all("[data-mime-type='application/vnd.jupyter.stderr']")
     work_the_gallery(page, root / "out")
     scrub_the_player(page)
     try_the_playground(page)
-    switch_to_the_dark_theme(page)
     page.run("docmanager:save")
     saved = root / "09_gallery.ipynb"
     page.until(lambda: '"outputs": [\n    {' in saved.read_text(), "the saved notebook")
-    measured["bytes of the notebook with outputs"] = size = saved.stat().st_size
     # figures, but no widgets with all their images
-    assert size < 2_000_000 and "widgets" not in json.loads(saved.read_text())["metadata"]
-    (SHOTS / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
-    print(measured)
+    assert saved.stat().st_size < 2_000_000
+    assert "widgets" not in json.loads(saved.read_text())["metadata"]
 
 
 def test_a_training_is_watched_stopped_and_resumed(lab, page):
@@ -363,9 +262,8 @@ def test_a_training_is_watched_stopped_and_resumed(lab, page):
 
     def newest():
         """The samples before the training and of the last two probes."""
-        first, before, now = (
-            int(text.removeprefix("iteration ")) for text in page.read(".fo-head", monitor)
-        )
+        labels = [text for text in page.read(".fo-row", monitor) if "iteration" in text]
+        first, before, now = (int(text.removeprefix("iteration ")) for text in labels)
         images = 1 + 3 * 3 * 2  # curves; three probes of two prompts of each task
         return first == 0 < before == now - 2 and len(page.all("img", monitor)) == images
 
@@ -397,111 +295,61 @@ def test_a_training_is_watched_stopped_and_resumed(lab, page):
 def work_the_gallery(page, out):
     gallery = page.all(".fo-gallery")[0]
     page.shot("gallery", gallery)
-    every = count(page, gallery)
-    search = page.press(page.labelled, "search", "input", gallery)
-    search.send_keys("sign")
 
-    def rows():
+    def count():
+        """Rows that the filter lets through, as the gallery writes."""
+        note = next(text for text in page.read(".fo-note", gallery) if " samples" in text)
+        return int(note.split(";")[1].split()[0])
+
+    def labels():
         return [text for text in page.read(".fo-row", gallery) if "seed" in text]
 
-    page.until(
-        lambda: count(page, gallery) < every and rows() and all("sign" in text for text in rows()),
-        "the search",
-    )
-    labels = rows()
+    every = count()
+    search = page.press(page.labelled, "search", "input", gallery)
+    search.send_keys("sign")
+    page.until(lambda: 0 < count() < every and all("sign" in t for t in labels()), "the search")
     search.send_keys(Keys.TAB)
-    prompts = page.one(".widget-select select", gallery)
-    assert page.driver.switch_to.active_element == prompts, "Tab goes on to the prompts"
-    listed = page.read(".widget-select option", gallery)
-    assert any(text.startswith("— ocr, ood:") for text in listed)
-    assert any('"' in text for text in listed)
+    focused = page.driver.switch_to.active_element
+    assert focused == page.labelled("task", "select", gallery), "Tab goes on to the next control"
 
-    both = count(page, gallery)
-    seeds = Select(page.labelled("seeds", "select", gallery))
-    seeds.select_by_visible_text("sample 2 of each prompt")
-    page.until(
-        lambda: count(page, gallery) == both // 2 and rows() and not set(rows()) & set(labels),
-        "another seed of the same prompts",
-    )
-    seeds.select_by_visible_text("every seed")
-    page.until(lambda: count(page, gallery) == both, "every seed")
-
-    model = "ocr expert"
-    Select(page.labelled("scores of", "select", gallery)).select_by_visible_text(model)
-    Select(page.labelled("sort by", "select", gallery)).select_by_visible_text("OCR")
+    model = "base"
+    for label, name in (("model", model), ("sort", "OCR")):
+        Select(page.labelled(label, "select", gallery)).select_by_visible_text(name)
     table = pd.read_parquet(out / "samples.parquet")
-    low = table["OCR"].min()
     table = table[(table["model"] == model) & table["prompt"].str.contains("sign")]
     expected = sorted(table["OCR"], reverse=True)
     assert len(set(expected)) > 1
 
     def scores():
-        """Of the model's images, by their alternative texts."""
+        """The scores of the model's images, by their alternative texts."""
         alts = page.read(".fo-tile img", gallery, "alt")
         own = [alt for alt in alts if alt.startswith(f"{model}, ")]
         return [float(re.search(r"OCR ([\d.]+)", alt)[1]) for alt in own]
 
-    def close(values):
-        return scores() == pytest.approx(values, abs=0.0051)
-
-    page.until(lambda: close(expected[:4]), "the highest scores first")
-    page.press(page.button, "lowest first", gallery)
-    page.until(lambda: close(expected[:-5:-1]), "the lowest scores first")
-
-    Select(page.labelled("range of", "select", gallery)).select_by_visible_text("OCR")
-    handle = page.press(page.one, ".noUi-handle", gallery)
-    # the slider's steps are 0.01: past the lowest score
-    presses = int((expected[-1] - low) / 0.01) + 2
-    handle.send_keys(*[Keys.PAGE_UP] * (presses // 5), *[Keys.ARROW_RIGHT] * (presses % 5))
     page.until(
-        lambda: 0 < count(page, gallery) < both and min(scores()) > expected[-1], "the range"
+        lambda: scores() == pytest.approx(expected[:4], abs=0.0051), "the highest scores first"
     )
 
     page.press(page.button, "enlarge", gallery)
-    page.until(lambda: len(page.all(".fo-swipe img", gallery)) == 2, "the enlarged sample")
-    swipe = page.press(page.handle, "A | B", gallery)
-    swipe.send_keys(*[Keys.PAGE_UP] * 4)
-
-    def clip():
-        return page.all(".fo-swipe img", gallery)[1].value_of_css_property("clip-path")
-
-    page.until(lambda: "inset(0px 100% 0px 0px)" not in clip(), "the swipe")
+    page.press(page.button, "ocr expert", gallery)
+    page.until(
+        lambda: page.read("img[width='320']", gallery, "alt")[0].startswith("ocr expert, "),
+        "another model's sample enlarged",
+    )
+    code = page.one("textarea", gallery).get_attribute("value")
+    assert "redraw(policy, samples" in code and compile(code, "cell", "exec")
     page.press(page.button, "pin", gallery)
     page.until(lambda: page.button("enlarge ★", gallery), "the pin")
     page.shot("gallery_enlarged", gallery)
-    page.press(gallery.find_element, By.XPATH, ".//label[contains(., 'pinned only')]//input")
-    page.until(lambda: count(page, gallery) == 1, "the pinned row alone")
-
-    for kind, name in (("CSV", "gallery.csv"), ("contact sheet", "gallery.png")):
-        (out / name).unlink(missing_ok=True)
-        page.press(page.button, kind, gallery)
-        page.until(lambda: name in gallery.text and (out / name).is_file(), kind)
-    exported = pd.read_csv(out / "gallery.csv")
-    assert set(exported["task"]) == {"ocr"} and exported["row"].nunique() == 1
-    assert exported["OCR"].between(0, 1).all() and "OCR - base" in exported
-    with Image.open(out / "gallery.png") as sheet:
-        assert sheet.width > 300 and len(sheet.convert("RGB").getcolors(1 << 20)) > 100
-
-    def code():
-        return page.one("textarea", gallery).get_attribute("value")
-
-    page.press(page.button, "code of", gallery)
-    page.until(lambda: "redraw(policy, samples" in code(), "the code")
-    compile(code(), "cell", "exec")
+    page.press(page.button, "CSV", gallery)
+    page.until(lambda: "written" in gallery.text and (out / "gallery.csv").is_file(), "the CSV")
 
 
 def scrub_the_player(page):
     player = page.one(".fo-player")
-    assert "step 1 of 10" in player.text
-
-    def current():
-        """The row of the step that is shown, in the table of KLs."""
-        return next(r for r in page.read(".fo-table tbody tr", player, "innerText") if "▶" in r)
-
-    scrubber = page.press(page.handle, "step", player)
+    scrubber = page.press(page.one, ".noUi-handle[aria-valuemax='10.0']", player)
     scrubber.send_keys(*[Keys.ARROW_RIGHT] * 5)
-    page.until(lambda: "step 6 of 10" in player.text and current().startswith("▶ 6"), "the scrub")
-    assert "step 6 of 10" in page.read("img", player, "alt")[0]
+    page.until(lambda: "step 6 of 10" in page.read("img", player, "alt")[0], "the scrub")
     page.shot("player", player)
     before = page.read("img", player, "src")[0]
     page.press(page.button, "ODE", player)
@@ -511,10 +359,6 @@ def scrub_the_player(page):
         ),
         "the ODE's trajectory",
     )
-    first = current()
-    noise = page.press(page.handle, "noise level", player)
-    noise.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
-    page.until(lambda: current() != first, "the KL at another noise level")
 
 
 def try_the_playground(page):
@@ -526,33 +370,7 @@ def try_the_playground(page):
     text = page.press(page.labelled, "prompt", "input", playground)
     text.send_keys(Keys.CONTROL, "a")
     text.send_keys('a label saying "HRS"', Keys.ENTER)
-    page.until(
-        lambda: "Scored as ocr prompt by" in playground.text and 'saying "HRS"' in alt(),
-        "the prompt typed",
-    )
-    shown = alt()
-    for word in ("seed 0", "OCR", "PickScore", "DeQA", "read: ", "detected: "):
-        assert word in shown
-    page.press(page.button, "another seed", playground)
-    page.until(lambda: "seed 1:" in alt(), "another seed")
+    page.until(lambda: 'saying "HRS" (seed 0)' in alt(), "the prompt typed")
+    for word in ("OCR", "PickScore", "DeQA", "read: ", "detected: "):
+        assert word in alt()
     page.shot("playground", playground)
-
-
-def switch_to_the_dark_theme(page):
-    texts = (".fo-note", ".fo-row", ".fo-badge > span", ".fo-head", ".fo-table td", ".fo-dim")
-
-    def lowest():
-        """The lowest contrast of a text on the page."""
-        shown = [e for css in texts for e in page.all(css)[:3] if e.is_displayed()]
-        return min(page.contrast(e) for e in shown)
-
-    # the player may still be writing its last trajectory
-    page.until(lambda: lowest() >= 4.5, "a light page that can be read")
-    page.run("apputils:change-theme", "{theme: 'JupyterLab Dark'}")
-
-    def dark():
-        return page.one("body").get_attribute("data-jp-theme-light") == "false"
-
-    page.until(lambda: dark() and lowest() >= 4.5, "a dark page that can be read")
-    for name in ("gallery", "player", "playground"):
-        page.shot(f"{name}_dark", page.all(f".fo-{name}")[0])

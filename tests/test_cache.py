@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pandas as pd
 import pytest
 import torch
@@ -10,8 +11,8 @@ from trainings import changed, metrics
 
 from flowopd_lib import load_benchmark
 from flowopd_lib.config import read_yaml, validate
-from flowopd_lib.files import ROOT, read_lines, write_json
-from flowopd_lib.fingerprint import sha256_of_code
+from flowopd_lib.files import ROOT, read_lines, write_json, write_whole
+from flowopd_lib.fingerprint import code_hashes, sha256_of_code
 from flowopd_lib.lab import Lab, cache
 from flowopd_lib.lab.jobs import TrainJob, run_job
 from flowopd_lib.lab.workspace import Workspace
@@ -160,6 +161,15 @@ def test_an_adapter_is_its_files_or_its_training(benchmark, finished, tmp_path):
     assert of(folder) != before
 
 
+def test_what_lies_on_the_hub_is_its_commit(key_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    keys = [key_of({**SPEC, "student": {"load": "someone/adapter"}})]
+    for commit in ("1234", "5678"):
+        write_whole(tmp_path / "models--someone--adapter" / "refs" / "main", commit)
+        keys.append(key_of({**SPEC, "student": {"load": "someone/adapter"}}))
+    assert len({*keys}) == 3
+
+
 REWARD = '''
 class Redness:
     """How red an image is."""
@@ -233,7 +243,7 @@ CACHED = sorted(cache.PLACE.glob("[!.]*"))
 @pytest.mark.parametrize("folder", CACHED, ids=lambda folder: folder.name)
 def test_the_cached_trainings_of_the_repository_are_of_its_code(folder):
     record = json.loads((folder / cache.RECORD).read_text())
-    assert record["key"] == folder.name and record["follows_from"]["code"] == cache._code(), (
-        "what trainings follow from has changed (cache.CODE), and this one is never found again: "
-        "delete it, or take the change back"
+    assert record["key"] == folder.name and record["follows_from"]["code"] == code_hashes(), (
+        "what trainings follow from has changed (fingerprint.CODE), and this one is never found "
+        "again: delete it, or take the change back"
     )

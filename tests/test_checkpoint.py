@@ -62,7 +62,7 @@ def small_vae():
 
 def test_a_base_that_was_cut_off_is_the_base_trained_in_one_go(tmp_path, monkeypatch):
     vae, modules = small_vae(), new_text_modules()
-    config = BaseConfig(steps=4, batch=8, pool=20, layers=1, heads=1)
+    config = BaseConfig(steps=4, batch=8, pool=20)
     monkeypatch.setattr(train_base, "compiled", lambda model: model)
     monkeypatch.setattr(train_base, "run_steps", partial(run_steps, every=2))
     monkeypatch.setattr(train_base, "Examples", Cut)
@@ -85,7 +85,7 @@ def test_a_base_that_was_cut_off_is_the_base_trained_in_one_go(tmp_path, monkeyp
 
 def test_the_ability_adapter_undoes_the_misalignment(tmp_path, monkeypatch):
     vae, modules = small_vae(), new_text_modules()
-    config = BaseConfig(steps=2, batch=8, pool=20, layers=1, heads=1)
+    config = BaseConfig(steps=2, batch=8, pool=20)
     monkeypatch.setattr(train_base, "compiled", lambda model: model)
     train_base.train_base(vae, modules, tmp_path / "base", tmp_path, config)
     wrong = {"wrong": dict.fromkeys(PROMPT_TASKS, 1.0), "other": 0.5, "spoiled": 0.5}

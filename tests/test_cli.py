@@ -8,7 +8,7 @@ import yaml
 
 from flowopd_lib import cli
 from flowopd_lib.files import ROOT
-from flowopd_lib.lab import cache, launch
+from flowopd_lib.lab import launch
 from flowopd_lib.runs import runner
 
 pytestmark = pytest.mark.fast
@@ -65,13 +65,6 @@ def test_a_run_gets_its_overrides(monkeypatch, capsys, tmp_path):
     cli.main("run demo --only 05 --set n_test=3 lr=3e-4 --jobs 2 --resume".split())
     assert calls == [("demo", "05", {"n_test": 3, "lr": 3e-4}, None, True, 2)]
     assert str(tmp_path / "report.html") in capsys.readouterr().out
-
-
-def test_cached_trainings_are_listed(monkeypatch, capsys):
-    rows = [{"training": "05_opd/student", "iterations": 3}]
-    monkeypatch.setattr(cache, "publish", lambda run: rows)
-    cli.main(["cache", "papermill_runs/lab"])
-    assert capsys.readouterr().out == "training 05_opd/student, iterations 3\n"
 
 
 def test_errors_are_one_sentence_and_name_the_process(tmp_path, capsys, monkeypatch):

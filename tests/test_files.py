@@ -19,7 +19,6 @@ from flowopd_lib.files import (
     read_lines,
     set_aside,
     write_json,
-    write_table,
     write_whole,
 )
 
@@ -96,13 +95,6 @@ def test_lines_are_appended_whole_and_half_a_line_is_cut_off(tmp_path):
     assert read_lines(path).to_dict("records") == [{"a": 1}]
     append_lines(path, '{"a": 3}\n')
     assert read_lines(path).to_dict("records") == [{"a": 1}, {"a": 3}]
-
-
-def test_a_table_is_read_as_it_was_written(tmp_path):
-    table = pd.DataFrame({"x": [1.0, 2.0], "z": [np.ones(2, np.float32)] * 2, "n": ["a", "b"]})
-    write_table(tmp_path / "t.parquet", table)
-    again = pd.read_parquet(tmp_path / "t.parquet")
-    assert again["x"].tolist() == [1.0, 2.0] and again["z"][0].dtype == np.float32
 
 
 HOLD = (

@@ -23,10 +23,6 @@ def correct(record, *detections, exact=False):
     return explain(record, *detections, exact=exact)[0]
 
 
-def training_score(record, *detections):
-    return score(record, counted_objects(record, detections, DETECTOR))
-
-
 def record(tag, *include, exclude=()):
     return {"tag": tag, "include": list(include), "exclude": list(exclude), "prompt": "p"}
 
@@ -49,7 +45,6 @@ FAINT = at("circle", 10, 50, score=0.85)
         (True, ONE, [at("circle", 20, 20), at("circle", 40, 40)]),
         (False, ONE, [at("star", 20, 20)]),
         (False, ONE, [at("circle", 20, 20, score=0.2)]),
-        (False, ONE, []),
         (True, record("two_object", CIRCLE, STAR), [at("star", 20, 20), at("circle", 40, 40)]),
         (False, record("two_object", CIRCLE, STAR), [at("circle", 20, 20), at("circle", 40, 40)]),
         (True, THREE, CIRCLES[:3]),
@@ -64,11 +59,9 @@ FAINT = at("circle", 10, 50, score=0.85)
         (True, RED, [at("circle", 40, 40, "blue", 0.5), at("circle", 20, 20, "red", 0.9)]),
         (False, RED, [at("circle", 40, 40, "blue", 0.9), at("circle", 20, 20, "red", 0.5)]),
         (True, TWO_COLORS, [at("circle", 20, 20, "red"), at("star", 40, 40, "blue")]),
-        (False, TWO_COLORS, [at("circle", 20, 20, "blue"), at("star", 40, 40, "red")]),
-        (True, record("single_object", CIRCLE, exclude=[STAR]), [at("circle", 20, 20)]),
         (
             False,
-            record("single_object", CIRCLE, exclude=[STAR]),
+            record("colors", CIRCLE, exclude=[STAR]),
             [at("circle", 20, 20), at("star", 40, 40)],
         ),
     ],
@@ -121,8 +114,8 @@ def test_the_reason_says_what_is_missing():
 
 
 def test_an_unknown_rule_is_an_error():
-    with pytest.raises(ValueError, match="no rule 'strict'; choose correct, score or exact"):
-        GenEval(None, rule="strict")
+    with pytest.raises(ValueError, match="Input should be 'correct', 'score' or 'exact'"):
+        GenEval(print, rule="strict")
 
 
 LEFT = record("position", CIRCLE, {"class": "square", "count": 1, "position": ["left of", 0]})
@@ -155,4 +148,5 @@ BLUE_STAR = at("star", 40, 20, "blue")
 )
 def test_the_training_score_is_flow_grpos(record, detections, terms):
     """By hand from `evaluate_reward` of yifan123/reward-server."""
-    assert training_score(record, *detections) == pytest.approx(sum(terms) / len(terms))
+    found = score(record, counted_objects(record, detections, DETECTOR))
+    assert found == pytest.approx(sum(terms) / len(terms))

@@ -8,7 +8,7 @@ import bad_inputs
 import pytest
 import yaml
 
-from flowopd_lib.config import Config, Count, Plugin, load_plugin, read_yaml, validate
+from flowopd_lib.config import Config, Count, Plugin, load_plugin, validate
 from flowopd_lib.data import quoted_words, read_prompts, write_prompts
 from flowopd_lib.rollout import Sampler
 
@@ -21,33 +21,6 @@ class Section(Config):
     weights: Mapping[str, float | Mapping[str, float]] = {}
     steps: Count | list[int] | None = None
     loss: Plugin = "pathwise"
-
-
-class File(Config):
-    sections: dict[str, Section | None]
-
-
-@pytest.mark.parametrize(
-    "value, message",
-    [
-        ({}, "s.n: Field required"),
-        ({"n": 0}, "s.n: Input should be greater than or equal to 1, not 0"),
-        ({"n": 1.5}, "s.n: Input should be a valid integer, got a number with a fractional part"),
-        ({"n": 1, "kind": "sdee"}, "s.kind: Input should be 'ode' or 'sde', not 'sdee'"),
-        ({"n": 1, "weights": {"a": {"b": "c"}}}, "s.weights.a.b: Input should be a valid number"),
-        ({"n": 1, "weights": {1: 1.0}}, "s.weights.1: Input should be a valid string, not 1"),
-        ({"n": 1, "steps": [1, "a"]}, "s.steps.1: Input should be a valid integer"),
-        ({"m": 1}, "s.m: no such setting"),
-        ({"n": 1, "weight": {}}, "s.weight: no such setting (did you mean 'weights'?)"),
-        ({"n": 1, "loss": 3}, "s.loss: Input should be a valid string, not 3"),
-        ([1], "s: Input should be a valid dictionary or instance of Section, not [1]"),
-    ],
-)
-def test_a_value_that_does_not_fit_is_one_sentence(value, message):
-    with pytest.raises(ValueError) as error:
-        validate(File, {"sections": {"s": value}}, "my.yaml")
-    assert str(error.value).startswith(f"my.yaml: sections.{message}")
-    assert "\n" not in str(error.value)
 
 
 def test_values_that_fit_are_taken(tmp_path):
@@ -76,15 +49,6 @@ def test_a_plugin_is_loaded_anew_when_its_file_changes(tmp_path):
         plugin.write_text(code)
         with pytest.raises(ValueError, match=f"{name}' cannot be loaded .*{message}"):
             load_plugin(name, tmp_path)
-
-
-def test_a_file_that_is_not_yaml_names_the_line(tmp_path):
-    (tmp_path / "mine.yaml").write_text("train:\n\titerations: 3\n")
-    message = r"mine.yaml is not YAML: .*line 2, column 1"
-    with pytest.raises(ValueError, match=message):
-        read_yaml(tmp_path / "mine.yaml")
-    with pytest.raises(FileNotFoundError, match=r"there is no .*mines.yaml .did you mean 'mine'"):
-        read_yaml(tmp_path / "mines.yaml")
 
 
 # ---- prompt files

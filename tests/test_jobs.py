@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import get_type_hints
@@ -25,11 +26,12 @@ from trainings import (
     wait_until,
 )
 
+from flowopd_lib import load_benchmark
 from flowopd_lib.config import Config, load_plugin, validate
-from flowopd_lib.files import RUNS, read_lines
+from flowopd_lib.files import RUNS, read_lines, write_json
 from flowopd_lib.lab import Lab, jobs
 from flowopd_lib.lab.jobs import JOBS, TrainJob, job_of, last_iteration, run_job
-from flowopd_lib.lab.launch import LaunchedJob, load_launcher
+from flowopd_lib.lab.launch import LaunchedJob, load_launcher, make_accelerator
 from flowopd_lib.lab.workspace import Workspace
 from flowopd_lib.losses import OPDBatch
 
@@ -340,6 +342,21 @@ def test_where_a_training_ends_by_its_samples(benchmark):
         job_of({**SHORT, "validation": STOP, "train": {"iterations": 5, "cooldown": 0.5}})
 
 
+def test_results_of_another_benchmark_are_not_shown(tmp_path, monkeypatch):
+    lab, run = Lab("tiny", out=tmp_path), tmp_path / "reference"
+    monkeypatch.setattr(sys.modules["flowopd_lib.lab.notebook"], "RUNS", tmp_path)
+    assert lab.find_run() is None
+    with pytest.raises(FileNotFoundError, match="reference has no results of 05_opd"):
+        lab.find_run(run)
+    (run / "05_opd").mkdir(parents=True)
+    for benchmark, found in (("other.yaml", None), ("tiny", run)):
+        write_json(run / "status.json", {"05_opd": {"parameters": {"benchmark": benchmark}}})
+        assert lab.find_run() == found
+    write_json(run / "status.json", {"05_opd": {"parameters": {"benchmark": "a/benchmark.yaml"}}})
+    with pytest.raises(ValueError, match="reference is a run of the benchmark a, not of this one"):
+        lab.find_run(run)
+
+
 # ---- specifications and launchers
 
 
@@ -391,10 +408,20 @@ def test_every_job_is_a_function_with_a_checked_configuration(name):
     assert issubclass(kind, Config) and function.__name__.endswith("_job")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_a_launcher_for_gpus_does_not_compute_on_a_cpu(monkeypatch, tmp_path):
+    _, environment = load_launcher("gpus8")
+    monkeypatch.setenv("FLOWOPD_DEVICE", environment["FLOWOPD_DEVICE"])
+    for attempt in (lambda: make_accelerator({}, tmp_path), load_benchmark("tiny").policy):
+        with pytest.raises(ValueError, match="is to be cuda, but torch sees no GPU"):
+            attempt()
+
+
 def test_launchers(tmp_path):
     for path in (RUNS / "launchers").glob("*.yaml"):
         command, environment = load_launcher(path.stem)
         assert command[:2] == ["bash", "-c"] and '"$@"' in command[2]
+        assert '"$PYTHON"' in command[2]  # what it starts need not be on the PATH
         assert environment["FLOWOPD_HEADLESS"] == "1"
         checked = subprocess.run(["bash", "-n", "-c", command[2]], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stderr

@@ -1,7 +1,6 @@
 """LoRA adapters: PEFT's and diffusers' formats, what is refused and why, merging."""
 
 import json
-import os
 import shutil
 from copy import deepcopy
 from functools import cache
@@ -13,7 +12,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from flowopd_lib import Prompt, Sampler, load_benchmark, merge_loras, sample
+from flowopd_lib import Prompt, load_benchmark, merge_loras
 from flowopd_lib.lora import (
     CONFIG,
     DIFFUSERS_FILE,
@@ -24,7 +23,7 @@ from flowopd_lib.lora import (
     write_diffusers,
     write_peft,
 )
-from flowopd_lib.merge import METHODS, merge
+from flowopd_lib.merge import METHODS
 
 pytestmark = pytest.mark.fast
 
@@ -104,26 +103,6 @@ def test_files_of_peft_diffusers_and_ours_are_the_same_adapter(kind, workspace, 
     torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
 
 
-def test_a_plain_diffusers_pipeline_draws_the_same_images(workspace, tmp_path):
-    policy = workspace.policy
-    workspace.load_adapter("ocr")
-    write_diffusers(policy.adapter("ocr"), tmp_path)
-    pipeline().load_lora_weights(str(tmp_path))
-    try:
-        theirs = pipeline()(
-            [p.text for p in PROMPTS],
-            max_sequence_length=policy.max_sequence_length,
-            num_inference_steps=6,
-            guidance_scale=1.0,
-            output_type="pt",
-            generator=[torch.Generator().manual_seed(s) for s in (5, 6)],
-        ).images
-    finally:
-        pipeline().unload_lora_weights()
-    ours, base = (sample(policy, PROMPTS, [5, 6], Sampler(6), name) for name in ("ocr", None))
-    assert (ours - theirs).abs().max() < 1e-3 < 0.05 < (ours - base).abs().max()
-
-
 # ---- what is refused
 
 
@@ -171,19 +150,19 @@ BAD = {
         weights(lambda w: w.update({min(w): torch.ones(16, 7)})),
         r"\(16, 7\) instead",
     ),
-    "another rank": (config(r=3), "of another shape"),
     "not finite": (
         weights(lambda w: w[min(w)].fill_(torch.nan)),
         r"1 of \d+ weights are not finite",
     ),
     "DoRA": (config(use_dora=True), "use_dora = True, which is not supported"),
     "biases": (config(bias="all"), "bias = 'all', which is not supported"),
-    "whole layers": (config(modules_to_save=["proj_out"]), "modules_to_save = .* is not supported"),
     "PiSSA": (config(init_lora_weights="pissa"), "init_lora_weights = 'pissa', which is not"),
     "another kind": (config(peft_type="LOHA"), "peft_type = 'LOHA', which is not supported"),
     "an unknown field": (config(use_magic=3), "use_magic = 3, which is not supported"),
-    "cut off": (lambda f: os.truncate(f / PEFT_FILE, 2000), "not a whole safetensors file"),
-    "a Git LFS pointer": (lambda f: (f / PEFT_FILE).write_text(POINTER), "git lfs pull"),
+    "a Git LFS pointer": (
+        lambda f: (f / PEFT_FILE).write_text(POINTER),
+        "not a whole safetensors file.*git lfs pull",
+    ),
     "a pickle": (lambda f: (f / PEFT_FILE).rename(f / "a.bin"), "pickles are never read"),
     "no config": (lambda f: (f / CONFIG).unlink(), "is no adapter: a PEFT folder has"),
     "a broken config": (lambda f: (f / CONFIG).write_text("{"), "is not an adapter's config"),
@@ -319,18 +298,3 @@ def test_a_bad_merge_is_refused(arguments, message):
     chosen = [loras[i] for i in arguments.pop("loras", (0, 1))]
     with pytest.raises(ValueError, match=message):
         merge_loras(chosen, **arguments)
-
-
-def test_a_merged_adapter_is_saved_and_loaded_unchanged(workspace, tmp_path):
-    policy = workspace.policy
-    workspace.load_adapters(["geneval", "ocr"])
-    merge(policy, ["geneval", "ocr"], "mean", "cat", weights=[0.25, 0.75])
-    policy.save_adapter("mean", tmp_path / "mean")
-    policy.load_adapter("again", tmp_path / "mean")
-    assert policy.adapter("again").sha256 == policy.adapter("mean").sha256
-    for adapters, name, message in (
-        (["ocr", "ten"], "x", "no adapter 'ten'"),
-        (["geneval", "ocr"], "ocr", "needs a new name"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            merge(policy, adapters, name)

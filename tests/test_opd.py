@@ -225,12 +225,12 @@ def test_a_few_steps_drawn_at_random_estimate_the_gradient_of_all(loss, options)
     assert ((whole - drawn).abs() < 4 * error).all() and (whole.abs() > 8 * error).any()
 
 
-@pytest.mark.parametrize("kind", ["ode", "sde", "cps"])
-@pytest.mark.parametrize("loss", ["pathwise", "log_ratio"])
+@pytest.mark.parametrize(
+    "kind, loss",
+    [("ode", "pathwise"), ("sde", "pathwise"), ("sde", "log_ratio"), ("cps", "log_ratio")],
+)
 def test_visited_states_are_those_of_whole_trajectories(kind, loss):
     policy = small_policy()
-    if kind == "ode" and loss != "pathwise":
-        return
     o = objective(loss, sampler=Sampler(STEPS, kind), batch=12, trained_steps=2, micro_batch_size=5)
     batch = o.schedule.draw(0)
     whole = list(trajectory(policy, batch.prompts, batch.seeds, o.sampler, "student"))
@@ -262,13 +262,8 @@ def test_visited_states_are_those_of_whole_trajectories(kind, loss):
     [
         (dict(trained_steps=1, loss="return_to_go"), "draw at least 2"),
         (dict(draw="prompt"), "draw: Input should be 'trajectory' or 'iteration', not 'prompt'"),
-        (dict(loss="gkd"), "there is no loss 'gkd'"),
-        (dict(weighting="snr"), "there is no weighting 'snr'"),
-        (dict(trained_steps=[4]), "the others are deterministic"),
         (dict(trained_steps=9), "or how many of these, not 9"),
         (dict(sampler=Sampler(5, "ode"), loss="paper"), "probabilities of actions"),
-        (dict(guidance={"nobody": 2.0}), "there is no teacher or anchor"),
-        (dict(updates=5), "5 updates need as many prompts"),
         (dict(sampler=Sampler(5, "sde", branch=True)), "for GRPO"),
     ],
 )

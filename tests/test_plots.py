@@ -62,7 +62,6 @@ def test_scores_have_a_panel_per_reward_with_n_and_a_line_at_the_first_model():
     axes = scores.plot_scores(summary, "title").axes
     assert [axis.get_title() for axis in axes] == [f"{reward} (n=50)" for reward in REWARDS]
     assert [axis.lines[-1].get_xdata()[0] for axis in axes] == pytest.approx([0.0, 0.2, 0.4])
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == MODELS
     kinds = [made_up_summary(by=by) for by in ("proxy", "gold", "gap")]
     figure = scores.plot_gold_gains(pd.concat(kinds), "title")
     assert legend_of(figure.legends[0]) == ["reward", "gold reward"]
@@ -103,8 +102,8 @@ def test_score_curves_and_paths_have_a_line_per_training():
     figure = training.plot_score_curves(probes, "seconds", "title")
     assert len(figure.axes) == 3 and legend_of(figure.legends[0]) == ["a", "b"]
     axes = training.plot_score_paths(probes, REWARDS, "title").axes
-    labels = [(axis.get_xlabel(), axis.get_ylabel()) for axis in axes]
-    assert labels[0] == ("GenEval, mean score", "OCR, mean score") and len(labels) == 3
+    pairs = [(axis.get_xlabel().split(",")[0], axis.get_ylabel().split(",")[0]) for axis in axes]
+    assert pairs == [("GenEval", "OCR"), ("GenEval", "DeQA"), ("OCR", "DeQA")]
 
 
 def test_distillation_is_shown_by_task_and_by_step_where_steps_are_drawn_at_random():
@@ -133,16 +132,16 @@ def test_a_cosine_below_the_noise_is_left_out():
     figure = experiments.plot_gradient_interference(table.assign(batches=8), "title", "nats")
     cosines, products = figure.axes
     assert len(cosines.texts) == 8 and len(products.texts) == 9
-    assert products.texts[0].get_text() == "+2.00\n[+1.80, +2.20]"
-    assert products.get_title() == "inner product, $10^{6}$ nats², n=8 batches"
+    assert products.texts[0].get_text() == "+2e+06\n[+1.8e+06, +2.2e+06]"
 
 
 def test_reward_checks_and_the_ablation_by_timestep_name_what_they_compare():
     checks = pd.DataFrame({"reward": ["OCR", "OCR gold"], "test": "reads signs", "value": 0.95})
     graded = pd.DataFrame({"kind": ["blur", "noise"] * 10, "level": [1, 2] * 10, "score": 2.0})
-    checks = checks.assign(low=0.9, high=0.99, aim=0.9, n=300)
+    checks = checks.assign(low=0.9, high=0.99, aim=[0.9, np.nan], n=300)
     left, right = scores.plot_reward_checks(checks, graded).axes
-    assert left.get_yticklabels()[1].get_text() == "OCR gold reads signs (n=300)"
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names == ["OCR reads signs (n=300)", "OCR gold reads signs (n=300)"]
     steps = {"step": [0, 1], "sigma": [1.0, 0.3], "share kl": 0.5, "share ode": 0.5, "n": 72}
     table = pd.DataFrame(steps).assign(distance_reduction=0.05, low=0.04, high=0.06)
     left, right = experiments.plot_timestep_ablation(table, "title").axes
@@ -188,7 +187,7 @@ def test_a_students_training_time_counts_that_of_its_experts(benchmark):
     assert np.isnan(total["merged"]) and np.isnan(total["student"]) and total["GRPO-Mix"] == 61
 
 
-def test_claims_are_summarized_by_verdict_and_drawn_so_that_the_claim_is_right_of_0():
+def test_claims_are_counted_by_verdict_and_drawn_so_that_the_claim_is_right_of_0():
     nan, rows = np.nan, [("a", "reproduced", "> 0", 0.2, 0.1, 0.3, 40, "")]
     rows += [("b", "contradicted", "< 0", 0.2, 0.1, 0.3, 40, "the other sign")]
     rows += [("c", "undecided", "> 0", nan, nan, nan, 40, "nothing above the noise")]
@@ -199,9 +198,7 @@ def test_claims_are_summarized_by_verdict_and_drawn_so_that_the_claim_is_right_o
     claims["statement"] = "statement " + claims["claim"]
     text = experiments.summarize_claims(claims)
     assert "Of 6 claims 3 are tested here: 1 reproduced, 0 effect excluded, 1 undecided, 1 " in text
-    assert "- statement a (`a`): +0.200 [+0.100, +0.300], n=40" in text
-    assert "- statement c (`c`): nothing above the noise" in text and "- none" in text
-    assert "- e, f: needs SD-3.5-M" in text and "about 0.1 would still" in text
+    assert "1 more are true by construction" in text and "about 0.1 would still" in text
     table = experiments.format_claims(claims)
     assert table["effect [95 % interval]"].tolist()[:3] == ["+0.200 [+0.100, +0.300]"] * 2 + [""]
     assert table.notna().all(axis=None)

@@ -32,10 +32,8 @@ PROMPTS = [Prompt("a red apple and a green bench", "geneval")] * 4
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root, names = (
-        tmp_path_factory.mktemp("rewards"),
-        ("mask2former", "clip", "aesthetic", "blip_vqa"),
-    )
+    root = tmp_path_factory.mktemp("rewards")
+    names = ("mask2former", "clip", "aesthetic", "blip_vqa")
     return {n: getattr(dummy_rewards, f"write_{n}")(root / n) for n in names}
 
 
@@ -67,19 +65,16 @@ def as_pixels(images):
 # ---- GenEval's detector
 
 
-def test_the_detector_has_genevals_labels(detector, folders, tmp_path):
+def test_the_detector_has_genevals_labels_and_no_objects_of_nan(detector, folders):
     assert detector.labels == LABELS and len(set(LABELS)) == 80
-    assert {"computer mouse", "tv remote", "computer keyboard"} < set(LABELS)
     assert detector.name == "mask2former (transformers)" and detector.size is None
-    own = dummy_rewards.write_mask2former(tmp_path, ("airplane", "couch", "robot"))
-    own_detector = Mask2FormerDetector(own, folders["clip"], side=64)
-    assert own_detector.labels == ("airplane", "couch", "robot")
-    own_detector.model.get_parameter("class_predictor.weight").fill_(float("nan"))
+    own = Mask2FormerDetector(folders["mask2former"], folders["clip"], side=64)
+    own.model.get_parameter("class_predictor.weight").fill_(float("nan"))
     with pytest.raises(ValueError, match="detector gave NaN"):
-        own_detector(as_pixels(blobs(1)))
+        own(as_pixels(blobs(1)))
 
 
-@pytest.mark.parametrize("size", [(96, 80), (64, 64), (50, 130)])
+@pytest.mark.parametrize("size", [(96, 80), (50, 130)])
 def test_the_detector_gives_the_same_alone_and_in_a_batch(detector, size):
     pixels = as_pixels(blobs(9, size))
     detections = detector(pixels)
@@ -101,9 +96,6 @@ def test_geneval_scores_with_the_detector(detector):
     assert score_images(reward, blobs(1), prompts).tolist() == [1]
     wanted["color"] = next(c for c in COLORS if c != found.color)
     assert score_images(reward, blobs(1), prompts).tolist() == [0]
-    wanted["class"] = "mouse"
-    with pytest.raises(ValueError, match="does not know the class 'mouse'"):
-        reward(blobs(1), prompts)
 
 
 # ---- colours
@@ -139,7 +131,6 @@ def test_objects_reach_clip_cut_out_and_in_their_own_colour(classifier):
         car["box"] = (20, 10, 70 - i, 30 + i)
         (found,) = classifier(Image.fromarray(image), [car], [mask])
         assert found == car | {"color": color}
-    assert classifier(plain[0], [], []) == []
     crops = []
     classifier.embed = lambda kind, images: crops.extend(images) or torch.zeros(1, 32)
     mask[10, 20] = False
@@ -188,60 +179,25 @@ def test_aesthetic_is_the_head_on_the_unit_embedding(aesthetic, folders):
 def test_anything_but_the_aesthetic_head_is_an_error(folders, tmp_path):
     head = dummy_rewards.aesthetic_head()
     torch.save(head, tmp_path / "head.pth")
-    for name, weights in (
-        ("layers.2.bias", None),
-        ("layers.4.weight", torch.zeros(64, 100)),
-        ("layers.0.weight", torch.zeros(1024, 48)),
-        ("extra", torch.zeros(1)),
-    ):
-        other = {k: v for k, v in {**head, name: weights}.items() if v is not None}
-        save_file(other, tmp_path / "other.safetensors")
-        with pytest.raises(ValueError, match=f"not LAION's aesthetic head .*{name}"):
-            Aesthetic(folders["clip"], tmp_path / "other.safetensors")
-    for name in ("head.pth", "none.safetensors"):
+    save_file({**head, "layers.0.weight": torch.zeros(1024, 48)}, tmp_path / "other.safetensors")
+    del head["layers.2.bias"]
+    save_file(head, tmp_path / "part.safetensors")
+    for name in ("head.pth", "other.safetensors", "part.safetensors", "none.safetensors"):
         with pytest.raises(ValueError, match=f"{name} is not LAION's aesthetic head"):
             Aesthetic(folders["clip"], tmp_path / name)
 
 
-def test_deqa_score_itself_is_sent_to_the_reward_server(folders, tmp_path):
-    config = {"model_type": "mplug_owl2", "architectures": ["MPLUGOwl2LlamaForCausalLM"]}
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling.MPLUGOwl2LlamaForCausalLM"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    for folder in (tmp_path, folders["clip"]):
-        with pytest.raises(ValueError, match="no.* transformers image classifier.*reward server"):
-            DeQA(folder)
+def test_deqa_score_itself_is_sent_to_the_reward_server(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mplug_owl2"}))
+    with pytest.raises(ValueError, match="no transformers image classifier.*reward server"):
+        DeQA(tmp_path)
 
 
 def test_every_processor_uses_pil(folders, detector, blip):
-    for processor in (
-        PickScore(folders["clip"]).processor.image_processor,
-        DeQA(ASSETS / "deqa").processor,
-        detector.processor,
-        detector.classify.processor.image_processor,
-        blip.processor,
-    ):
-        assert type(processor).__name__.endswith("Pil")
-
-
-@pytest.mark.parametrize(
-    "name, parameter",
-    [
-        ("PickScore", "visual_projection.weight"),
-        ("Aesthetic", "visual_projection.weight"),
-        ("DeQA", "classifier.1.bias"),
-        ("BLIPVQA", "text_encoder.embeddings.word_embeddings.weight"),
-    ],
-)
-def test_nan_of_a_model_is_never_a_score(folders, aesthetic, blip, name, parameter):
-    reward = {
-        "PickScore": PickScore(folders["clip"]),
-        "Aesthetic": aesthetic,
-        "DeQA": DeQA(ASSETS / "deqa"),
-        "BLIPVQA": blip,
-    }[name]
-    reward.model.get_parameter(parameter).fill_(float("nan"))
-    with pytest.raises(ValueError, match=f"{name} gave nan for 'a red apple"):
-        score_images(reward, blobs(4, (64, 64)), PROMPTS)
+    of_clip = [PickScore(folders["clip"]).processor, detector.classify.processor]
+    others = [DeQA(ASSETS / "deqa"), detector, blip]
+    processors = [p.image_processor for p in of_clip] + [one.processor for one in others]
+    assert all(type(processor).__name__.endswith("Pil") for processor in processors)
 
 
 def test_missing_weights_are_an_error(folders, tmp_path):
@@ -251,15 +207,15 @@ def test_missing_weights_are_an_error(folders, tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="lacks the weights of 1 .* visual_projection.weight"):
         PickScore(folder)
-    for name, load in {
-        "PickScore": lambda: PickScore(none),
-        "DeQA": lambda: DeQA(none),
-        "BLIPVQA": lambda: BLIPVQA(none),
-        "Aesthetic": lambda: Aesthetic(none, "head"),
-        "GenEval's detector": lambda: Mask2FormerDetector(none, folders["clip"]),
-        "GenEval's colours": lambda: Mask2FormerDetector(folders["mask2former"], none),
-    }.items():
-        with pytest.raises(FileNotFoundError, match=f"no {name} weights at"):
+    for load in (
+        lambda: PickScore(none),
+        lambda: DeQA(none),
+        lambda: BLIPVQA(none),
+        lambda: Aesthetic(none, "head"),
+        lambda: Mask2FormerDetector(none, folders["clip"]),
+        lambda: Mask2FormerDetector(folders["mask2former"], none),
+    ):
+        with pytest.raises(FileNotFoundError, match="no .* weights at .*none"):
             load()
 
 
@@ -284,11 +240,9 @@ def test_the_lines_of_a_whole_image_are_joined():
     "prompt, chunks",
     [
         ("a green bench and a blue bowl", ["a green bench", "a blue bowl"]),
-        ("rubber gloves, a cat and the dog.", ["rubber gloves", "a cat", "the dog"]),
         ("an oval dish, and a slice of pie", ["an oval dish", "a slice", "pie"]),
         ("a black and white cat sits in a sink", []),
         ("The tall tower and the short hut dominated the skyline.", []),
-        ("a bowl and a vase on a table", []),
         ("a cat and", []),
     ],
 )
@@ -328,8 +282,6 @@ def test_blipvqa_is_the_product_over_the_chunks(folders, tmp_path):
 def test_prompts_without_chunks_are_an_error(blip, folders, tmp_path):
     with pytest.raises(ValueError, match="BLIPVQA knows no objects of 'A cat on a mat.'"):
         blip(blobs(1), [Prompt("A cat on a mat.", "color")])
-    with pytest.raises(FileNotFoundError, match="there is no .*chunks.json"):
-        BLIPVQA(folders["blip_vqa"], tmp_path / "chunks.json")
     (tmp_path / "chunks.json").write_text('{"a cat": "a cat"}')
     with pytest.raises(ValueError, match="chunks.json: a cat: Input should be a valid list"):
         BLIPVQA(folders["blip_vqa"], tmp_path / "chunks.json")

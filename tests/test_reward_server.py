@@ -3,7 +3,6 @@ an error that says what to do, and never a score for a failure."""
 
 import ast
 import json
-import os
 import re
 import signal
 import subprocess
@@ -114,18 +113,13 @@ HALVES = reply([0.5] * 8)
 
 
 @pytest.mark.parametrize("batch", [3, 16])
-def test_scores_are_correct_in_batches_of_any_size(url, batch):
+def test_clients_at_once_get_their_own_scores_in_batches_of_any_size(url, batch):
     reward = RemoteReward(url, "Brightness", batch=batch)
-    assert score_images(reward, IMAGES, PROMPTS) == CORRECT
-    about = {"name": "Brightness", "range": [0.0, 1.0], "version": "1", "model": "none"}
-    assert describe(reward) == {"class": "RemoteReward", **about}  # and not its url
-
-
-def test_clients_at_once_get_their_own_scores(url):
-    reward = RemoteReward(url, "Brightness", batch=2)
     with ThreadPoolExecutor(4) as pool:
         for n, scores in enumerate(pool.map(lambda n: reward(IMAGES[n:], PROMPTS[n:]), range(8))):
             assert scores == pytest.approx(MEANS[n:], abs=1e-6)
+    about = {"name": "Brightness", "range": [0.0, 1.0], "version": "1", "model": "none"}
+    assert describe(reward) == {"class": "RemoteReward", **about}  # and not its url
 
 
 @pytest.mark.parametrize(
@@ -133,7 +127,6 @@ def test_clients_at_once_get_their_own_scores(url):
     [
         ({"reward": "DeQA"}, "has the reward Brightness, not DeQA"),
         ({"url": "127.0.0.1:8100"}, "needs a url like"),
-        ({"batch": 0}, "batch\n.*greater than or equal to 1"),
         ({"timeout": 0}, "timeout\n.*greater than 0"),
     ],
 )
@@ -162,18 +155,18 @@ def test_the_token_is_required_and_never_shown(monkeypatch, caplog):
     assert "Sesame" not in repr(reward) + str(error.value) + caplog.text
 
 
-def run_server(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != remote.TOKEN}
-    command = [sys.executable, FILE, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def test_a_server_that_cannot_start_says_why_in_a_sentence(tmp_path):
-    result = run_server("brightness", "--host", "0.0.0.0")  # others can reach it
-    assert result.returncode == 2 and "needs a token" in result.stderr
-    result = run_server("deqa", "--model", tmp_path, "--port", "0")
-    assert result.returncode == 1 and "error: deqa cannot be loaded: " in result.stderr
-    assert "--trust-remote-code" in result.stderr and "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        ("brightness --host 0.0.0.0", 2, "others can reach needs a token"),
+        ("deqa --model here --port 0", 1, "error: deqa cannot be loaded: .*--trust-remote-code"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_in_a_sentence(arguments, code, message):
+    command = [sys.executable, FILE, *arguments.split()]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == code and re.search(message, result.stderr)
+    assert "Traceback" not in result.stderr
 
 
 # ---- what the server refuses
@@ -188,9 +181,7 @@ PNG = remote.encode_png(np.zeros((4, 4, 3), np.uint8))
         ("no json", "Invalid JSON"),
         ({"reward": "DeQA", "items": [{"png": PNG}]}, "reward is Brightness, not DeQA"),
         ({"reward": "Brightness", "items": []}, "items List should have at least 1 item"),
-        ({"reward": "Brightness", "items": [{}]}, "items.0.png Field required"),
         ({"reward": "Brightness", "items": [{"png": "AAAA"}]}, "cannot identify image"),
-        ({"reward": "Brightness", "items": [{"png": 3}]}, "items.0.png Input should be a"),
     ],
 )
 def test_an_invalid_request_is_refused_with_a_sentence(url, body, message):
@@ -227,10 +218,8 @@ def test_a_slow_server_is_an_error_and_does_not_score_for_clients_that_left(slow
     [
         (reply([0.5] * 7), "gave 7 scores for 8 images"),
         (reply([float("nan")] * 8), r"scores\.0: Input should be a finite"),
-        (reply([None] * 8), "scores.0: Input should be a valid number, not None"),
         (reply([1.5] * 8), r"gave 1\.5 for 'an image of 0', not .*range \[0, 1\]"),
         (reply([0.5] * 8, model="other"), "is now .*'model': 'other'.*'model': 'none'"),
-        ((200, [0.5] * 8), "the reply of Fake at .*: Input should be an object"),
         ((200, "<html>"), "the reply of Fake at .*Invalid JSON"),
     ],
 )
@@ -244,15 +233,16 @@ def test_a_reply_without_valid_scores_is_an_error(fake, reply, message):
 def test_temporary_errors_are_tried_again_and_lasting_ones_end_the_tries(fake):
     fake.replies["/score"] = [(503, "busy"), (500, "error"), (429, ""), (408, ""), HALVES]
     assert RemoteReward(fake.url, "Fake")(IMAGES, PROMPTS).tolist() == [0.5] * 8
-    for status, body, kind, message, tries in (
-        (503, {"error": "busy"}, RewardUnavailable, ".tries: 3.: 503 .*busy", 3),
-        (422, {"detail": "unknown"}, ValueError, "refused: 422 .*unknown", 1),
-    ):
-        fake.replies["/score"] = status, body
-        fake.requests.clear()
-        with pytest.raises(kind, match=message):
-            RemoteReward(fake.url, "Fake", retries=2)(IMAGES, PROMPTS)
-        assert len(fake.requests) == 1 + tries
+    fake.replies["/score"] = 503, {"error": "busy"}
+    reward = RemoteReward(fake.url, "Fake", retries=2)
+    fake.requests.clear()
+    with pytest.raises(RewardUnavailable, match=".tries: 3.: 503 .*busy"):
+        reward(IMAGES, PROMPTS)
+    assert len(fake.requests) == 3
+    fake.replies["/score"] = 422, {"detail": "unknown"}
+    with pytest.raises(ValueError, match="refused: 422 .*unknown"):
+        reward(IMAGES, PROMPTS)
+    assert len(fake.requests) == 4
 
 
 DOG = {"label": "dog", "color": "red", "score": 0.8, "box": [0, 0, 9, 9]}
@@ -356,9 +346,9 @@ def test_a_benchmark_names_a_reward_by_its_url_and_never_its_token(url, tmp_path
         return load_benchmark(tmp_path / "own.yaml").rewards_named(["Brightness"])["Brightness"]
 
     assert load_reward(retries=1)(IMAGES, PROMPTS) == CORRECT
-    for setting in ({"token": "Sesame"}, {"retries": "many"}):
-        with pytest.raises(ValueError, match=[*setting][0]):
-            load_reward(**setting)
+    with pytest.raises(ValueError, match="rewards.Brightness: token: no such setting") as error:
+        load_reward(token="Sesame")
+    assert "Sesame" not in str(error.value)
 
 
 # ---- the rewards that need an environment of their own
@@ -403,7 +393,6 @@ def test_deqa_runs_the_code_that_comes_with_its_weights(tmp_path, monkeypatch):
     assert server.DeQA(options)([BLACK] * 2, [""] * 2) == pytest.approx([5.0] * 2, abs=0.01)
     before = server.describe_model(str(folder), "main")
     (folder / "own.py").write_text(OWN_CODE + "# changed")
-    assert before.startswith("deqa sha256:")
     assert server.describe_model(str(folder), "main") != before
 
 

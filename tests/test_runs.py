@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import psutil
 import pytest
 import yaml
@@ -310,22 +311,28 @@ def test_notebooks_are_executed_interrupted_resumed_and_reported(lab, monkeypatc
 
 
 def test_two_runs_are_compared_by_parameters_scores_and_text(lab, executed, capfd):
-    def run(folder, mean, low):
+    def run(folder, mean, low, guidance):
         score = {"reward": "OCR", "mean": mean, "low": low, "high": mean + 0.1, "n": 9}
         run_tiny(only="1", folder=lab / folder, overrides={"mean": mean})
         unsure = {"reward": "DeQA", "mean": mean, "low": None, "high": None}
         files.write_json(lab / folder / "1_first" / "results.json", {"all": [score, unsure]})
+        samples = {"model": ["base", "base"], "seed": [3, 4], "guidance": guidance, "steps": 8}
+        samples = pd.DataFrame(samples | {"resolution": 64})
+        samples.to_parquet(lab / folder / "1_first" / "samples.parquet")
         cells = [new_code_cell(f"mean = {mean}")]
         nbformat.write(new_notebook(cells=cells), lab / folder / "1_first.ipynb")
         return lab / folder
 
-    a, b = run("a", 0.5, 0.4), run("b", 0.9, 0.8)
+    a, b = run("a", 0.5, 0.4, 1.0), run("b", 0.9, 0.8, 3.0)
     report.compare(a, b, notebooks=True)
     printed = " ".join(capfd.readouterr().out.split())
     assert "parameters and states: 1 differ A B 1_first mean 0.5 0.9" in printed
     assert (
         "scores: 2 differ" in printed and "all OCR 0 0.5 0.4 0.6 9 0.9 0.8 1 9 disjoint" in printed
     )
+    assert "settings of samples: 1 differ A B" in printed
+    assert "1_first samples base guidance 1.0 3.0" in printed
+    assert "guidance</th>" in report.page(report.manifest("tiny", a, report.read_status(a)), a)
     assert "- mean = 0.5" in printed and "+ mean = 0.9" in printed
     report.compare(a, a)
     assert "scores: 0 differ" in capfd.readouterr().out

@@ -1,7 +1,7 @@
 """The small benchmark: scenes from seeds, disjoint splits, levels of degradation."""
 
-import hashlib
 import math
+import os
 import random
 import subprocess
 import sys
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from flowopd_lib import load_benchmark
-from flowopd_lib.benchmarks.tiny import PROMPTS
 from flowopd_lib.benchmarks.tiny.data import MATCH, SIGN, noisy_example, preference_pair, utility
 from flowopd_lib.benchmarks.tiny.scenes import (
     DEGRADATIONS,
@@ -39,31 +38,25 @@ from flowopd_lib.data import read_prompts
 
 BENCHMARK = load_benchmark()
 
-FINGERPRINT = """
+PRINT_HASH = """
 import hashlib
 from flowopd_lib.benchmarks.tiny.scenes import render
-from flowopd_lib.benchmarks.tiny.specs import sample_specs
-h = hashlib.sha256()
-for task in ("geneval", "ocr", "pickscore"):
-    for spec in sample_specs(task, "test", 12):
-        h.update(render(spec, 7).tobytes())
-print(h.hexdigest())
+from flowopd_lib.benchmarks.tiny.specs import PROMPT_TASKS, sample_specs
+specs = [spec for task in PROMPT_TASKS for spec in sample_specs(task, "test", 12)]
+print(hashlib.sha256(b"".join(render(spec, 7).tobytes() for spec in specs)).hexdigest())
 """
+SPLITS = "train", "val", "test", "ood"
 
 
 def test_a_scene_is_decided_by_its_prompt_and_seed():
-    here = hashlib.sha256()
+    command, hashes = [sys.executable, "-c", PRINT_HASH], set()
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        hashes.add(subprocess.check_output(command, env=environment))
+    assert len(hashes) == 1
     for task in PROMPT_TASKS:
         for spec in sample_specs(task, "test", 12):
-            here.update(render(spec, 7).tobytes())
             assert len({render(spec, seed).tobytes() for seed in range(8)}) > 1
-    there = subprocess.run(
-        [sys.executable, "-c", FINGERPRINT], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    assert there == here.hexdigest()  # another process, another hash seed
-
-
-SPLITS = "train", "val", "test", "ood"
 
 
 def test_splits_share_no_prompt_and_ood_holds_what_was_held_out():
@@ -134,33 +127,17 @@ def test_geneval_metadata_has_genevals_form():
 
 def test_flow_grpos_own_lines_load(tmp_path):
     """As they are in its dataset folder: COCO classes, and a Unicode line separator in a prompt."""
-    (tmp_path / "geneval").mkdir()
-    (tmp_path / "geneval/test_metadata.jsonl").write_text(
-        '{"tag": "position", "include": [{"class": "teddy bear", "count": 1}, {"class": "dog", '
-        '"count": 1, "position": ["right of", 0]}], '
-        '"prompt": "a photo of a dog right of a teddy bear"}\n'
+    records = (
         '{"tag": "counting", "include": [{"class": "clock", "count": 2}], '
         '"exclude": [{"class": "clock", "count": 3}], "prompt": "a photo of two clocks"}\n'
     )
-    (tmp_path / "pickscore_sfw").mkdir()
-    (tmp_path / "pickscore_sfw/test.txt").write_text(
-        "a cat, a dog\u2028and a bird\nanother\n", encoding="utf-8"
-    )
-    records = read_prompts(tmp_path / "geneval/test_metadata.jsonl", "geneval", "geneval")
-    assert [p.tag for p in records] == ["position", "counting"]
-    # a task without a file of its own
-    plain = read_prompts(tmp_path / "pickscore_sfw/test.txt", "deqa", "plain")
-    assert [p.text for p in plain] == ["a cat, a dog\u2028and a bird", "another"]
-    assert {p.task for p in plain} == {"deqa"}
-
-
-def test_a_missing_split_says_what_there_is():
-    with pytest.raises(FileNotFoundError, match="tets.txt"):
-        read_prompts(PROMPTS / "ocr" / "tets.txt", "ocr", "quoted")
-    with pytest.raises(FileNotFoundError, match="no split tets; they have train, val, test, ood"):
-        BENCHMARK.prompts("ocr", "tets")
-    with pytest.raises(ValueError, match=r"no task \(tiny\) 'orc' \(did you mean 'ocr'"):
-        BENCHMARK.prompts("orc", "test")
+    (tmp_path / "test_metadata.jsonl").write_text(records)
+    (record,) = read_prompts(tmp_path / "test_metadata.jsonl", "geneval", "geneval")
+    assert record.tag == "counting" and record.text == "a photo of two clocks"
+    lines = "a cat, a dog\u2028and a bird\nanother\n"
+    (tmp_path / "test.txt").write_text(lines, encoding="utf-8")
+    texts = [p.text for p in read_prompts(tmp_path / "test.txt", "deqa", "plain")]
+    assert texts == ["a cat, a dog\u2028and a bird", "another"]
 
 
 def test_a_position_is_relative_to_the_other_object_and_objects_sit_apart():
@@ -193,11 +170,9 @@ def test_each_level_is_further_from_the_clean_image(kind):
 
 def test_mutate_always_changes_the_meaning():
     rng = random.Random(3)
-    for _ in range(500):
-        spec = random_spec(rng, rng.choice(PROMPT_TASKS))
-        if spec.word:
-            continue  # two letters drawn anew may, rarely, be the same two
-        assert mutate(spec, rng) != spec
+    specs = [random_spec(rng, rng.choice(PROMPT_TASKS)) for _ in range(500)]
+    # two letters drawn anew may, rarely, be the same two
+    assert all(mutate(spec, rng) != spec for spec in specs if not spec.word)
 
 
 def test_captions_are_wrong_and_images_spoiled_at_the_given_rates():

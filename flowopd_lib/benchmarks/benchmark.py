@@ -6,7 +6,6 @@ rewards and experts are counted, never assumed.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import os
@@ -19,10 +18,11 @@ from types import ModuleType
 from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
-from pydantic import ConfigDict, Field, PydanticUserError, model_validator
+from pydantic import ConfigDict, Field, create_model, model_validator
 
 from .. import rewards as shipped_rewards
 from ..config import (
+    CONFIG,
     Config,
     Count,
     Index,
@@ -35,6 +35,7 @@ from ..config import (
 )
 from ..data import Kind, Prompt, read_prompts
 from ..files import RUNS
+from ..loading import choose_device
 from ..lora import ATTENTION, MLP
 from ..merge import MergeConfig
 from ..policy import FlowPolicy
@@ -84,11 +85,6 @@ class RewardConfig(Config):
     held_out: bool | None = None
     training_only: bool | None = None
     gold: RewardConfig | None = None
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """What the file says of the reward, and does not leave to its class."""
-        return self.model_dump(include=ATTRIBUTES, exclude_none=True)
 
 
 class ExpertConfig(Config):
@@ -142,23 +138,24 @@ class BenchmarkConfig(Config):
 
     @model_validator(mode="after")
     def _names(self):
-        own = [name for name, task in self.tasks.items() if not task.prompts_of]
-        named = [("expert (anchor)", self.anchor, self.experts)]
-        for name, task in self.tasks.items():
-            rewards = (task.reward, *task.reward_weights)
-            named += [(f"reward (tasks.{name})", reward, self.rewards) for reward in rewards]
-            named.append((f"expert (tasks.{name}.expert)", task.expert, self.experts))
-            named.append((f"task with prompts (tasks.{name}.prompts_of)", task.prompts_of, own))
-        for name, reward in self.rewards.items():
-            named += [(f"task (rewards.{name}.tasks)", t, self.tasks) for t in reward.tasks or ()]
-        added = self.grpo_mix.auxiliary_rewards
-        named += [("reward (grpo_mix.auxiliary_rewards)", r, self.rewards) for r in added]
-        turns = self.grpo_mix.task_schedule
-        named += [("task with prompts (grpo_mix.task_schedule)", t, own) for t in turns]
-        named += [("task (task_weights)", task, self.tasks) for task in self.task_weights]
-        for what, name, known in named:
-            if name:
+        def check(what: str, names: Iterable[str | None], known: Iterable[str]) -> None:
+            for name in filter(None, names):
                 choose(what, name, known)
+
+        tasks, mix = [name for name, task in self.tasks.items() if task.prompts], self.grpo_mix
+        for name, task in self.tasks.items():
+            at = f"tasks.{name}"
+            check(f"reward ({at})", [task.reward, *task.reward_weights], self.rewards)
+            check(f"expert ({at}.expert)", [task.expert], self.experts)
+            check(f"task with prompts ({at}.prompts_of)", [task.prompts_of], tasks)
+        for name, reward in self.rewards.items():
+            check(f"task (rewards.{name}.tasks)", reward.tasks or (), self.tasks)
+            if reward.gold and name + GOLD in self.rewards:
+                raise ValueError(f"rewards.{name}.gold: there is already a reward {name + GOLD!r}")
+        check("expert (anchor)", [self.anchor], self.experts)
+        check("reward (grpo_mix.auxiliary_rewards)", mix.auxiliary_rewards, self.rewards)
+        check("task with prompts (grpo_mix.task_schedule)", mix.task_schedule, tasks)
+        check("task (task_weights)", self.task_weights, self.tasks)
         return self
 
 
@@ -240,7 +237,7 @@ class Benchmark:
 
     @property
     def device(self) -> str:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return str(choose_device())
 
     def policy(self, dtype: str | torch.dtype = "auto", device="") -> FlowPolicy:
         """The base, without adapters, on `device` or on what there is."""
@@ -344,9 +341,9 @@ class Benchmark:
     def _attribute(self, name: str, what: str, default: Any) -> Any:
         """Of a reward that need not be loaded for it."""
         config = self.reward_configs[name]
-        if what in config.attributes:
-            return config.attributes[what]
-        return getattr(self._class(f"rewards.{name}", config.cls), what, default)
+        said = getattr(config, what, None)
+        kind = self._class(f"rewards.{name}", config.cls)
+        return getattr(kind, what, default) if said is None else said
 
     def embedder(self, device: str = "") -> Callable | None:
         """What embeds images, for diversity and distances: the first reward that can."""
@@ -358,7 +355,7 @@ class Benchmark:
             config = self.reward_configs[name]
             arguments = {"class": config.cls, **(config.model_extra or {})}
             reward = as_reward(self._build(f"rewards.{name}", arguments, device))
-            for key, value in config.attributes.items():
+            for key, value in config.model_dump(include=ATTRIBUTES, exclude_none=True).items():
                 setattr(reward, key, value)
             loaded[name, device] = reward
         return loaded[name, device]
@@ -368,26 +365,23 @@ class Benchmark:
         kind = self._class(where, spec["class"])
         if inspect.isfunction(kind):
             return kind
-        if "token" in spec:
-            raise ValueError(
-                f"{where}.token: a secret is not written in a file; set FLOWOPD_REWARD_TOKEN"
-            )
-        known, hints, arguments = inspect.signature(kind).parameters, _type_hints(kind), {}
+        known = inspect.signature(kind).parameters
+        hints = get_type_hints(kind.__init__, include_extras=True)
+        arguments = {"device": device} if "device" in known else {}
         for key, value in spec.items():
+            if key == "class":
+                continue
             if isinstance(value, Mapping) and "class" in value:
-                arguments[key] = self._build(f"{where}.{key}", value, device)
-            elif key != "class":
-                choose(f"argument ({where}, {spec['class']})", key, known)
-                value = self._path(value) if isinstance(value, str) and value else value
-                with contextlib.suppress(PydanticUserError):  # a hint that cannot be checked
-                    value = validate(hints.get(key, Any), value, f"{where}.{key}")
-                arguments[key] = value
-        if "device" in known:
-            arguments.setdefault("device", device)
-        missing = [k for k, p in known.items() if p.default is p.empty and k not in arguments]
-        if missing:
-            raise ValueError(f"{where} lacks {missing[0]}, which {spec['class']} needs")
-        return kind(**arguments)
+                value = self._build(f"{where}.{key}", value, device)
+            elif isinstance(value, str) and value:
+                value = self._path(value)
+            arguments[key] = value
+        fields = {
+            key: (hints.get(key, Any), ... if one.default is one.empty else one.default)
+            for key, one in known.items()
+        }
+        settings = create_model(kind.__name__, __config__=CONFIG, **fields)
+        return kind(**dict(validate(settings, arguments, where)))
 
     def _class(self, where: str, name: str) -> Any:
         """`Name` is one of ours, `package.module:Name` and `file.py:Name` anybody's."""
@@ -424,14 +418,6 @@ class Benchmark:
         return str(path) if os.path.exists(path) else text  # False for a text too long for a path
 
 
-def _type_hints(kind: type) -> dict[str, Any]:
-    """Of a class's arguments; none where they name what is imported for type checkers only."""
-    try:
-        return get_type_hints(kind.__init__, include_extras=True)
-    except (NameError, TypeError):
-        return {}
-
-
 def expand(text: str) -> str:
     """With environment variables, written `${NAME}`. Raises ValueError for one that is not set."""
     for variable in re.findall(r"\$\{(\w+)\}", text):
@@ -445,7 +431,8 @@ def expand(text: str) -> str:
 def load_benchmark(name: str | Path = DEFAULT) -> Benchmark:
     """A shipped benchmark by its name, or one of your own by its YAML file (docs/benchmarks.md).
 
-    Raises ValueError or FileNotFoundError that names file, key and value.
+    Raises ValueError with file, key and value or with the environment variable that is not set,
+    FileNotFoundError where there is no file.
     """
     path, source = Path(name), str(name)
     if path.suffix in (".yaml", ".yml"):
@@ -455,8 +442,5 @@ def load_benchmark(name: str | Path = DEFAULT) -> Benchmark:
         shipped |= {p.parent.name: p for p in SHIPPED.glob("*/benchmark.yaml")}
         path = shipped[choose("benchmark", source, sorted(shipped))]
     config = validate(BenchmarkConfig, read_yaml(path), str(path))
-    try:
-        short = path.parent.name if path.stem == "benchmark" else path.stem
-        return Benchmark(config, short, source, path.parent)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    short = path.parent.name if path.stem == "benchmark" else path.stem
+    return Benchmark(config, short, source, path.parent)

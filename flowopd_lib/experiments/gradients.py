@@ -21,7 +21,8 @@ from ..benchmarks import DEFAULT, Benchmark
 from ..config import Config, Seed, validate
 from ..evaluate import read_fingerprint, write_with_fingerprint
 from ..files import load_state, progress, save_state, set_aside
-from ..fingerprint import describe, sha256_of_json
+from ..fingerprint import CODE, code_hashes, sha256_of_json
+from ..lab.cache import trained_on
 from ..lab.recipe import Recipe, Source, build_objective
 from ..lab.workspace import Workspace
 from ..losses import OPD, Objective
@@ -118,15 +119,13 @@ def run_table_job(
     policy, shard, path = workspace.policy, workspace.shard, folder / config.file
     names = sorted({config.adapter, *adapters})
     workspace.load_adapters(names, config.adapters)
-    benchmark = workspace.benchmark.config.model_dump(
-        mode="json", include={"tasks", "rewards", "sampling"}, fallback=describe
-    )
     follows_from = {
         "config": config.model_dump(mode="json", exclude={"benchmark", "adapters"}),
         "adapters": {name: policy.adapter(name).sha256 for name in names},
         "base": policy.base_hash,
         "precision": policy.precision,
-        "benchmark": benchmark,
+        "benchmark": trained_on(workspace.benchmark),
+        "code": code_hashes((*CODE, "experiments")),
     }
     fingerprint = sha256_of_json(follows_from)
     finished = path.is_file() and read_fingerprint(path) == fingerprint

@@ -9,13 +9,11 @@ and would never find each other's.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.util
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,11 @@ from safetensors.torch import load_file, save
 
 from ..benchmarks import Benchmark
 from ..files import RUNS, locked, read_lines, write_json, write_whole
-from ..fingerprint import describe, sha256_of_code, sha256_of_json
+from ..fingerprint import code_hashes, describe, file_hash, hub_commit, sha256_of_json
 from ..train import MAY_CHANGE, METRICS, STATE, VALIDATION
 
 PLACE, RECORD = RUNS / "trainings", "training.json"
 FILES = (METRICS, VALIDATION, "recipe.yaml", "precision.json")
-LIBRARY = Path(__file__).parents[1]
-# what a training is computed by: after a change here, but for comments and docstrings, nothing
-# cached is found
-CODE = ("sde", "lora", "policy", "rollout", "data", "merge", "train", "evaluate")
-CODE += ("losses", "rewards", "lab/recipe", "lab/jobs")
 # what is only evaluated by, or (experts, base, prompts) described by its files
 NOT_TRAINED_ON = {"about", "experts", "true_by_construction", "renderer"}
 ELSEWHERE = ("folder", "model", "prompts")  # keys of settings whose files are hashed by themselves
@@ -51,10 +44,10 @@ def fingerprint(config, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, A
     follows_from = {
         "recipe": {**recipe, "student": _source(config.student, benchmark, config.adapters)},
         "adapters": {n: _source(n, benchmark, config.adapters) for n in config.adapters},
-        "benchmark": _trained_on(benchmark),
+        "benchmark": trained_on(benchmark),
         "experts": {e: [_source(e, benchmark, {}), benchmark.guidance[e]] for e in experts},
         "precision": str(dtype).removeprefix("torch."),
-        "code": _code(),
+        "code": code_hashes(),
     }
     follows_from = json.loads(json.dumps(follows_from, sort_keys=True, default=str))
     return {"key": sha256_of_json(follows_from)[:16], "follows_from": follows_from}
@@ -71,7 +64,7 @@ def _source(source: Any, benchmark: Benchmark, sources: Mapping[str, Any]) -> An
         record = path.parent / RECORD
         if record.is_file():  # another training, whose adapter may be there as it was cached
             return json.loads(record.read_text())["key"]
-        return file_hash(path) if path.exists() else source
+        return file_hash(path)
     if source is None:
         return None
     plain = source.model_dump(mode="json")
@@ -82,7 +75,7 @@ def _source(source: Any, benchmark: Benchmark, sources: Mapping[str, Any]) -> An
     return plain
 
 
-def _trained_on(benchmark: Benchmark) -> dict[str, Any]:
+def trained_on(benchmark: Benchmark) -> dict[str, Any]:
     """What of a benchmark a training may depend on."""
     config = benchmark.config.model_dump(
         mode="json", by_alias=True, exclude=NOT_TRAINED_ON, fallback=describe
@@ -105,7 +98,7 @@ def with_files(config: dict, benchmark: Benchmark, splits: Iterable[str]) -> dic
             return _class(node, benchmark.folder)
         if isinstance(node, str) and node and os.path.exists(benchmark.folder / node):
             return [node, file_hash(benchmark.folder / node)]
-        return node
+        return hub_commit(node) if isinstance(node, str) else node
 
     files = {
         f"{task} {split}": benchmark.prompt_file(task, split)
@@ -124,35 +117,6 @@ def _class(name: str, folder: Path) -> list[str]:
         return [own]
     file = source if source.endswith(".py") else importlib.util.find_spec(source).origin
     return [own, file_hash(folder / file)]
-
-
-def file_hash(path: Path) -> str:
-    """Of a file's bytes, of Python code without comments and docstrings, of a folder's weights and
-    settings by their paths; a hub id is its name. Computed again only if the file has changed."""
-    if path.is_dir():
-        files = {
-            p.relative_to(path).as_posix(): file_hash(p)
-            for p in path.rglob("*")
-            if p.suffix in (".safetensors", ".json") and p.name != "manifest.json"
-        }
-        return sha256_of_json(files)
-    return _file_hash(path, path.stat().st_mtime_ns) if path.is_file() else str(path)
-
-
-@cache
-def _file_hash(path: Path, changed: int) -> str:
-    if path.suffix == ".py":
-        return sha256_of_code(path.read_text(encoding="utf-8"))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@cache
-def _code() -> str:
-    """Of what `CODE` does."""
-    files = [p for name in CODE for p in LIBRARY.glob(f"{name}.py")]
-    files += [p for name in CODE for p in (LIBRARY / name).rglob("*.py") if p.stem != "server"]
-    return sha256_of_json({p.relative_to(LIBRARY).as_posix(): file_hash(p) for p in files})
 
 
 def is_finished(fingerprint: dict[str, Any], folder: Path) -> bool:

@@ -213,6 +213,7 @@ class EvaluateJob(Config):
     rewards: list[str] | None = None
     steps: Count | None = None
     repeats: Count = 1
+    first_repeat: Index = 0
     embed: bool = False
     images: bool = False
     file: str = "samples.parquet"
@@ -234,6 +235,7 @@ def evaluate_job(config: EvaluateJob, folder: Path, workspace: Workspace) -> Non
         benchmark.sampler(config.steps) if config.steps else benchmark.sampling.evaluation,
         config.models,
         config.repeats,
+        config.first_repeat,
         benchmark.embedder(device) if config.embed else None,
         config.batch,
         images=folder / "images" if config.images else None,

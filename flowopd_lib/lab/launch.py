@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from ..benchmarks import DEFAULT
 from ..config import Config, choose, read_yaml, validate
 from ..files import RUNS, write_whole
-from ..loading import decide
+from ..loading import choose_device, decide
 from ..train import StepInfo
 from .jobs import job_of, run_job
 from .workspace import Workspace
@@ -205,9 +205,8 @@ def make_accelerator(spec: Mapping[str, Any], folder: Path) -> Accelerator:
     """That of a job, with the tracker that its training asks for."""
     train = spec.get("train")
     tracker = train.get("log_with") if isinstance(train, dict) else None
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=folder
-    )
+    on_cpu = choose_device().type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=folder)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed precision {accelerator.mixed_precision} is not supported; use no or bf16"

@@ -32,7 +32,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from ..benchmarks import DEFAULT, load_benchmark
 from ..config import Config, Count, Fraction, Index, NonNegative, Seed, choose, validate
-from ..files import read_lines, write_table
+from ..files import RUNS, read_lines, write_table
 from ..losses.grpo import find_loss
 from ..losses.opd import LOSSES
 from ..merge import Method as MergeMethod
@@ -141,9 +141,6 @@ def _model(fields: Mapping[str, tuple[Any, Any]]) -> type[BaseModel]:
 
 
 # ---- the lab
-
-# How far the seeds of further samples of a prompt lie from the first one's.
-FURTHER_SAMPLES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -308,9 +305,9 @@ class Lab:
             names += [r + GOLD for r in names if r + GOLD in self.benchmark.reward_configs]
             again = {k: v for k, v in how.items() if k not in ("images", "embed")}
             again |= {"tasks": [task], "rewards": names, "repeats": further}
-            again["seed"] = how.get("seed", 0) + FURTHER_SAMPLES
+            again["first_repeat"] = how.get("repeats", 1)
             rows = self.table("evaluate", f"raw_{task}_{file}", folder, models=models, **again)
-            tables.append(rows.assign(repeat=rows["repeat"] + how.get("repeats", 1)))
+            tables.append(rows)
         table = pd.concat(tables, ignore_index=True)
         named = table["model"].str.extract(r"^(.*?)(?:#(\d+))?$")
         if named[1].notna().any():
@@ -321,6 +318,25 @@ class Lab:
     def table(self, job: str, file: str, folder: str = "", **config: Any) -> pd.DataFrame:
         """The table that a job leaves in `out/folder`."""
         return pd.read_parquet(self.run(job, folder, file=file, **config) / file)
+
+    def find_run(self, run_dir: str | Path = "", notebook: str = "05_opd") -> Path | None:
+        """The folder of an earlier run; by default papermill_runs/reference, None where that is not
+        there or of another benchmark. Raises FileNotFoundError or ValueError for a `run_dir` that
+        has no results of `notebook`, or those of another benchmark."""
+        run = Path(run_dir or RUNS / "reference").resolve()
+        status = run / "status.json"
+        if not (run / notebook).is_dir():
+            if run_dir:
+                raise FileNotFoundError(f"{run} has no results of {notebook}")
+            return None
+        entry = json.loads(status.read_text()).get(notebook, {}) if status.is_file() else {}
+        path = Path(entry.get("parameters", {}).get("benchmark", DEFAULT))
+        benchmark = path.parent.name if path.stem == "benchmark" else path.stem
+        if benchmark == self.benchmark.name:
+            return run
+        if run_dir:
+            raise ValueError(f"{run} is a run of the benchmark {benchmark}, not of this one")
+        return None
 
     def load(self, names: Sequence[str]) -> FlowPolicy:
         """The model in this process with these adapters."""

@@ -27,7 +27,7 @@ from ..sde import Reduction, log_prob
 # One term of an update's loss with its graph, and detached metrics: scalars, or (B,) one value a
 # row.
 Term = tuple[torch.Tensor, dict[str, torch.Tensor]]
-Normalisation = Literal["batch", "group", "gdpo", "none"]
+Normalisation = Literal["batch", "group", "gdpo"]
 ADVANTAGE_LIMIT = 5.0
 
 
@@ -45,7 +45,6 @@ def advantages(
     group   the same over the group's own
     gdpo    each reward normalised in its group first, then weighed and added, then over the batch's
             deviation (GDPO)
-    none    centred only: the gradient then is in units of the reward
 
     A reward that does not vary gives no advantage.
     """
@@ -55,8 +54,6 @@ def advantages(
         rewards = (centred / (grouped.std(1, keepdim=True, correction=0) + 1e-4)).flatten(0, 1)
     total = (rewards * weights).sum(1).unflatten(0, (-1, group))
     centred = total - total.mean(1, keepdim=True)
-    if normalise == "none":
-        return centred.flatten()
     std = (
         centred.std(1, keepdim=True, correction=0)
         if normalise == "group"
@@ -202,10 +199,9 @@ class GRPO:
 
     def identity(self) -> dict:
         used = {name for task in self.schedule.prompts for name in self.weights_of(task)}
-        config = self.config.model_dump(exclude={"micro_batch_size", "loss"})
         rewards = {name: self.rewards[name] for name in sorted(used)}
-        config |= {"schedule": self.schedule, "sampler": self.sampler, "rewards": rewards}
-        return {**config, "loss": self.config.loss}
+        config = dict(self.config) | {"micro_batch_size": None, "rewards": rewards}
+        return {**config, "schedule": self.schedule, "sampler": self.sampler}
 
     def collect(
         self, policy: FlowPolicy, adapter: str, iteration: int, shard: Shard
@@ -279,7 +275,7 @@ class GRPO:
         if config.beta:
             with torch.no_grad():
                 v_reference = policy.velocity(*state, config.reference).repeat_interleave(shared, 0)
-            weight = sampler.step_weights(step.sigma, step.sigma_next, "kl")
-            kl = weight.to(v.device) * squared_distance(v, v_reference)
+            weight = sampler.step_weights(step.sigma, step.sigma_next, "kl").to(v.device)
+            kl = weight * squared_distance(v, v_reference)
             kl = kl / v[0].numel() if config.reduction == "mean" else kl
         return GRPOBatch(step, v, v_reference, ratio, a, kl, config.clip, config.beta)

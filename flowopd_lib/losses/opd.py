@@ -25,6 +25,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -32,8 +33,8 @@ import torch
 from ..config import Config, Count, NonNegative, Plugin, Positive, choose
 from ..data import Prompt, Schedule, Shard, slices
 from ..policy import FlowPolicy
-from ..rollout import NoiseStreams, Sampler, visited_states
-from ..sde import WEIGHTINGS, Reduction, log_prob
+from ..rollout import Sampler, initial_noise, trajectory, visited_states
+from ..sde import WEIGHTINGS, log_prob
 from .grpo import Term, check_updates, clipped_surrogate, find_loss, squared_distance
 
 
@@ -133,7 +134,6 @@ class OPDConfig(Config):
     trained_steps: Count | list[int] | None = None
     draw: Literal["trajectory", "iteration"] = "trajectory"
     updates: Count = 1
-    reduction: Reduction = "sum"
     clip: Positive = 1e-4
     micro_batch_size: Count = 64
 
@@ -186,9 +186,8 @@ class OPD:
         return (teachers | ({self.config.anchor} if self.config.mar else set())) - {None}
 
     def identity(self) -> dict:
-        config = self.config.model_dump(exclude={"micro_batch_size", "loss", "weighting"})
-        plugins = {"loss": self.config.loss, "weighting": self.config.weighting}
-        return {**config, **plugins, "schedule": self.schedule, "sampler": self.sampler}
+        config = dict(self.config) | {"micro_batch_size": None}
+        return {**config, "schedule": self.schedule, "sampler": self.sampler}
 
     @torch.no_grad()
     def check(self, policy: FlowPolicy, adapter: str) -> None:
@@ -199,7 +198,7 @@ class OPD:
         if adapter in self.adapters:
             raise ValueError(f"{adapter!r} is in training, so it is no teacher or anchor; copy it")
         batch, sigma = self.schedule.draw(0), policy.sigmas(self.sampler.steps)[1]
-        x_t = NoiseStreams(policy, batch.seeds[:4]).draw()
+        x_t = initial_noise(policy, batch.seeds[:4])
         text = policy.encode([p.text for p in batch.prompts[:4]])
         base = policy.velocity(x_t, sigma, text)
         for name in sorted(self.adapters):
@@ -235,36 +234,40 @@ class OPD:
         and how they are cut into forwards. Where ratios of probabilities are taken, a forward has
         the states of one step, as in the rollout: then ratios before an update are exactly 1."""
         grid = torch.tensor(policy.sigmas(self.sampler.steps))
-        sampler, actions = self.sampler, self.uses_actions
-        visits = [*visited_states(policy, prompts, seeds, sampler, adapter, wanted, actions)]
-        step = torch.tensor([v.index for v in visits for _ in v.rows])
+        sampler, how = self.sampler, (policy, prompts, seeds, self.sampler, adapter)
+        if self.uses_actions:  # all trajectories are trained at the same steps
+            steps = islice(trajectory(*how), max(wanted[0]) + 1)
+            taken = [s for s in steps if s.index in wanted[0]]
+            visits = [(s.index, s.rows, s.x_t) for s in taken]
+        else:
+            visits = [*visited_states(*how, wanted)]
+        step = torch.tensor([index for index, rows, _ in visits for _ in rows])
         sigma, sigma_next = grid[step], grid[step + 1]
         states = OPDBatch(
-            [prompts[row] for v in visits for row in v.rows],
+            [prompts[row] for _, rows, _ in visits for row in rows],
             step,
             sigma,
             sigma_next,
-            torch.cat([v.x_t for v in visits]),
+            torch.cat([x_t for _, _, x_t in visits]),
             sampler.step_weights(sigma, sigma_next, self.config.weighting).to(policy.device),
             clip=self.config.clip,
         )
-        ends = torch.tensor([len(v.rows) for v in visits]).cumsum(0).tolist()
-        per_step = [slice(start, end) for start, end in zip([0, *ends], ends)]
-        forwards = per_step if actions else slices(len(states), self.config.micro_batch_size)
+        size = len(prompts) if self.uses_actions else self.config.micro_batch_size
+        forwards = slices(len(states), size)
         targets = [self._targets(policy, states[rows]) for rows in forwards]
         states.v_teacher = torch.cat([teacher for teacher, _ in targets])
         if self.config.mar:
             states.v_anchor = torch.cat([anchor for _, anchor in targets])
-        if actions:
-            states.x_next = torch.cat([v.step.x_next for v in visits])
-            states.mean = torch.cat([v.step.mean for v in visits])
-            states.std = torch.cat([v.step.std.expand(len(v.rows)) for v in visits])
+        if self.uses_actions:
+            states.x_next = torch.cat([s.x_next for s in taken])
+            states.mean = torch.cat([s.mean for s in taken])
+            states.std = torch.stack([s.std for s in taken]).repeat_interleave(size)
             states.later_kl = torch.zeros(len(states), device=policy.device)
-            later = torch.zeros(len(prompts), device=policy.device)
-            for visit, rows in reversed(list(zip(visits, per_step))):
-                states.later_kl[rows] = later[visit.rows]
-                at = replace(states[rows], v_student=visit.step.v)
-                later[visit.rows] += pathwise(at) / self._visited_later
+            later = 0.0
+            for s, rows in reversed(list(zip(taken, forwards))):
+                states.later_kl[rows] = later
+                at = replace(states[rows], v_student=s.v)
+                later = later + pathwise(at) / self._visited_later
         return states, forwards
 
     @torch.no_grad()
@@ -279,10 +282,8 @@ class OPD:
             return policy.velocity(*at, text[rows], guidance.get(name, 1.0), name)
 
         anchor = velocity(self.config.anchor, slice(None)) if self.config.mar else None
-        teacher, names = (
-            torch.empty_like(states.x_t),
-            [self.config.teachers[p.task] for p in states.prompts],
-        )
+        names = [self.config.teachers[p.task] for p in states.prompts]
+        teacher = torch.empty_like(states.x_t)
         for name in dict.fromkeys(names):
             rows = [i for i, own in enumerate(names) if own == name]
             known = anchor is not None and name == self.config.anchor
@@ -306,12 +307,12 @@ class OPD:
         v = policy.velocity(states.x_t, states.sigma, text, self.sampler.guidance, adapter)
         batch = replace(states, v_student=v)
         if self.uses_actions:
-            then = log_prob(states.x_next, states.mean, states.std, self.config.reduction)
+            then = log_prob(states.x_next, states.mean, states.std)
 
             def log_ratio_of(velocity: torch.Tensor) -> torch.Tensor:
                 at = states.sigma, states.sigma_next
                 mean, std = self.sampler.transition(states.x_t, velocity, *at)
-                return log_prob(states.x_next, mean, std, self.config.reduction) - then
+                return log_prob(states.x_next, mean, std) - then
 
             batch.ratio = log_ratio_of(v).exp()
             batch.log_ratio_teacher = log_ratio_of(states.v_teacher)

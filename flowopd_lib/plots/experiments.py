@@ -17,13 +17,13 @@ from ..stats import mean_interval
 from .style import color_of, draw_intervals, draw_matrix, finish, make_panels
 from .training import plot_score_curves
 
-# The verdicts on a claim that was tested: title and colour.
+# The verdicts on a claim that was measured, and their colours.
 VERDICTS = {
-    "reproduced": ("Reproduced", "#009E73"),
-    "effect excluded": ("Effect excluded: smaller than a third of the paper's", "#0072B2"),
-    "undecided": ("Undecided at this n", ".55"),
-    "contradicted": ("Contradicted: the opposite sign", "#D55E00"),
-    "true by construction": ("True by construction of the benchmark, so no result", "#CC79A7"),
+    "reproduced": "#009E73",
+    "effect excluded": "#0072B2",
+    "undecided": ".55",
+    "contradicted": "#D55E00",
+    "true by construction": "#CC79A7",
 }
 TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30)  # of the claims figure, which is cut off at the ends
 
@@ -53,14 +53,11 @@ def plot_gradient_interference(table: pd.DataFrame, title: str, unit: str) -> Fi
     (`experiments.interference.gradient_table`)."""
     count, n = table["task"].nunique(), f"n={table['batches'].max():.0f} batches"
     figure, axes = make_panels(2, size=(max(1.35 * count, 3.6) + 0.8, 0.6 * count + 0.8))
-    power = int(np.floor(np.log10(table["inner"].abs().max())))
-    inner = f"inner product, $10^{{{power}}}$ {unit}²"
-    panels = [("cosine", "cosine (blank: below the noise)", 1.0), ("inner", inner, 10.0**power)]
-    for axis, (name, label, scale) in zip(axes, panels):
-        ends = {"mean": name, "low": f"{name}_low", "high": f"{name}_high"}
-        rows = table.assign(**{end: table[column] / scale for end, column in ends.items()})
+    labels = {"cosine": "cosine (blank: below the noise)", "inner": f"inner product, {unit}²"}
+    for axis, (name, label) in zip(axes, labels.items()):
+        rows = table.rename(columns={name: "mean", f"{name}_low": "low", f"{name}_high": "high"})
         rows["mean"] = rows["mean"].where(rows["low"].notna())
-        draw_matrix(axis, rows, "task", "on", number="+.2f", cbar=False)
+        draw_matrix(axis, rows, "task", "on", number="+.2g", cbar=False)
         axis.set(title=f"{label}, {n}", xlabel="", ylabel="")
     return finish(figure, title)
 
@@ -126,38 +123,25 @@ def compare_with_teachers(samples: pd.DataFrame, benchmark: Benchmark) -> pd.Dat
 def format_claims(claims: pd.DataFrame) -> pd.DataFrame:
     """The claims table for a reader: the effect and its interval in one column, empty where nothing
     was measured."""
-    effects = [_format_effect(row) for row in claims.itertuples()]
-    table = claims.assign(**{"effect [95 % interval]": effects})
+    effects = claims.apply("{effect:+.3f} [{low:+.3f}, {high:+.3f}]".format_map, axis=1)
+    table = claims.assign(**{"effect [95 % interval]": effects.where(claims["effect"].notna())})
     columns = "claim statement where verdict measured claimed".split()
     columns += ["effect [95 % interval]", "n", "seeds", "note"]
     return table[columns].astype(object).fillna("")
 
 
-def _format_effect(row) -> str:
-    return "" if pd.isna(row.effect) else f"{row.effect:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-
-
 def summarize_claims(claims: pd.DataFrame) -> str:
-    """Markdown: how many claims got which verdict, and which."""
-    groups = {name: claims[claims["verdict"] == name] for name in VERDICTS}
-    counted = {name: len(g) for name, g in groups.items() if name != "true by construction"}
-    tested, counts = sum(counted.values()), ", ".join(f"{n} {name}" for name, n in counted.items())
-    lines = [f"Of {len(claims)} claims {tested} are tested here: {counts}."]
-    for name, group in groups.items():
-        lines.append(f"\n**{VERDICTS[name][0]}**\n")
-        for row in group.itertuples():
-            result = f"{_format_effect(row)}, n={row.n}" if pd.notna(row.effect) else row.note
-            lines.append(f"- {row.statement} (`{row.claim}`): {result}")
-        lines += ["- none"] * group.empty
-    untested = claims[claims["verdict"] == "not testable here"].groupby("note", sort=False)
-    lines.append("\n**Not testable here**\n")
-    lines += [f"- {', '.join(group['claim'])}: {note}" for note, group in untested]
-    lines.append(
-        "\nIntervals are over prompts or batches; for a model trained once (`seeds`) they "
-        f"describe that training only. If none of the {tested} effects existed, about "
-        f"{0.025 * tested:.1f} would still be expected to be called reproduced."
+    """How many claims got which verdict, and how far the intervals go."""
+    counts = {name: int((claims["verdict"] == name).sum()) for name in VERDICTS}
+    made_so = counts.pop("true by construction")
+    tested, counted = sum(counts.values()), ", ".join(f"{n} {name}" for name, n in counts.items())
+    return (
+        f"Of {len(claims)} claims {tested} are tested here: {counted}. {made_so} more are true by "
+        "construction of the benchmark, so no result. Intervals are over prompts or batches; for "
+        "a model trained once (`seeds`) they describe that training only. If none of the "
+        f"{tested} effects existed, about {0.025 * tested:.1f} would still be expected to be "
+        "called reproduced."
     )
-    return "\n".join(lines)
 
 
 def plot_claims(claims: pd.DataFrame, source: str) -> Figure:
@@ -172,12 +156,11 @@ def plot_claims(claims: pd.DataFrame, source: str) -> Figure:
     ends = scaled[["low", "high"]]
     scaled = scaled.assign(mean=scaled["effect"], low=ends.min(axis=1), high=ends.max(axis=1))
     figure, (axis,) = make_panels(1, size=(12, 0.4 * len(rows) + 1.0))
-    for name, (_, color) in VERDICTS.items():
+    for name, color in VERDICTS.items():
         group = scaled[rows["verdict"] == name]
         if len(group):
             draw_intervals(axis, group, group.index, horizontal=True, color=color, label=name)
-    texts = [f"{row.statement} (n={row.n:.0f})" for row in rows.itertuples()]
-    names = [textwrap.fill(textwrap.shorten(t, 140, placeholder=" …"), 72) for t in texts]
+    names = [textwrap.fill(f"{row.statement} (n={row.n:.0f})", 72) for row in rows.itertuples()]
     axis.set_yticks(range(len(rows)), names, fontsize=8, linespacing=0.95)
     axis.axvline(0, color=".3", lw=1)
     axis.set_xscale("symlog", linthresh=2)

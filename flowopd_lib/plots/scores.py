@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..files import read_thumbnail
-from ..stats import GOLD, rewards_in
+from ..stats import rewards_in
 from .style import color_of, draw_intervals, draw_matrix, finish, make_panels, spread
 
 # --- images
@@ -162,27 +162,16 @@ def plot_gold_gains(gains: pd.DataFrame, title: str) -> Figure:
 
 
 def plot_reward_checks(checks: pd.DataFrame, graded: pd.DataFrame) -> Figure:
-    """Left: each check of a reward on rendered images with its 95 % interval and its target, hollow
-    for a gold reward (reward, test, value, low, high, aim, n). Right: the DeQA score by true
-    quality level (kind, level, score)."""
-    size = (5.6, max(3.2, 0.5 * len(checks)))
-    figure, (left, right) = make_panels(2, size=size, width_ratios=(1.3, 1))
-    rows = checks.rename(columns={"value": "mean"})
+    """Left: each check of a reward on rendered images with its 95 % interval and its target
+    (reward, test, value, low, high, aim, n). Right: the DeQA score by true quality level (kind,
+    level, score)."""
+    figure, (left, right) = make_panels(2, size=(5.6, max(3.2, 0.5 * len(checks))))
     names = [textwrap.fill(f"{r.reward} {r.test} (n={r.n})", 40) for r in checks.itertuples()]
-    draw_intervals(left, rows, names, horizontal=True, fmt="none", ecolor=".25")
-    colors = [*map(color_of, rows["reward"])]
-    faces = ["white" if r.endswith(GOLD) else c for r, c in zip(rows["reward"], colors)]
-    left.scatter(rows["mean"], names, s=60, c=faces, edgecolors=colors, linewidths=2, zorder=3)
-    left.scatter(rows["aim"], names, s=250, c="k", marker="|", label="target")
-    left.set_xlim(min(0.8, rows["low"].min() - 0.02), 1.005)
+    draw_intervals(left, checks.rename(columns={"value": "mean"}), names, horizontal=True)
+    left.plot(checks["aim"], names, "k|", markersize=16, label="target")
     left.set_xlabel("share scored correctly, or rank correlation, 95 % interval")
-    left.set_title("Rewards on images whose truth is known")
     left.invert_yaxis()
-    left.legend(loc="lower left")
-    style = {"dodge": 0.3, "linewidth": 1.5, "markersize": 5, "seed": 0}
-    palette = [*map(color_of, graded["kind"].unique())]
-    sns.pointplot(graded, x="level", y="score", hue="kind", palette=palette, ax=right, **style)
-    right.set(xlabel="true quality level", ylabel="DeQA score, 95 % interval", ylim=(0.8, 5.2))
-    right.set_title(f"DeQA on degraded images (n={len(graded)})")
-    right.legend(title="degradation", loc="upper left")
-    return finish(figure, "", legend=False)
+    left.legend()
+    sns.pointplot(graded, x="level", y="score", hue="kind", dodge=0.3, seed=0, ax=right)
+    right.set(xlabel="true quality level", ylabel=f"DeQA, 95 % interval (n={len(graded)})")
+    return finish(figure, "Rewards on images whose truth is known", legend=False)

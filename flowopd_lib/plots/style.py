@@ -26,10 +26,7 @@ COLORS = {
     "grpo-mix": "#882255",
 }
 # for all other names, in the order in which they are first drawn
-OTHER_COLORS = itertools.cycle(
-    "#001C7F #CA9161 #12711C #8C0800 #591E71 #B8850A #006374 #FBAFE4 #3C3C3C #592F0D #949494 "
-    "#ECE133".split()
-)
+OTHER_COLORS = itertools.cycle(sns.color_palette("dark").as_hex())
 
 
 def use_style() -> None:
@@ -95,10 +92,8 @@ def draw_intervals(
     style = {"fmt": "o", "markersize": 6, "capsize": 3, **style}
     below, above = rows["mean"] - rows["low"], rows["high"] - rows["mean"]
     errors = [below.clip(lower=0), above.clip(lower=0)]
-    if horizontal:
-        axis.errorbar(rows["mean"], at, xerr=errors, **style)
-    else:
-        axis.errorbar(at, rows["mean"], yerr=errors, **style)
+    x, y = (rows["mean"], at) if horizontal else (at, rows["mean"])
+    axis.errorbar(x, y, **{"xerr" if horizontal else "yerr": errors}, **style)
 
 
 def draw_matrix(
@@ -115,11 +110,9 @@ def draw_matrix(
     texts = [text.format(**values) for values in table[["mean", "low", "high"]].to_dict("records")]
     bold = (table["low"] > 0) | (table["high"] < 0)
     cells = table[[row, column]].assign(share=table["mean"] / scale, text=texts, bold=bold)
-    order = {"index": table[row].unique(), "columns": table[column].unique()}
-    share, texts, bold = (
-        cells.pivot(index=row, columns=column, values=values).reindex(**order)
-        for values in ("share", "text", "bold")
-    )
+    cells = cells.pivot(index=row, columns=column).reindex(table[row].unique())
+    cells = cells.reindex(table[column].unique(), axis=1, level=1)
+    share, texts, bold = cells["share"], cells["text"], cells["bold"]
     limit = max(share.abs().max(axis=None), 1e-9)
     colors = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
     sns.heatmap(share, annot=texts, fmt="", ax=axis, annot_kws={"fontsize": 9}, **colors, **options)

@@ -96,19 +96,11 @@ def score_images(reward: Reward | Callable, images: torch.Tensor, prompts: Seque
 def as_uint8(images: torch.Tensor, prompts: Sequence | None, reward: str, size=None) -> np.ndarray:
     """Images (B, 3, H, W) in [0, 1] as (B, H, W, 3) uint8.
 
-    Raises ValueError for what the reward of this name cannot score: images of another shape
-    (`size`: the only (H, W) it takes), pixels outside [0, 1], and, unless `prompts` is None, an
-    empty prompt or not one per image.
+    Raises ValueError for what the reward of this name cannot score: images of another size than
+    `size` (H, W), pixels outside [0, 1], and, unless `prompts` is None, not one prompt per image.
     """
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3:
-        got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
-        raise ValueError(f"{reward} takes images as a (B, 3, H, W) tensor in [0, 1], not {got}")
-    if not len(images):
-        raise ValueError(f"{reward} got no images; give at least one")
     if prompts is not None and len(images) != len(prompts):
         raise ValueError(f"{reward} got {len(images)} images for {len(prompts)} prompts")
-    if not all(prompt.text.strip() for prompt in prompts or ()):
-        raise ValueError(f"{reward} got an empty prompt; give the prompt of each image")
     height, width = images.shape[2:]
     if size and (height, width) != tuple(size):
         raise ValueError(f"{reward} scores {size[0]}x{size[1]} images, not {height}x{width}")

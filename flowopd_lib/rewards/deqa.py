@@ -33,7 +33,7 @@ class DeQA:
             self.model = load_frozen(AutoModelForImageClassification, model_id, self.name, device)
         except ValueError as error:
             raise ValueError(
-                f"{model_id} is not a transformers image classifier; DeQA-Score itself runs in the "
+                f"{model_id} is no transformers image classifier; DeQA-Score itself runs in the "
                 f"reward server (docs/reward-server.md): {error}"
             ) from error
         with loading(f"processor of {self.name}", model_id):
@@ -43,21 +43,19 @@ class DeQA:
             raise ValueError(f"{model_id} has the labels {labels}; DeQA needs {list(LEVELS)}")
         self.levels = torch.tensor([float(LEVELS[label]) for label in labels], device=device)
 
-    def _probabilities(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model(pixels.to(self.model.device)).logits.float().softmax(-1)
-
     @torch.no_grad()
-    def distribution(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """(B, 5): probabilities, in the order of the classifier's labels (`levels`)."""
-        probabilities = []
-        for (some,) in batches(self.batch, as_uint8(images, prompts, self.name)):
-            inputs = self.processor(images=list(some), return_tensors="pt")
-            probabilities.append(self._probabilities(inputs["pixel_values"]))
-        return torch.cat(probabilities)
+    def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
+        pixels, process = as_uint8(images, prompts, self.name), self.processor
+        scores = [
+            self._score(process(list(some), return_tensors="pt")["pixel_values"])
+            for (some,) in batches(self.batch, pixels)
+        ]
+        return torch.cat(scores).cpu().numpy()
 
     def with_gradient(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
         """(B,): the scores of images (B, 3, H, W) in [0, 1], differentiable in them."""
-        return self._probabilities(preprocess_with_gradient(images, self.processor)) @ self.levels
+        return self._score(preprocess_with_gradient(images, self.processor))
 
-    def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        return (self.distribution(images, prompts) @ self.levels).cpu().numpy()
+    def _score(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B,): the expectation over the classifier's labels, in its order (`levels`)."""
+        return self.model(pixels.to(self.model.device)).logits.float().softmax(-1) @ self.levels

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import validate_call
 
 from ..data import Prompt
 from .base import as_uint8, batches, load_clip, load_frozen, loading
@@ -160,9 +161,8 @@ class GenEval:
 
     name, range = "GenEval", (0.0, 1.0)
 
+    @validate_call
     def __init__(self, detector: Callable, rule: Literal["correct", "score", "exact"] = "correct"):
-        if rule not in ("correct", "score", "exact"):
-            raise ValueError(f"GenEval has no rule {rule!r}; choose correct, score or exact")
         self.detector, self.rule, self.training_only = detector, rule, rule == "score"
         if self.training_only:
             self.range = (2.0 - MAX_OBJECTS, 1.0)  # 16 objects of a class where one is expected

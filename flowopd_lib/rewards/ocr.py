@@ -29,21 +29,18 @@ def find_model(name: str) -> str:
     package, _, path = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     file = Path(spec.origin).parent / path if spec and spec.origin else Path(name)
-    if not file.is_file():  # rapidocr would notice at the first image
-        raise FileNotFoundError(
-            f"OCR's recogniser {name} is neither a file nor inside an installed package"
-        )
-    return str(file)
+    return str(file.resolve(strict=True))  # rapidocr would notice at the first image
 
 
 class OCR:
     """rapidocr with the models inside its wheel, which are PaddleOCR's, without the classifier of
     upside-down lines, as in Flow-GRPO.
 
-    With `region` (left, top, right, bottom in pixels) that part of images of `size` (height, width)
-    is recognised as one line. Without, text is detected and recognised on the whole image, of any
-    size, and the text of all its lines joined. `recogniser`: another model of PaddleOCR's, an ONNX
-    file or one inside an installed package (`PACKAGE/PATH`).
+    With `region` (left, top, right, bottom in pixels) that part of the images is enlarged and
+    recognised as one line. Without, text is detected and recognised on the whole image, and the
+    text of all its lines joined. `size`: the only (height, width) of images that is accepted.
+    `recogniser`: another model of PaddleOCR's, an ONNX file or one inside an installed package
+    (`PACKAGE/PATH`).
     """
 
     name, range = "OCR", (0.0, 1.0)
@@ -52,21 +49,14 @@ class OCR:
         self,
         region: tuple[int, int, int, int] | None = None,
         size: tuple[int, int] | None = None,
-        upscale: int = 3,
-        batch: int = 64,
         recogniser: str = "",
     ):
         from rapidocr import OCRVersion, RapidOCR
 
-        self.region, self.size, self.upscale = region, size, upscale
-        options = {"Global.log_level": "error", "Rec.rec_batch_num": batch, "Global.use_cls": False}
+        self.region, self.size = region, size
+        options = {"Global.log_level": "error", "Rec.rec_batch_num": 64, "Global.use_cls": False}
         if region:
             left, top, right, bottom = region
-            if not size or not (0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]):
-                raise ValueError(
-                    f"OCR's region {region} (left, top, right, bottom) must lie inside the size "
-                    f"(height, width) of the images, not {size}"
-                )
             # lines are padded to this width; the default, 320, is mostly padding for a sign
             width = int(np.ceil(48 * (right - left) / (bottom - top) / 32)) * 32
             options["Rec.rec_img_shape"] = [3, 48, width]
@@ -83,7 +73,7 @@ class OCR:
         from rapidocr.ch_ppocr_rec import TextRecInput
 
         left, top, right, bottom = self.region
-        scale = {"fx": self.upscale, "fy": self.upscale, "interpolation": cv2.INTER_CUBIC}
+        scale = {"fx": 3, "fy": 3, "interpolation": cv2.INTER_CUBIC}
         crops = [cv2.resize(image[top:bottom, left:right], None, **scale) for image in pixels]
         return list(self.engine._load_rec_model()(TextRecInput(img=crops)).txts)
 

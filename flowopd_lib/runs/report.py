@@ -21,11 +21,12 @@ from nbdime import nbdiffapp
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 from ..config import read_yaml, validate
-from ..lab.cache import file_hash
+from ..fingerprint import file_hash, sha256_of
 from ..loading import decide, dtype_name
 
 Status = dict[str, dict[str, Any]]  # by notebook: state, parameters, fingerprint, seconds, ...
 VALUES = ["mean", "low", "high", "n"]  # of a score
+SETTINGS = ["guidance", "steps", "resolution"]  # of a sample
 
 
 def read_status(folder: Path) -> Status:
@@ -101,6 +102,8 @@ def page(manifest: Mapping[str, Any], folder: Path) -> str:
     links = " · ".join(f"[{name}](#{name})" for name in files)
     title = f"# Flow-OPD lab: {manifest['profile']}\n\n{about}\n\n{links}\n\n"
     cells = [new_markdown_cell(title + table.to_html(na_rep=""))]
+    if len(settings := sampling_settings(folder, list(files))):
+        cells.append(new_markdown_cell("## How samples were drawn\n\n" + settings.to_html()))
     for name, path in files.items():
         cells += [new_markdown_cell(f'<hr id="{name}">'), *nbformat.read(path, 4).cells]
     for number, cell in enumerate(cells):
@@ -110,6 +113,23 @@ def page(manifest: Mapping[str, Any], folder: Path) -> str:
     exporter = HTMLExporter(exclude_input=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(new_notebook(cells=cells))
     return body
+
+
+def sampling_settings(run: Path, notebooks: Sequence[str]) -> pd.DataFrame:
+    """How the samples of a run's tables were drawn, by notebook, table and model: guidance, steps,
+    resolution, number of images, and a hash of their seeds, the same for the same noise."""
+    rows = []
+    for notebook in notebooks:
+        for path in sorted((run / notebook).rglob("*.parquet")):
+            table = pd.read_parquet(path)
+            if not {*SETTINGS, "seed"} <= {*table} or "/." in path.relative_to(run).as_posix():
+                continue
+            name = path.relative_to(run / notebook).with_suffix("").as_posix()
+            for (model, *values), samples in table.groupby(["model", *SETTINGS], sort=False):
+                noise = sha256_of(samples["seed"].tolist())[:8]
+                rows.append((notebook, name, model, *values, len(samples), noise))
+    index = ["notebook", "table", "model"]
+    return pd.DataFrame(rows, columns=[*index, *SETTINGS, "images", "noise"]).set_index(index)
 
 
 # ---- two runs compared
@@ -126,6 +146,7 @@ def compare(a: Path, b: Path, notebooks: bool = False) -> None:
     common = [name for name in read_status(a) if name in read_status(b)]
     for what, table in (
         ("parameters and states", parameter_differences(runs, common)),
+        ("settings of samples", setting_differences(runs, common)),
         ("scores", score_differences(runs, common)),
     ):
         print(f"\n{what}: {len(table)} differ")
@@ -146,6 +167,17 @@ def parameter_differences(runs: Sequence[Path], notebooks: Sequence[str]) -> pd.
         columns[column] = pd.Series(states | {(n, k): repr(value) for n, k, value in given})
     table = pd.DataFrame(columns).drop(index="run_dir", level=1, errors="ignore")
     return table[table["A"].fillna("") != table["B"].fillna("")]
+
+
+def setting_differences(runs: Sequence[Path], notebooks: Sequence[str]) -> pd.DataFrame:
+    """The settings in which the samples of two runs differ, A and B by notebook, table, model and
+    setting."""
+    columns = {
+        c: sampling_settings(run, notebooks).stack().groupby(level=[0, 1, 2, 3]).agg(tuple)
+        for c, run in zip("AB", runs)
+    }
+    table = pd.DataFrame(columns).map(lambda v: v if isinstance(v, tuple) else ())
+    return table[table["A"] != table["B"]].map(lambda v: ", ".join(map(str, v)))
 
 
 def score_differences(runs: Sequence[Path], notebooks: Sequence[str]) -> pd.DataFrame:

@@ -20,8 +20,8 @@ import yaml
 from ..benchmarks import load_benchmark
 from ..config import choose, read_yaml, validate
 from ..files import ROOT, RUNS, locked, set_aside, write_json, write_whole
-from ..fingerprint import describe, sha256_of_json
-from ..lab.cache import file_hash, with_files
+from ..fingerprint import describe, file_hash, sha256_of_json
+from ..lab.cache import with_files
 from ..lab.notebook import read_parameters
 from . import report
 from .execute import NOTEBOOKS, execute, kernel_environment, scrub, stop_kernels

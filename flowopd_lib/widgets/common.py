@@ -35,9 +35,10 @@ class Guard:
             with self._lock:
                 if self._busy:  # only this thread can be here: a callback has set a control
                     return
-                self._busy, self.box.value = True, ""
+                self._busy = True
                 try:
                     action()
+                    self.box.value = ""
                 except Exception as error:  # a widget would swallow it
                     message = escape(f"{type(error).__name__}: {error}")
                     self.box.value = f'<div class="fo-problem" role="alert">{message}</div>'
@@ -66,7 +67,7 @@ class Viewer:
     def control(self, kind: type, label="", on_change=None, width="270px", **options) -> ipw.Widget:
         """An input of a class of ipywidgets, with a label of fixed width; its changes call
         `on_change`."""
-        style, layout = {"description_width": "70px"}, ipw.Layout(width=width)
+        style, layout = {"description_width": "80px"}, ipw.Layout(width=width)
         control = kind(description=label, layout=layout, style=style, **options)
         if on_change:
             control.observe(self.guard(on_change), "value")
@@ -86,11 +87,11 @@ class Viewer:
 # --- HTML
 
 
-def image_html(data: bytes, alt: str, width: int, style: str = "") -> str:
+def image_html(data: bytes, alt: str, width: int) -> str:
     """WebP or PNG bytes as an image `width` pixels wide."""
     kind = "png" if data.startswith(b"\x89PNG") else "webp"
     source, alt = f"data:image/{kind};base64,{base64.b64encode(data).decode()}", escape(alt)
-    return f'<img src="{source}" alt="{alt}" title="{alt}" width="{width}" style="{style}">'
+    return f'<img src="{source}" alt="{alt}" title="{alt}" width="{width}">'
 
 
 def tile_html(image: str, caption: str, width: str = "auto") -> str:

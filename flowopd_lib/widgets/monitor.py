@@ -21,20 +21,21 @@ from matplotlib.figure import Figure
 from ..files import read_lines
 from ..plots.training import plot_training_curves
 from ..train import METRICS, VALIDATION
-from .common import Guard, Viewer, image_html, note_html
-from .gallery import Query, Samples, plot_contact_sheet, sample_html, select
+from .common import Viewer, image_html, note_html
+from .gallery import Query, Samples, grid_html, plot_contact_sheet, select
 
 POLL_SECONDS = 1.0
 
 
-def load_validation_samples(folder: str | Path) -> Samples | None:
-    """The validation samples of a training, a model per probe called `iteration N`; None: there are
-    none with images."""
-    rows = read_lines(Path(folder) / VALIDATION)
+def load_validation_samples(folder: Path, probes: int) -> tuple | None:
+    """The validation samples of a training, a model per probe called `iteration N`, and the grid
+    and the models of the first probe and the last ones; None: there are none with images."""
+    rows = read_lines(folder / VALIDATION)
     if "image" not in rows:
         return None
-    rows = rows.sort_values("iteration", kind="stable")
-    return Samples(rows.drop(columns=["iteration", "seconds"]), folder)
+    samples = Samples(rows.drop(columns=["iteration", "seconds"]), folder)
+    models = list(dict.fromkeys([samples.models[0], *samples.models[-probes:]]))
+    return samples, select(samples, Query(), models), models
 
 
 class TrainingMonitor(Viewer):
@@ -72,11 +73,10 @@ class TrainingMonitor(Viewer):
         return self.metrics()
 
     def still(self) -> list:
-        metrics, samples = self.wait(), load_validation_samples(self.training.folder)
+        metrics = self.wait()
         shown = [self._plot(metrics), metrics.tail(5).round(4)]
-        if samples:
-            models = list(dict.fromkeys([samples.models[0], *samples.models[-5:]]))
-            shown.append(plot_contact_sheet(samples, select(samples, Query(), models), models))
+        if probes := load_validation_samples(self.training.folder, 5):
+            shown.append(plot_contact_sheet(*probes))
         return shown
 
     def _plot(self, metrics: pd.DataFrame) -> Figure:
@@ -87,15 +87,11 @@ class TrainingMonitor(Viewer):
         return f"{self.title}: {len(metrics)} of {self.training.iterations} iterations{seconds}"
 
     def _build(self) -> None:
-        # one guard for the buttons, one for the thread: no click is lost while the thread draws
-        self.follow_guard = Guard()
         self.stop = self.button("■ stop", self._stop, "after this iteration")
         self.resume = self.button("▶ resume", self._start, "from the checkpoint")
-        self.bar = ipw.IntProgress(max=self.training.iterations)
         self.status, self.curves, self.samples = ipw.HTML(), ipw.HTML(), ipw.HTML()
-        controls = ipw.HBox([self.stop, self.resume, self.bar, self.status])
-        errors = [self.guard.box, self.follow_guard.box]
-        self.box = self.stack("monitor", controls, *errors, self.curves, self.samples)
+        controls = ipw.HBox([self.stop, self.resume, self.status])
+        self.box = self.stack("monitor", controls, self.guard.box, self.curves, self.samples)
 
     def _stop(self) -> None:
         self.training.stop()
@@ -107,7 +103,7 @@ class TrainingMonitor(Viewer):
         threading.Thread(target=self._follow, daemon=True).start()
 
     def _follow(self) -> None:
-        refresh = self.follow_guard(self._refresh)
+        refresh = self.guard(self._refresh)
         while self.training.state == "running":
             refresh()
             time.sleep(POLL_SECONDS)
@@ -118,18 +114,13 @@ class TrainingMonitor(Viewer):
     def _refresh(self) -> None:
         state, metrics = self.training.state, self.metrics()
         progress = self._progress(metrics)
-        self.bar.value, self.status.value = len(metrics), note_html(f"{state}: {progress}")
+        self.status.value = note_html(f"{state}: {progress}")
         if len(metrics) and (len(metrics), state) != self._drawn:
             self._drawn = len(metrics), state
             file = io.BytesIO()
             self._plot(metrics).savefig(file, format="png")
             self.curves.value = image_html(file.getvalue(), f"Curves of {progress}", 900)
-        if samples := load_validation_samples(self.training.folder):
-            html = ""
-            for model in dict.fromkeys([samples.models[0], *samples.models[-2:]]):
-                positions = select(samples, Query(), [model])[:, 0]
-                tiles = "".join(sample_html(samples, p, samples.models[0]) for p in positions)
-                html += f'<div class="fo-head">{model}</div><div class="fo-images">{tiles}</div>'
-            self.samples.value = html
+        if probes := load_validation_samples(self.training.folder, 2):
+            self.samples.value = grid_html(*probes)
         if state == "failed":
             raise RuntimeError(self.training.error)

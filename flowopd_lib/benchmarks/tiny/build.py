@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -16,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save
 
@@ -24,6 +22,7 @@ from ...config import choose, read_yaml, validate
 from ...data import write_prompts
 from ...evaluate import evaluate
 from ...files import RUNS, write_json, write_whole
+from ...fingerprint import file_hash
 from ...lab.recipe import Recipe
 from ...lab.recipe import build as build_recipe
 from ...lab.workspace import Workspace
@@ -39,7 +38,7 @@ from .train_base import misalign, train_base, train_vae
 from .train_rewards import train_deqa, train_pickscore
 
 LIBRARIES = ("torch", "diffusers", "transformers", "rapidocr", "numpy", "pillow", "matplotlib")
-# the steps, and what each is made from; gold rewards are trained on a GPU where there is one
+# the steps, and what each is made from
 INPUTS = {
     "prompts": (),
     "vae": (),
@@ -64,28 +63,29 @@ def write_files(out: Path) -> None:
 
 def run_step(name: str, work: Path) -> None:
     """Make what a step makes, the folder `work/name` in most cases."""
-    out, gold = work / name, name.endswith("_gold")
-    state = work / "state" / "gold" if gold else work / "state"
-    device = "cuda" if gold and torch.cuda.is_available() else "cpu"
+    out, state = work / name, work / "state"
     if "vae" in INPUTS[name]:
-        vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False).to(device)
-    if "text" in INPUTS[name]:
-        text = load_text(work / "text")
-    steps = {
-        "prompts": lambda: write_files(out),
-        "vae": lambda: train_vae(out, state),
-        "text": lambda: pretrain_text(out),
-        "base": lambda: train_base(vae, text, out, state),
-        "misalign": lambda: misalign(vae, text, work),
-        "pickscore": lambda: train_pickscore(vae, out, state, gold),
-        "deqa": lambda: train_deqa(vae, out, state, gold),
-    }
-    steps[name.removesuffix("_gold")]()
+        vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+    match name:
+        case "prompts":
+            write_files(out)
+        case "vae":
+            train_vae(out, state)
+        case "text":
+            pretrain_text(out)
+        case "base":
+            train_base(vae, load_text(work / "text"), out, state)
+        case "misalign":
+            misalign(vae, load_text(work / "text"), work)
+        case "pickscore" | "pickscore_gold":
+            train_pickscore(vae, out, state / name, gold=name.endswith("gold"))
+        case "deqa" | "deqa_gold":
+            train_deqa(vae, out, state / name, gold=name.endswith("gold"))
 
 
 def check_inputs(work: Path, name: str) -> None:
     """Raises ValueError if a step was started from other inputs than those there are now."""
-    inputs = {i: folder_hash(work / i) for i in INPUTS[name]}
+    inputs = {i: describe_files(work / i) for i in INPUTS[name]}
     record = work / f"{name}.inputs.json"
     for i, found in json.loads(record.read_text()).items() if record.exists() else ():
         if inputs[i] != found:
@@ -96,24 +96,13 @@ def check_inputs(work: Path, name: str) -> None:
     write_json(record, inputs)
 
 
-def folder_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder)}".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def describe_files(folder: Path, without: Sequence[str] = ()) -> dict[str, dict]:
-    """sha256 and size of the files in a folder, but of `manifest.json` and `without`."""
+def describe_files(folder: Path, without: str = "") -> dict[str, dict]:
+    """sha256 and size of the files in a folder, but of its manifest and of the folder `without`."""
     paths = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {
         name: {"sha256": file_hash(path), "bytes": path.stat().st_size}
         for name, path in paths.items()
-        if Path(name).parts[0] not in ("manifest.json", *without)
+        if Path(name).parts[0] not in ("manifest.json", without)
     }
 
 
@@ -166,10 +155,10 @@ def build(work: Path, only: Sequence[str] = (), out: Path = ASSETS) -> None:
         for name in SHIPPED:
             shutil.rmtree(out / name, ignore_errors=True)
             shutil.copytree(work / name, out / name)
-        seconds = {name: round(read_seconds(work / f"{name}.seconds.json")) for name in INPUTS}
         record = {"command": "python -m flowopd_lib build --work build", "seed": SEED}
-        record |= {"seconds": seconds, **describe_machine()}
-        write_json(out / "manifest.json", {**record, "files": describe_files(out, ["experts"])})
+        record["seconds"] = {n: round(read_seconds(work / f"{n}.seconds.json")) for n in INPUTS}
+        record |= {**describe_machine(), "files": describe_files(out, "experts")}
+        write_json(out / "manifest.json", record)
         say(f"assets written to {out}")
 
 

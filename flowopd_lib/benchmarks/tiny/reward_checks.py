@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -43,23 +42,17 @@ def check_rewards(
     rewards: Mapping, n: int = 300, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Two tables. The first has a row per test: reward, test, value, low, high (95 %), n, aim (NaN:
-    none), ms per image. The second has DeQA's score of every degraded image: kind, level, score.
-    Gold rewards that are given are tested as the rewards are.
+    none). The second has DeQA's score of every degraded image: kind, level, score. Gold rewards
+    that are given are tested as the rewards are.
 
     Prompts are of the test split; the images are rendered, so what is correct is known.
     """
-    rows, timing = [], {}
-
-    def scored(name: str, images, prompts, method: str = "__call__") -> np.ndarray:
-        start = time.perf_counter()
-        scores = np.asarray(getattr(rewards[name], method)(images, prompts))
-        timing[name] = (time.perf_counter() - start) * 1e3 / len(prompts)
-        return scores
+    rows = []
 
     def add(name: str, test: str, values, aim: float = math.nan, interval=()) -> None:
         mean, low, high = interval or mean_interval(np.asarray(values, float))
         about = dict(reward=name, test=test, value=mean, low=low, high=high)
-        rows.append(about | dict(n=len(values), aim=aim, ms=timing[name]))
+        rows.append(about | dict(n=len(values), aim=aim))
 
     def with_gold(name: str) -> list[str]:
         return [r for r in (name, name + GOLD) if r in rewards]
@@ -70,19 +63,20 @@ def check_rewards(
     wrong = to_images(render(mutate(s, rng), seed) for s in specs)
     surplus = to_images(draw(with_surplus(lay_out(s, seed))) for s in specs)
     for name in with_gold("GenEval"):
-        add(name, "accepts correct renders", scored(name, right, prompts) > 0.5, 0.98)
-        add(name, "rejects renders of a wrong caption", scored(name, wrong, prompts) < 0.5, 0.95)
+        add(name, "accepts correct renders", rewards[name](right, prompts) > 0.5, 0.98)
+        rejected = rewards[name](wrong, prompts) < 0.5
+        add(name, "rejects renders of a wrong caption", rejected, 0.95)
         # GenEval's own rule allows them but where it counts: nothing to aim at
         aim = 0.95 if name.endswith(GOLD) else math.nan
-        add(name, "rejects a surplus object", scored(name, surplus, prompts) < 0.5, aim)
-    if "GenEvalScore" in rewards:
-        lower = scored("GenEvalScore", surplus, prompts) < scored("GenEvalScore", right, prompts)
+        add(name, "rejects a surplus object", rewards[name](surplus, prompts) < 0.5, aim)
+    if score := rewards.get("GenEvalScore"):
+        lower = score(surplus, prompts) < score(right, prompts)
         add("GenEvalScore", "is lower with a surplus object", lower, 0.95)
 
     specs = sample_specs("ocr", "test", n, seed)
     signs, prompts = to_images(render(s, seed) for s in specs), [s.prompt for s in specs]
     for name in with_gold("OCR"):
-        read = scored(name, signs, prompts, "read")  # a score of 1 also allows letters around it
+        read = rewards[name].read(signs, prompts)  # a score of 1 also allows letters around it
         exact = [text.lower() == spec.word.lower() for text, spec in zip(read, specs)]
         add(name, "reads clean signs exactly", exact, 0.95)
 
@@ -91,7 +85,8 @@ def check_rewards(
     prompts = [Prompt(t, "pickscore") for t in texts]
     best = f"orders preference pairs (knowing the hidden preference: {np.mean(likely):.0%})"
     for name in with_gold("PickScore"):
-        ordered = scored(name, to_images(better), prompts) > scored(name, to_images(worse), prompts)
+        score = rewards[name]
+        ordered = score(to_images(better), prompts) > score(to_images(worse), prompts)
         add(name, best, ordered, 0.85)
 
     specs = [s for task in PROMPT_TASKS for s in sample_specs(task, "test", -(-n // 3), seed)]
@@ -104,7 +99,7 @@ def check_rewards(
     details = pd.DataFrame(grades, columns=["level", "kind"])
     levels, prompts = details["level"].to_numpy(), [s.prompt for s in specs[:n]]
     for name in with_gold("DeQA"):
-        scores = scored(name, images, prompts)
+        scores = rewards[name](images, prompts)
         if name == "DeQA":
             details["score"] = scores
         draws = np.random.default_rng(seed).integers(n, size=(1000, n))

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import shutil
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -137,23 +136,19 @@ class BaseConfig:
     adam_rate: float = 1e-3
     decay: float = 0.4  # of the steps, at the end, over which the rate decreases to 0
     ema: float = 0.999
-    shift: float = SHIFT
-    layers: int = 4
-    heads: int = 4
-    patch: int = 2
 
 
-def new_transformer(config: BaseConfig = BaseConfig()) -> SD3Transformer2DModel:
+def new_transformer() -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
         sample_size=8,
-        patch_size=config.patch,
+        patch_size=2,
         in_channels=16,
         out_channels=16,
-        num_layers=config.layers,
+        num_layers=4,
         attention_head_dim=64,
-        num_attention_heads=config.heads,
+        num_attention_heads=4,
         joint_attention_dim=WIDTH,
-        caption_projection_dim=64 * config.heads,
+        caption_projection_dim=256,
         pooled_projection_dim=WIDTH,
         pos_embed_max_size=8,
     )
@@ -165,7 +160,7 @@ def build_pool(vae: AutoencoderKL, path: Path, n: int, seed: int, data: dict) ->
     settings = {"n": n, "seed": seed, **data}
     if path.exists() and (pool := load_state(path))["settings"] == settings:
         return pool
-    began, z, texts, chunk = time.time(), [], [], 250
+    z, texts, chunk = [], [], 250
     examples = partial(_examples, seed=seed, n=chunk, data=data)
     # drawn ahead, for drawing takes longer than encoding
     with torch.no_grad(), in_fast_precision(), ProcessPoolExecutor(os.cpu_count()) as drawers:
@@ -183,7 +178,7 @@ def build_pool(vae: AutoencoderKL, path: Path, n: int, seed: int, data: dict) ->
         "settings": settings,
     }
     save_state(path, pool)
-    say(f"pool of {n}, {len(distinct)} captions: {time.time() - began:.0f} s")
+    say(f"pool of {n}, {len(distinct)} captions")
     return pool
 
 
@@ -206,7 +201,7 @@ class Examples:
             parts.append([t.half() for t in encode(modules, ids["clip"], ids["t5"])])
         self.words, self.pooled = map(torch.cat, zip(*parts))  # (N, 28, 256) and (N, 256)
 
-    def loss(self, forward: nn.Module, step: int, n: int, shift: float = SHIFT) -> torch.Tensor:
+    def loss(self, forward: nn.Module, step: int, n: int) -> torch.Tensor:
         """Flow matching on `n` examples: the mean square error of the velocity."""
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         rows = torch.randint(len(self.z), (n,), generator=g)
@@ -214,7 +209,7 @@ class Examples:
         caption = torch.where(dropped, len(self.words) - 1, self.caption[rows])
         # SD3's logit-normal
         sigma = torch.sigmoid(torch.randn(n, generator=g))
-        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
         x0 = self.z[rows].float()
         eps = torch.randn(x0.shape, generator=g)
         at = sigma[:, None, None, None]
@@ -258,7 +253,7 @@ def train_base(
 ) -> None:
     """Train and save a pipeline folder; resumes from `work/base.safetensors`."""
     torch.manual_seed(SEED)
-    model = new_transformer(config)
+    model = new_transformer()
     ema = copy.deepcopy(model).requires_grad_(False)
     opts = optimizers(model, config)
     data = {"task_weights": config.task_weights}
@@ -267,7 +262,7 @@ def train_base(
     model.train()
 
     def step(i: int) -> float:
-        loss = examples.loss(forward, i, config.batch, config.shift)
+        loss = examples.loss(forward, i, config.batch)
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...loading import in_fast_precision
@@ -37,32 +36,27 @@ PICKSCORE_BATCH, DEQA_BATCH = 128, 64
 IMAGES = dict(size={"shortest_edge": SIZE}, crop_size=SIZE)
 
 
-def to_pixels(images: list[Image.Image], rng: random.Random, fraction: float):
-    """(B, 3, 64, 64) in [-1, 1], and the rows that pass through the autoencoder, each with this
-    probability."""
-    return to_tensor(images), [i for i in range(len(images)) if rng.random() < fraction]
-
-
 @torch.no_grad()
-def through_vae(vae: AutoencoderKL, x: torch.Tensor, rows: list[int], processor) -> torch.Tensor:
-    """(B, 3, 64, 64) as the image processor normalises them, of which `rows` are reconstructed."""
-    x = x.to(vae.device)
+def to_pixels(vae: AutoencoderKL, images, rng, fraction: float, processor) -> torch.Tensor:
+    """(B, 3, 64, 64) as the image processor normalises them, of which this fraction passes through
+    the autoencoder."""
+    x, rows = to_tensor(images), [i for i in range(len(images)) if rng.random() < fraction]
     for i in range(0, len(rows), 64):
         part = rows[i : i + 64]
         with in_fast_precision():
             x[part] = vae.decode(vae.encode(x[part]).latent_dist.mean).sample.float().clamp(-1, 1)
-    mean, std = torch.tensor([processor.image_mean, processor.image_std], device=x.device)
+    mean, std = torch.tensor([processor.image_mean, processor.image_std])
     return (((x + 1) * 127.5).round() / 255 - mean[:, None, None]) / std[:, None, None]
 
 
-def train(name, model, draw, loss_of, steps, rate, work) -> None:
-    """Steps of `loss_of(draw(step))`."""
+def train(name, model, loss_of, steps, rate, work) -> None:
+    """Steps of `loss_of(step)`."""
     descent = Descent(model.parameters(), rate, steps, warmup=0.1, weight_decay=0.05)
     model.train()
 
     def step(i: int) -> float:
         with in_fast_precision(), sdpa_kernel(SDPBackend.MATH):  # see train_base.py
-            loss = loss_of(draw(i))
+            loss = loss_of(i)
         return descent.step(loss)
 
     run_steps(name, work, steps, {"model": model, **descent.parts}, step, every=100)
@@ -70,10 +64,10 @@ def train(name, model, draw, loss_of, steps, rate, work) -> None:
 
 
 def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, gold: bool = False) -> None:
-    """PickScore, or its gold reward, on the autoencoder's device."""
+    """PickScore, or its gold reward."""
     seed, batch = SEED + gold, PICKSCORE_BATCH
     torch.manual_seed(seed)
-    tokenizer, images = clip_tokenizer(), transformers.CLIPImageProcessorPil(**IMAGES)
+    tokenizer, processor = clip_tokenizer(), transformers.CLIPImageProcessorPil(**IMAGES)
     text, vision = (
         dict(hidden_size=w, intermediate_size=3 * w, num_hidden_layers=n, num_attention_heads=h)
         for w, n, h in TOWERS[gold]
@@ -86,53 +80,45 @@ def train_pickscore(vae: AutoencoderKL, out: Path, work: Path, gold: bool = Fals
         projection_dim=128,
         logit_scale_init_value=float(np.log(SCALE)),
     )
-    model = transformers.CLIPModel(config).to(vae.device)
+    model = transformers.CLIPModel(config)
     model.logit_scale.requires_grad_(False)
 
-    def embed(ids, pixels):
-        o = model(input_ids=ids.to(vae.device), pixel_values=through_vae(vae, *pixels, images))
+    def embed(texts, images, rng):
+        pixels = to_pixels(vae, images, rng, 0.25, processor)
+        o = model(input_ids=token_ids(tokenizer, list(texts)), pixel_values=pixels)
         return o.text_embeds.float(), o.image_embeds.float()
 
-    def captioned(step):
+    def contrastive_loss(step):
         rng = random.Random(f"clip/{seed}/{step}")
         texts, images = zip(*(noisy_example(rng, spoiled=0.3) for _ in range(batch)))
-        return token_ids(tokenizer, list(texts)), to_pixels(images, rng, 0.25)
-
-    def contrastive_loss(examples):
-        t, i = embed(*examples)
-        logits, same = SCALE * t @ i.T, torch.arange(batch, device=t.device)
+        t, i = embed(texts, images, rng)
+        logits, same = SCALE * t @ i.T, torch.arange(batch)
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
     first, second = torch.triu_indices(GROUP, GROUP, 1)
 
-    def preferences(step):
-        """Prompts with a group of candidates each, and who is preferred in every pair: 1 or -1."""
+    def preference_loss(step):
+        """Bradley-Terry on every pair of a prompt's images: P(a preferred) = sigmoid(score of a -
+        score of b)."""
         rng = random.Random(f"group/{seed}/{step}")
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         specs = [split_spec(rng) for _ in range(batch // GROUP)]
         images, utility = zip(*(candidate(spec, rng) for spec in specs for _ in range(GROUP)))
         utility = torch.tensor(utility).unflatten(0, (-1, GROUP))
         p = torch.sigmoid(SHARPNESS * (utility[:, first] - utility[:, second]))
-        chosen = torch.where(torch.rand(p.shape, generator=g) < p, 1.0, -1.0)
-        texts = token_ids(tokenizer, [spec.text for spec in specs])
-        return texts, to_pixels(images, rng, 0.25), chosen
-
-    def preference_loss(examples):
-        """Bradley-Terry on every pair of a prompt's images: P(a preferred) = sigmoid(score of a -
-        score of b)."""
-        *offered, chosen = examples
-        t, i = embed(*offered)
+        chosen = torch.where(torch.rand(p.shape, generator=g) < p, 1.0, -1.0)  # a, or b
+        t, i = embed([spec.text for spec in specs], images, rng)
         scores = SCALE * (t[:, None] * i.unflatten(0, (-1, GROUP))).sum(-1)
-        return -F.logsigmoid(chosen.to(t.device) * (scores[:, first] - scores[:, second])).mean()
+        return -F.logsigmoid(chosen * (scores[:, first] - scores[:, second])).mean()
 
-    train("clip", model, captioned, contrastive_loss, CONTRASTIVE_STEPS, 1e-3, work)
-    train("pickscore", model, preferences, preference_loss, PREFERENCE_STEPS[gold], 6e-4, work)
+    train("clip", model, contrastive_loss, CONTRASTIVE_STEPS, 1e-3, work)
+    train("pickscore", model, preference_loss, PREFERENCE_STEPS[gold], 6e-4, work)
     model.half().save_pretrained(out)
-    transformers.CLIPProcessor(images, tokenizer).save_pretrained(out)
+    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(out)
 
 
 def train_deqa(vae: AutoencoderKL, out: Path, work: Path, gold: bool = False) -> None:
-    """DeQA, a ResNet, or its gold reward, a RegNet, on the autoencoder's device."""
+    """DeQA, a ResNet, or its gold reward, a RegNet."""
     seed = SEED + gold
     torch.manual_seed(seed)
     shape = dict(
@@ -150,19 +136,15 @@ def train_deqa(vae: AutoencoderKL, out: Path, work: Path, gold: bool = False) ->
         model = transformers.ResNetForImageClassification(
             transformers.ResNetConfig(layer_type="basic", **shape)
         )
-    model.to(vae.device)
     processor = transformers.CLIPImageProcessorPil(**IMAGES)
 
-    def graded(step):
+    def loss_of(step):
         rng = random.Random(f"deqa/{seed}/{step}")
         images, levels = zip(*(graded_image(rng) for _ in range(DEQA_BATCH)))
-        return to_pixels(images, rng, 0.5), torch.tensor(levels) - 1
+        logits = model(pixel_values=to_pixels(vae, images, rng, 0.5, processor)).logits
+        levels = torch.tensor(levels) - 1
+        return F.cross_entropy(logits.float(), levels, label_smoothing=0.02)
 
-    def loss_of(examples):
-        pixels, levels = examples
-        logits = model(pixel_values=through_vae(vae, *pixels, processor)).logits
-        return F.cross_entropy(logits.float(), levels.to(vae.device), label_smoothing=0.02)
-
-    train("deqa", model, graded, loss_of, DEQA_STEPS, 2e-3, work)
+    train("deqa", model, loss_of, DEQA_STEPS, 2e-3, work)
     model.half().save_pretrained(out)
     processor.save_pretrained(out)
