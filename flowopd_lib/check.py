@@ -1,6 +1,6 @@
 """What a long run would trip over, found in a minute before it begins: `python -m flowopd_lib check
-BENCHMARK`. Every prompt file, every expert's adapter, every reward on one image, one
-update of OPD and one batch of an evaluation."""
+BENCHMARK`. Every prompt file, every expert's adapter, every reward on one gray image, a
+detector on renders whose answer is known, one update of OPD and one batch of an evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .config import validate
 from .evaluate import evaluate
 from .lab.recipe import Recipe, build
 from .lab.workspace import Workspace
-from .rewards import applies_to, score_images
+from .rewards import GenEval, Reward, applies_to, score_images
 from .rollout import initial_noise
 from .train import train
 
@@ -93,7 +93,7 @@ def check_expert(workspace: Workspace, name: str) -> str:
 
 
 def check_reward(workspace: Workspace, name: str) -> str:
-    """Its score of a gray image."""
+    """Its score of a gray image, and whether its detector is right where the answer is known."""
     benchmark = workspace.benchmark
     reward = benchmark.rewards_named([name], workspace.device)[name]
     prompts = [p for p in benchmark.first_prompts("train", 1) if applies_to(reward, p)][:1]
@@ -102,9 +102,24 @@ def check_reward(workspace: Workspace, name: str) -> str:
     side = benchmark.config.resolution or 8 * workspace.policy.latent_shape[-1]
     score = float(score_images(reward, torch.full((1, 3, side, side), 0.5), prompts)[0])
     held_out = ", held out" if benchmark.reward_is(name, "held_out") else ""
-    detector = getattr(getattr(reward, "detector", None), "name", "")
-    by = f", objects detected by {detector}" if detector else ""
-    return f"{score:.3f} in [{reward.range[0]:g}, {reward.range[1]:g}]{held_out}{by}"
+    low, high = reward.range
+    message = f"{score:.3f} in [{low:g}, {high:g}] for a gray image{held_out}"
+    if isinstance(reward, GenEval):
+        detector = reward.detector.name
+        message += f", objects detected by {detector}; {check_detector(benchmark, reward)}"
+    return message
+
+
+def check_detector(benchmark: Benchmark, reward: Reward) -> str:
+    """How often a correct image scores higher than a wrong one, where they can be rendered."""
+    if not benchmark.renderer:
+        return "no known answer: the detector's classes are not checked, only that it runs"
+    prompts, right, wrong = benchmark.renderer.known_answers(12)
+    higher = score_images(reward, right, prompts) > score_images(reward, wrong, prompts)
+    message = f"{sum(higher)} of {len(higher)} correct images score higher than wrong ones"
+    if higher.mean() < 0.75:
+        raise ValueError(f"{message}: the classes of its detector are wrong; check its weights")
+    return message
 
 
 def check_update(workspace: Workspace) -> str:

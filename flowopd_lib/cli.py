@@ -184,6 +184,8 @@ def add_command(parsers: Any, name: str) -> None:
             options["type"] = (get_args(kind) or (kind,))[0]
         if get_origin(kind) is list:
             options["nargs"] = "+"
+            if not argument.default:  # given twice, all count
+                options["action"] = "extend"
         if argument.kind is argument.KEYWORD_ONLY:
             name, options["required"] = f"--{name.replace('_', '-')}", not optional
         elif optional:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 # pydantic's kinds of fault
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 MISSING_KEY = ("missing", "missing_argument")
-CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -40,6 +40,13 @@ class Config(BaseModel):
     """A section of a YAML file: unknown keys are errors."""
 
     model_config = CONFIG
+
+
+def refuse_unused(config: Config, **unused: str) -> None:
+    """Raises ValueError for a setting that was given and has no effect; `unused`: why, by name."""
+    for name, why in unused.items():
+        if name in config.model_fields_set and getattr(config, name) is not None:
+            raise ValueError(f"{name} has no effect {why}; leave it out")
 
 
 # Settings that are given by position too, such as `Sampler(10, "sde")`.
@@ -108,6 +115,21 @@ def choose(what: str, name: str, known: Iterable[str]) -> str:
     return name
 
 
+class _Loader(yaml.SafeLoader):
+    """Keys are strings as they are written (`no` and `on` too), and so are dates."""
+
+    yaml_implicit_resolvers = {
+        first: [one for one in found if one[0] != "tag:yaml.org,2002:timestamp"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
+
+
 def read_yaml(path: str | Path) -> Any:
     """A YAML file. Raises ValueError with file and line for what is not YAML, FileNotFoundError
     where there is none."""
@@ -116,7 +138,7 @@ def read_yaml(path: str | Path) -> Any:
         there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"there is no {path}{nearest(path.stem, there)}")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 

@@ -103,7 +103,7 @@ def write_prompts(path: str | Path, prompts: Sequence[Prompt]) -> None:
 
 def quoted_words(prompt: str, where: str = "") -> str:
     """What a sign has to say: the words between the first two double quotes. Raises ValueError
-    without any."""
+    without any. A single letter is allowed, but OCR may read it as another (rewards/ocr.py)."""
     parts = prompt.split('"')
     if len(parts) < 3 or not parts[1].strip():
         raise ValueError(f"{where or repr(prompt)} has no words in double quotes")

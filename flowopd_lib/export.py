@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from safetensors.torch import load_file
@@ -64,7 +65,9 @@ def export_training(folder: str | Path, out: str | Path, license: str) -> Path:
     benchmark = load_benchmark(recipe.get("benchmark", DEFAULT))
     base = benchmark.base_name
     kind = next(key for key in METHODS if recipe.get(key) is not None)
-    tasks = (recipe.get("schedule") or recipe[kind]).get("tasks") or ["all tasks"]
+    tasks = (recipe.get("schedule") or recipe[kind]).get("tasks") or (
+        benchmark.prompt_tasks if kind == "grpo" else benchmark.distilled_tasks
+    )
     card = CARD.format(
         base_model=f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else "",
         base=base,
@@ -72,13 +75,23 @@ def export_training(folder: str | Path, out: str | Path, license: str) -> Path:
         iterations=len(read_lines(folder / METRICS)),
         tasks=", ".join(tasks),
         benchmark=benchmark.name,
-        recipe=yaml.safe_dump(recipe, sort_keys=False),
+        recipe=yaml.safe_dump(without_paths(recipe), sort_keys=False),
         license=license,
     )
     modules = adapted_modules(folder / "adapter" / PEFT_FILE)
     write_diffusers(read_adapter(folder / "adapter", modules), out)
     write_whole(out / "README.md", card)
     return out
+
+
+def without_paths(node: Any) -> Any:
+    """Of each absolute path, which is of this machine, the last two names."""
+    if isinstance(node, dict):
+        return {key: without_paths(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [without_paths(value) for value in node]
+    is_path = isinstance(node, str) and Path(node).is_absolute()
+    return "/".join(Path(node).parts[-2:]) if is_path else node
 
 
 def adapted_modules(weights: Path) -> dict[str, tuple[int, int]]:

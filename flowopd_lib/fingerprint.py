@@ -139,9 +139,10 @@ def hub_commit(name: str) -> str:
     """A hub id with its commit on this machine; any other string as it is."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    if not (parts := re.match(r"([\w.-]{1,96})/([\w.-]{1,96})(/|$)", name)):
+    path, _, revision = name.partition("@")
+    if not (parts := re.match(r"([\w.-]{1,96})/([\w.-]{1,96})(/|$)", path)):
         return name
-    ref = Path(HF_HUB_CACHE) / f"models--{parts[1]}--{parts[2]}" / "refs" / "main"
+    ref = Path(HF_HUB_CACHE) / f"models--{parts[1]}--{parts[2]}" / "refs" / (revision or "main")
     return f"{name} at {ref.read_text().strip()}" if ref.is_file() else name
 
 

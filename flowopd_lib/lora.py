@@ -30,6 +30,9 @@ MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+FILES = (CONFIG, PEFT_FILE, DIFFUSERS_FILE)  # what is read: never a pickle
+# OWNER/NAME, /SUBFOLDER, @REVISION
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)((?:/[\w-][\w.-]*)*)(?:@([\w./-]+))?")
 # Fields of PEFT's config that say which layers are adapted, and at what rank and scale.
 PLAN = (
     "r lora_alpha target_modules exclude_modules layers_to_transform layers_pattern rank_pattern "
@@ -142,7 +145,8 @@ def new_lora(
 def read_adapter(source: str | Path, modules: Mapping[str, tuple[int, int]]) -> Lora:
     """An adapter for a transformer with these linear modules, float32: from a PEFT folder
     (`adapter_config.json` and `adapter_model.safetensors`), a diffusers folder
-    (`pytorch_lora_weights.safetensors`), one safetensors file of either, or a hub id.
+    (`pytorch_lora_weights.safetensors`), one safetensors file of either, or a hub id: `OWNER/NAME`,
+    `OWNER/NAME/SUBFOLDER`, and with `@REVISION` at the end a branch, tag or commit.
 
     Raises FileNotFoundError where there is none, and ValueError, with counts and an example, for
     keys that are missing, unexpected or of another shape, for numbers that are not finite, and for
@@ -220,12 +224,9 @@ def _plan(config: Mapping, modules: Mapping, source: str | Path) -> dict[str, tu
 def _files_of(source: str | Path) -> tuple[Path, Path | None]:
     """The weights' file and, in PEFT's format, the config's."""
     path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        import huggingface_hub
-
-        patterns = [CONFIG, PEFT_FILE, DIFFUSERS_FILE]  # never a pickle
+    if not path.exists() and (on_hub := HUB_ID.fullmatch(str(source))):
         try:
-            path = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
+            path = _download(*on_hub.groups())
         except Exception as error:  # the hub's client has many kinds of its own
             raise FileNotFoundError(
                 f"{str(source)!r} is neither a folder here nor an adapter on the hub: "
@@ -243,6 +244,31 @@ def _files_of(source: str | Path) -> tuple[Path, Path | None]:
         f"{source} is no adapter: a PEFT folder has {CONFIG} and {PEFT_FILE}, a diffusers folder "
         f"{DIFFUSERS_FILE}; pickles are never read"
     )
+
+
+def _download(name: str, subfolder: str, revision: str | None) -> Path:
+    """The folder of an adapter on the hub: the subfolder, or the only one below it. Raises
+    FileNotFoundError with those there are."""
+    import huggingface_hub
+
+    def download(at: str, *files: str) -> Path:
+        patterns = [at + file for file in files]
+        how = {"revision": revision, "allow_patterns": patterns}
+        return Path(huggingface_hub.snapshot_download(name, **how))
+
+    at = f"{subfolder[1:]}/" if subfolder else ""
+    root = download(at, *FILES)
+    if any((root / at / file).is_file() for file in FILES):
+        return root / at
+    root = download("*/", CONFIG)  # small, and says where the others are
+    found = {p.parent for file in FILES for p in root.rglob(file)}
+    there = sorted(f for f in found if found.isdisjoint(f.parents))  # no checkpoints of others
+    below = [folder for folder in there if folder.is_relative_to(root / at)]
+    if len(below) == 1:
+        at = f"{below[0].relative_to(root).as_posix()}/"
+        return download(at, *FILES) / at
+    names = ", ".join(f"{name}/{p.relative_to(root).as_posix()}" for p in below or there)
+    raise FileNotFoundError(f"the adapters of {name} are {names or 'none that can be read'}")
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

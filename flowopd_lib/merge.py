@@ -8,11 +8,12 @@ experts that has all n^2 cross products, over n^2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
+from pydantic import Field, model_validator
 
-from .config import Config, Count, Fraction, choose
+from .config import Config, Count, Fraction, choose, refuse_unused
 from .lora import Lora
 from .policy import FlowPolicy
 
@@ -24,11 +25,19 @@ class MergeConfig(Config):
     """See `merge_loras`."""
 
     merge: Method
-    adapters: list[str]
+    adapters: Annotated[list[str], Field(min_length=1)]
     weights: list[float] | None = None
     rank: Count | None = None
     density: Fraction = 0.5
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _effects(self):
+        if self.merge not in ("ties", "dare"):
+            refuse_unused(self, density=f"with {self.merge}")
+        if self.merge != "dare":
+            refuse_unused(self, seed=f"with {self.merge}")
+        return self
 
 
 def merge_loras(
@@ -39,8 +48,7 @@ def merge_loras(
     density: float = 0.5,
     seed: int = 0,
 ) -> Lora:
-    """The weighted mean (equal weights by default) of adapters; of one, with a weight, so much of
-    it.
+    """The weighted mean (equal weights by default) of adapters; that of one is itself.
 
     cat          the exact mean of the task vectors; its rank is the sum of the ranks
     svd          the best approximation of that mean with `rank` (default: the largest of the
@@ -55,8 +63,6 @@ def merge_loras(
     from peft.utils.merge_utils import dare_ties, ties
 
     choose("way to merge", method, METHODS)
-    if len(loras) == 1 and weights is None:
-        raise ValueError("an average takes at least two adapters; of one, weights say how much")
     weights = list(weights) if weights is not None else [1 / len(loras)] * len(loras)
     if len(weights) != len(loras):
         raise ValueError(f"{len(loras)} adapters need as many weights, not {weights}")

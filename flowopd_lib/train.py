@@ -237,7 +237,7 @@ def train(
 def start_trackers(accelerator: Accelerator, folder: Path, about: dict) -> None:
     """With the training's settings where it begins, as the same run where it is resumed."""
     begins, file = not (folder / STATE).exists(), folder / "tracker_run.txt"
-    if begins:
+    if begins or not file.exists():  # a state that was copied is another run
         write_whole(file, uuid.uuid4().hex)
     wandb = {"dir": str(folder), "name": folder.name, "id": file.read_text(), "resume": "allow"}
     settings = {key: about[key] for key in ("objective", "train", "precision")}

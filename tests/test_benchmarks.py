@@ -11,7 +11,7 @@ import yaml
 
 from flowopd_lib import load_benchmark
 from flowopd_lib.benchmarks.tiny.scenes import SIGN_BOX, SIZE
-from flowopd_lib.check import check
+from flowopd_lib.check import check, check_reward
 from flowopd_lib.config import read_yaml, validate
 from flowopd_lib.files import ROOT
 from flowopd_lib.lab import Lab, build
@@ -254,10 +254,12 @@ def test_an_experts_guidance_is_used_wherever_it_is_sampled(guided, tmp_path, mo
         torch.testing.assert_close(states.v_teacher[i], expected[0], rtol=1e-4, atol=1e-4)
         anchor = policy.velocity(*state, 3.0, "geneval")
         torch.testing.assert_close(states.v_anchor[i], anchor[0], rtol=1e-4, atol=1e-4)
-    # an adapter that is no expert, as the student
-    other = {**OPD, "adapters": {"mine": "ocr"}, "opd": {"teachers": {"ocr": "mine"}}}
-    other["schedule"] = {**OPD["schedule"], "tasks": ["ocr"]}
-    assert built(other, guided).config.guidance == {"mine": 3.0, None: 3.0}
+    # an expert under another name too; an adapter that is no expert, as the student
+    other = {**OPD, "opd": {"teachers": {"ocr": "mine", "geneval": "new"}, "mar": 0.0}}
+    other["adapters"] = {"mine": "again", "again": {"load": "ocr"}}
+    other["adapters"]["new"] = {"merge": "cat", "adapters": ["ocr"]}
+    other["schedule"] = {**OPD["schedule"], "tasks": ["ocr", "geneval"]}
+    assert built(other, guided).config.guidance == {"new": 3.0}  # 1 is none
     # samples that a supervised start learns from
     sft = built(
         {"sft": {"samples": 2, "tasks": ["geneval", "ocr"]}, "train": {"iterations": 1}}, guided
@@ -276,8 +278,9 @@ def test_an_experts_guidance_is_used_wherever_it_is_sampled(guided, tmp_path, mo
     monkeypatch.setattr(sys.modules["flowopd_lib.evaluate"], "sample", record)
     models = {"base": None, "expert": "ocr", "other expert": "geneval"}
     evaluation = {"job": "evaluate", "n": 1, "tasks": ["ocr"], "rewards": ["PickScore"]}
-    run_job({**evaluation, "models": models}, tmp_path, guided)
-    assert sampled == {None: 3.0, "ocr": 1.0, "geneval": 3.0}
+    evaluation |= {"adapters": {"mine": "ocr"}, "models": {**models, "mine": "mine"}}
+    run_job(evaluation, tmp_path, guided)
+    assert sampled == {None: 3.0, "ocr": 1.0, "geneval": 3.0, "mine": 1.0}
 
 
 # ---- faults
@@ -346,3 +349,36 @@ def test_a_check_reports_everything_that_is_wrong(mine, tmp_path):
     assert {"prompts of geneval", "prompts of ocr", "expert ocr", "expert deqa"} <= failed
     assert not any(name.startswith("model") for name in failed)
     assert "one update of OPD" not in {row.check for row in rows}  # not on top of what is wrong
+
+
+DETECTORS = """
+import random
+from dataclasses import replace
+from flowopd_lib.benchmarks.tiny.detector import ShapeDetector
+
+class Shifted(ShapeDetector):
+    def relabel(self, found):
+        return replace(found, label=self.labels[self.labels.index(found.label) - 1])
+
+    def __call__(self, images):
+        return [[self.relabel(found) for found in one] for one in super().__call__(images)]
+
+class Recoloured(Shifted):
+    def relabel(self, found):
+        return replace(found, color=self.colors[self.colors.index(found.color) - 1])
+
+class Random(Shifted):
+    def relabel(self, found):
+        return replace(found, label=random.choice(self.labels))
+"""
+
+
+@pytest.mark.parametrize("kind", ["Shifted", "Recoloured", "Random"])
+def test_a_check_fails_for_a_detector_with_wrong_classes(mine, tmp_path, policy, kind):
+    (tmp_path / "detectors.py").write_text(DETECTORS)
+    wrong = {"class": "GenEval", "detector": {"class": f"{tmp_path}/detectors.py:{kind}"}}
+    benchmark = mine(rewards={**TINY["rewards"], "GenEval": wrong})
+    workspace = Workspace(benchmark, policy=policy)
+    with pytest.raises(ValueError, match="of 12 correct images .* the classes of its detector"):
+        check_reward(workspace, "GenEval")
+    assert "12 of 12 correct images" in check_reward(workspace, "GenEvalScore")

@@ -2,7 +2,7 @@
 
 import json
 
-import huggingface_hub
+import huggingface_hub.constants
 import pandas as pd
 import pytest
 import torch
@@ -163,11 +163,14 @@ def test_an_adapter_is_its_files_or_its_training(benchmark, finished, tmp_path):
 
 def test_what_lies_on_the_hub_is_its_commit(key_of, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    keys = [key_of({**SPEC, "student": {"load": "someone/adapter"}})]
+    keys = [key_of({**SPEC, "student": "someone/adapter/deeper"})]
     for commit in ("1234", "5678"):
         write_whole(tmp_path / "models--someone--adapter" / "refs" / "main", commit)
-        keys.append(key_of({**SPEC, "student": {"load": "someone/adapter"}}))
-    assert len({*keys}) == 3
+        keys.append(key_of({**SPEC, "student": "someone/adapter/deeper"}))
+    for commit in ("1234", "5678"):
+        write_whole(tmp_path / "models--someone--adapter" / "refs" / "v2", commit)
+        keys.append(key_of({**SPEC, "student": "someone/adapter@v2"}))
+    assert len({*keys}) == 5
 
 
 REWARD = '''

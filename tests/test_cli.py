@@ -62,7 +62,7 @@ def test_a_run_gets_its_overrides(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
         runner, "run_profile", lambda *arguments: calls.append(arguments) or tmp_path
     )
-    cli.main("run demo --only 05 --set n_test=3 lr=3e-4 --jobs 2 --resume".split())
+    cli.main("run demo --only 05 --set n_test=3 --jobs 2 --set lr=3e-4 --resume".split())
     assert calls == [("demo", "05", {"n_test": 3, "lr": 3e-4}, None, True, 2)]
     assert str(tmp_path / "report.html") in capsys.readouterr().out
 

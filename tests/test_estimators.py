@@ -18,7 +18,7 @@ def test_bias_and_noise_are_measured():
         name: size * mean + noise * torch.randn(24, 400, generator=g)
         for name, (size, noise) in true.items()
     }
-    rows = compare_estimators(gradients).set_index("estimator")
+    rows = compare_estimators(gradients, gradients).set_index("estimator")
     for name, (size, noise) in true.items():
         row = rows.loc[name]
         assert abs(row["mean along pathwise"] - size) < 4 * row["se"] + 1e-9, name

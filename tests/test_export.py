@@ -35,6 +35,23 @@ def test_an_export_has_the_trained_weights_and_a_card(training, workspace, tmp_p
     assert load_benchmark().base_name in text and "base_model" not in metadata  # not on the hub
 
 
+@pytest.mark.parametrize("tasks", [None, ["ocr"]])
+def test_the_card_of_a_supervised_training_has_its_tasks_and_no_paths(training, tmp_path, tasks):
+    recipe = {
+        "benchmark": "tiny",
+        "adapters": {"mine": str(tmp_path / "runs" / "mine" / "adapter")},
+        "student": {"merge": "svd", "adapters": ["mine", "ocr"]},
+        "sft": {"samples": 4, "tasks": tasks},
+        "train": {"iterations": 2, "lr": 1e-3},
+    }
+    (training / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = (export_training(training, tmp_path / "out", "mit") / "README.md").read_text()
+    assert "by supervised fine-tuning on samples of its teachers: 2 iterations" in text
+    names = tasks or load_benchmark().distilled_tasks
+    assert f"prompts of {', '.join(names)} of the benchmark tiny" in text
+    assert str(tmp_path) not in text and "mine: mine/adapter" in text
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -8,7 +8,7 @@ import bad_inputs
 import pytest
 import yaml
 
-from flowopd_lib.config import Config, Count, Plugin, load_plugin, validate
+from flowopd_lib.config import Config, Count, Plugin, load_plugin, read_yaml, validate
 from flowopd_lib.data import quoted_words, read_prompts, write_prompts
 from flowopd_lib.rollout import Sampler
 
@@ -106,6 +106,18 @@ def test_a_bad_prompt_file_is_named(content, message, tmp_path):
         path.write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_prompts(path, "ocr", "quoted")
+
+
+def test_keys_and_dates_of_yaml_are_as_they_are_written(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("no: {on: 1}\n2024-01-02: 2024-03-04\n3: no\n<<: {a: b}\n[1]: x\n"[:-7])
+    read = read_yaml(path)
+    assert read == {"no": {"on": 1}, "2024-01-02": "2024-03-04", "3": False, "a": "b"}
+    with pytest.raises(ValueError, match=r"mine.yaml: 2024-01-02: no such setting"):
+        validate(Section, {"n": 1, "2024-01-02": 3}, "mine.yaml")
+    path.write_text("[1]: x\n")
+    with pytest.raises(ValueError, match="mine.yaml is not YAML: .* unhashable key .* line 1"):
+        read_yaml(path)
 
 
 # ---- recipes: the table of bad inputs, as the command line reports them

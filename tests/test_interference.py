@@ -62,6 +62,12 @@ def test_the_reward_gradient_is_the_derivative_of_the_mean_reward_at_fixed_noise
             assert gradient[i, j].item() == pytest.approx(slope, rel=5e-3, abs=1e-3)
 
 
+def test_a_reward_gradient_of_a_score_that_is_not_a_number_is_an_error():
+    arguments = schedule(), PixelReward(1.0, float("nan")), SAMPLER, "student", 0
+    with pytest.raises(ValueError, match="PixelReward gave nan for 'x'"):
+        interference.reward_gradient(small_policy(), *arguments)
+
+
 def test_cosines_of_rewards_that_agree_conflict_and_are_independent():
     policy, gradients = small_policy(), {}
     weights = {"one": (1.0, 0.0), "same": (2.0, 0.0), "against": (-1.0, 0.0), "other": (0.0, 1.0)}

@@ -3,16 +3,19 @@
 import os
 import shutil
 import signal
+from unittest.mock import Mock
 
 import pytest
+from accelerate import Accelerator
 from trainings import GRPO, OPD, START, assert_same_training, changed, launcher, metrics, wait_until
 
 from flowopd_lib.config import read_yaml, validate
 from flowopd_lib.files import load_state, read_lines, read_thumbnail
-from flowopd_lib.lab import Lab
+from flowopd_lib.lab import Lab, launch
 from flowopd_lib.lab.jobs import run_job
 from flowopd_lib.lab.launch import LaunchedJob, Worker, work
 from flowopd_lib.lab.recipe import Recipe
+from flowopd_lib.rewards.remote import PATIENCE, RemoteReward
 
 
 def test_stopped_killed_and_resumed_is_uninterrupted_to_the_bit(workspace, tmp_path):
@@ -96,3 +99,14 @@ def test_a_background_training_has_validation_images_and_fails_aloud(tmp_path):
     bad.start()
     with pytest.raises(RuntimeError, match="failed: error: .* holds another training"):
         bad.wait()
+
+
+def test_processes_wait_longer_for_each_other_than_a_reward_is_tried(monkeypatch, tmp_path):
+    """So that a run whose reward is gone ends with the reward's sentence, not the backend's."""
+    make = Mock(wraps=Accelerator)
+    monkeypatch.setattr(launch, "Accelerator", make)
+    launch.make_accelerator({}, tmp_path)
+    [of_group] = make.call_args.kwargs["kwargs_handlers"]
+    assert of_group.timeout.total_seconds() == PATIENCE
+    with pytest.raises(ValueError, match="X: 4 retries of 10000 s .* lower its timeout"):
+        RemoteReward("http://127.0.0.1:9", "X", timeout=10000)

@@ -193,7 +193,7 @@ def test_adapters_are_read_from_files_folders_and_the_hub(expert, tmp_path, monk
     shutil.copy(tmp_path / "diffusers" / DIFFUSERS_FILE, tmp_path / "student.safetensors")
     downloads = []
 
-    def snapshot(name, allow_patterns):
+    def snapshot(name, revision, allow_patterns):
         downloads.append((name, allow_patterns))
         return str(expert)
 
@@ -214,6 +214,35 @@ def test_adapters_are_read_from_files_folders_and_the_hub(expert, tmp_path, monk
         (tmp_path / "diffusers" / "README.md", "is no adapter"),
     ):
         with pytest.raises(FileNotFoundError, match=message):
+            read_adapter(source, modules)
+
+
+def test_an_adapter_of_a_hub_repository_has_a_subfolder_and_a_revision(
+    expert, tmp_path, monkeypatch
+):
+    modules, hub, asked = linear_modules(base_transformer()), tmp_path / "hub", []
+    sha256 = read_adapter(expert, modules).sha256
+    shutil.copytree(expert, hub / "deep" / "Student" / "lora")
+
+    def snapshot(name, revision=None, allow_patterns=()):
+        asked.append((name, revision))
+        return str(hub / "deep")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    for source, revision in (
+        ("owner/deep/Student/lora", None),
+        ("owner/deep/Student/lora@v2", "v2"),
+        ("owner/deep@refs/pr/1", "refs/pr/1"),
+        ("owner/deep", None),  # the only one
+        ("owner/deep/Student", None),
+    ):
+        asked.clear()
+        assert read_adapter(source, modules).sha256 == sha256
+        assert {*asked} == {("owner/deep", revision)}
+    write_diffusers(read_adapter(expert, modules), hub / "deep" / "Teacher")
+    there = "owner/deep/Student/lora, owner/deep/Teacher"
+    for source in ("owner/deep", "owner/deep/Studnet"):
+        with pytest.raises(FileNotFoundError, match=f"'{source}' .* {there}"):
             read_adapter(source, modules)
 
 
@@ -286,7 +315,6 @@ def test_ties_and_dare_keep_a_fraction_of_each_task_vector():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(loras=[0]), "at least two adapters"),
         (dict(method="mean"), "there is no way to merge 'mean'"),
         (dict(weights=[1.0]), "2 adapters need as many weights"),
         (dict(method="ties", density=0.0), r"density must be in \(0, 1\]"),
@@ -294,7 +322,13 @@ def test_ties_and_dare_keep_a_fraction_of_each_task_vector():
     ],
 )
 def test_a_bad_merge_is_refused(arguments, message):
-    loras = [random_lora(0, 4), random_lora(1, 2)]
-    chosen = [loras[i] for i in arguments.pop("loras", (0, 1))]
     with pytest.raises(ValueError, match=message):
-        merge_loras(chosen, **arguments)
+        merge_loras([random_lora(0, 4), random_lora(1, 2)], **arguments)
+
+
+def test_the_average_of_one_adapter_is_itself():
+    lora = random_lora(0, 4)
+    for method in ("cat", "svd", "factor_wise"):
+        merged = merge_loras([lora], method)
+        for name in lora.a:
+            torch.testing.assert_close(merged.delta(name), lora.delta(name), rtol=1e-4, atol=1e-5)

@@ -3,12 +3,14 @@
 import json
 import re
 import runpy
+import shutil
 
 import nbformat
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from flowopd_lib.benchmarks.benchmark import SHIPPED
 from flowopd_lib.config import validate
 from flowopd_lib.files import RUNS
 from flowopd_lib.lab.notebook import TYPES, open_lab, read_parameters
@@ -116,6 +118,41 @@ def test_overrides_are_yaml():
     }
     with pytest.raises(ValueError, match=r"the value of variants is not YAML: '\[a'"):
         parse_overrides(["variants=[a"])
+
+
+@pytest.mark.fast
+def test_a_runs_files_are_named_as_seen_from_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(SHIPPED / "sd35.yaml", "mine.yaml")
+    (tmp_path / "mine.py").write_text("def loss(batch):\n    return batch.weight\n")
+    own = {"benchmark": "mine.yaml", "loss": "mine.py:loss", "weighting": "ode"}
+    for given in ({}, own):
+        (tmp_path / "profile.yaml").write_text(json.dumps({"05_opd": given}))
+        chosen = choose_notebooks("profile.yaml", "", {} if given else own)["05_opd"]
+        assert chosen["benchmark"] == str(tmp_path / "mine.yaml") and chosen["weighting"] == "ode"
+        assert chosen["loss"] == f"{tmp_path / 'mine.py'}:loss"
+
+
+BEFORE_A_RUN = {
+    "01: {adapter: merge}": r"adapter: there is no .* 'merge' \(did you mean 'merged'",
+    "02: {samples_per_prompt: {deqa: 2}}": "samples_per_prompt: there is no .* 'deqa'",
+    "05: {others: [stf]}": r"others.0: .*'sft'",
+    "05: {task_weights: {orc: 2}}": r"task_weights: .* 'orc' \(did you mean 'ocr'",
+    "05: {trained_steps: 10}": "trained_steps: .* or how many of these, not 10",
+    "05: {loss: log_ratio}": "log_ratio estimates the KL, so weighting must be kl",
+    "05: {loss: 'none.py:loss'}": "loss: 'none.py:loss' cannot be loaded",
+    "05: {loss: pathwize}": r"loss: .*\(did you mean 'pathwise'",
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("change", BEFORE_A_RUN)
+def test_names_and_counts_are_checked_before_a_run(change, tmp_path):
+    start, _, values = change.partition(": ")
+    [name] = [path.stem for path in ALL if path.stem.startswith(start)]
+    (tmp_path / "mine.yaml").write_text(f"{name}: {values}")
+    with pytest.raises(ValueError, match=f"{name}.*{BEFORE_A_RUN[change]}"):
+        choose_notebooks(str(tmp_path / "mine.yaml"))
 
 
 # --- the notebooks of this repository

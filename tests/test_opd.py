@@ -9,6 +9,7 @@ from small_policy import SmallPolicy
 
 from flowopd_lib.config import validate
 from flowopd_lib.data import Prompt, Schedule
+from flowopd_lib.fingerprint import describe
 from flowopd_lib.losses import LOSSES, OPD, OPDConfig, Shard
 from flowopd_lib.losses.grpo import clipped_surrogate
 from flowopd_lib.losses.opd import mirrored
@@ -164,7 +165,8 @@ def test_every_prompt_is_routed_to_its_own_teacher():
 def test_the_anchor_applies_to_every_prompt():
     policy = small_policy()
     policy.weights["anchor"] = torch.ones(2, 2)
-    free, held = (gradients(policy, "pathwise", 1, mar=m, anchor="anchor") for m in (0.0, 0.5))
+    free = gradients(policy, "pathwise", 1)
+    held = gradients(policy, "pathwise", 1, mar=0.5, anchor="anchor")
     policy.weights["teacher"] = policy.weights["anchor"]
     torch.testing.assert_close(held, free + 0.5 * gradients(policy, "pathwise", 1))
 
@@ -270,6 +272,12 @@ def test_visited_states_are_those_of_whole_trajectories(kind, loss):
 def test_bad_settings_are_errors_before_anything_is_sampled(options, message):
     with pytest.raises(ValueError, match=message):
         objective(**{"batch": 4, **options})
+
+
+def test_the_fingerprint_has_the_micro_batch_where_the_estimator_depends_on_it():
+    for loss, depends in (("pathwise", False), ("log_ratio", False), ("log_ratio+as_coded", True)):
+        a, b = (describe(objective(loss, 8, micro_batch_size=n)) for n in (2, 4))
+        assert (a != b) == depends
 
 
 def means(terms):

@@ -207,7 +207,6 @@ def test_a_teacher_that_is_the_base_under_another_name_is_refused(workspace):
         with pytest.raises(ValueError, match=message):
             check(**arguments)
     check(None)  # the base, by name
-    check("ocr", anchor="null", mar=0.0)
 
 
 def test_resolutions_that_the_model_cannot_have_are_refused(benchmark):

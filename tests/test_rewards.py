@@ -3,15 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
 
 from flowopd_lib.benchmarks.tiny.data import to_tensor
+from flowopd_lib.benchmarks.tiny.reward_checks import check_rewards
 from flowopd_lib.benchmarks.tiny.scenes import degrade, render
 from flowopd_lib.benchmarks.tiny.specs import Spec, sample_specs
-from flowopd_lib.data import Prompt
+from flowopd_lib.config import validate
+from flowopd_lib.data import Prompt, Schedule
+from flowopd_lib.evaluate import score
 from flowopd_lib.fingerprint import describe
+from flowopd_lib.losses import GRPO, GRPOConfig
 from flowopd_lib.rewards import OCR, applies_to, as_reward, attribute, score_images
 from flowopd_lib.rewards.ocr import ocr_reward
+from flowopd_lib.rollout import Sampler
+from flowopd_lib.widgets.sampling import try_prompt
 
 SIGN = Spec("ocr", "ocr", word="CAT", opener='a sign that says "{}"')
 CAT = Prompt(SIGN.text, "ocr")
@@ -67,6 +74,23 @@ def test_anything_but_one_score_in_range_per_image_is_an_error(scores, message):
         score_images(Constant(scores), *TWO)
 
 
+@pytest.mark.parametrize("caller", ["evaluation", "GRPO", "playground", "checks"])
+def test_every_caller_refuses_a_score_that_is_not_a_number(caller, policy):
+    reward, two = Constant(np.array([np.nan] * 2)), torch.cat([BLANK, BLANK])
+    with pytest.raises(ValueError, match="Constant gave nan for '.*', not a number in its range"):
+        if caller == "evaluation":
+            score(two, [CAT, CAT], {"OCR": reward})
+        elif caller == "GRPO":
+            schedule, weights = Schedule({"ocr": [CAT]}, 1, 2), {"OCR": 1.0}
+            config = validate(GRPOConfig, {"updates": 1, "reward_weights": weights})
+            objective = GRPO(schedule, {"OCR": reward}, config, Sampler(2, "sde"))
+            objective.score(two, schedule.draw(0))
+        elif caller == "playground":
+            try_prompt(policy, CAT, {"OCR": reward}, {"base": None, "same": None}, Sampler(1))
+        else:
+            check_rewards({"GenEval": reward}, n=2)
+
+
 def test_a_plain_function_is_a_reward():
     def brightness(images, prompts):
         return images.mean((1, 2, 3))
@@ -105,6 +129,18 @@ def test_ocr_reads_a_sign_and_nothing_on_a_blank(rewards):
     assert rewards["OCR"].read(images, [CAT] * 2) == ["CAT", ""]
     images, dog = pixels(render(SIGN, 0), render(SIGN, 1)), Prompt('a sign that says "DOG"', "ocr")
     assert score_images(rewards["OCR"], images, [CAT, dog]).tolist() == [1, 0]
+
+
+def test_ocr_of_a_whole_image_cannot_read_some_single_letters():
+    """As its docstring says; two letters it reads."""
+    words, images = ("I", "l", "O", "II"), []
+    font = font_manager.findfont("DejaVu Sans:bold")
+    for word in words:
+        images.append(Image.new("RGB", (256, 256), "white"))
+        where = {"font": ImageFont.truetype(font, 60), "anchor": "mm"}
+        ImageDraw.Draw(images[-1]).text((128, 128), word, "black", **where)
+    prompts = [Prompt(f'a sign that says "{word}"', "ocr") for word in words]
+    assert score_images(OCR(), pixels(*images), prompts).tolist() == [0, 0, 0, 1]
 
 
 def test_ocr_is_the_same_alone_and_in_a_batch(rewards):

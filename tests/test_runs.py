@@ -15,9 +15,10 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from flowopd_lib import files
+from flowopd_lib import files, load_benchmark
 from flowopd_lib.benchmarks.benchmark import SHIPPED
 from flowopd_lib.config import read_yaml
+from flowopd_lib.lab.notebook import NotForThisBenchmark, open_lab
 from flowopd_lib.runs import execute, jobs, report, runner
 
 FIRST = """import json, sys
@@ -83,7 +84,7 @@ def executed(monkeypatch):
     fail."""
 
     class Executed(list):
-        fail = ()
+        fail = without = ()
 
         def since(self):
             names = list(self)
@@ -98,6 +99,8 @@ def executed(monkeypatch):
         nbformat.write(new_notebook(), folder / f"{name}.ipynb")
         if name in done.fail:
             raise RuntimeError(f"{name} failed in {folder}/x")
+        if name in done.without:
+            raise NotForThisBenchmark("this notebook needs 2 of a benchmark's experts")
 
     monkeypatch.setattr(runner, "execute", execute)
     return done
@@ -156,6 +159,22 @@ def test_a_benchmarks_prompts_and_files_are_part_of_the_fingerprint(tmp_path, be
     assert add("mine.yaml", yaml.safe_dump({**settings, "about": "another"})) == 3
     with pytest.raises(ValueError, match="there is no benchmark 'tini' .did you mean 'tiny'"):
         runner.benchmark_hash("tini")
+
+
+def test_a_notebook_that_its_benchmark_has_nothing_for_is_left_out(lab, executed):
+    executed.without, printed = ["1_first"], []
+    run_tiny(printed.append)
+    assert executed.since() == ALL and "needs 2 of a benchmark's experts" in " ".join(printed)
+    status = report.read_status(lab / "papermill_runs" / "tiny")
+    assert [status[name]["state"] for name in ALL] == ["left out", "done", "done"]
+    config = {**read_yaml(SHIPPED / "tiny" / "benchmark.yaml"), "experts": {}, "anchor": None}
+    config["folder"] = str(load_benchmark().folder)
+    files.write_json(lab / "none.yaml", config)
+    names = {"benchmark": str(lab / "none.yaml"), "out_dir": str(lab / "out")}
+    names["__annotations__"] = {"benchmark": str, "out_dir": str}
+    assert open_lab(names).benchmark.teachers == {}
+    with pytest.raises(NotForThisBenchmark, match="and none has none: train them"):
+        open_lab(names, experts=1)
 
 
 def test_notebooks_run_at_once_and_after_what_they_need(lab, executed, monkeypatch):
@@ -310,7 +329,7 @@ def test_notebooks_are_executed_interrupted_resumed_and_reported(lab, monkeypatc
         assert str(lab) not in text and f"{Path.home()}/" not in text, path
 
 
-def test_two_runs_are_compared_by_parameters_scores_and_text(lab, executed, capfd):
+def test_two_runs_are_compared_by_parameters_settings_and_scores(lab, executed, capfd):
     def run(folder, mean, low, guidance):
         score = {"reward": "OCR", "mean": mean, "low": low, "high": mean + 0.1, "n": 9}
         run_tiny(only="1", folder=lab / folder, overrides={"mean": mean})
@@ -319,12 +338,10 @@ def test_two_runs_are_compared_by_parameters_scores_and_text(lab, executed, capf
         samples = {"model": ["base", "base"], "seed": [3, 4], "guidance": guidance, "steps": 8}
         samples = pd.DataFrame(samples | {"resolution": 64})
         samples.to_parquet(lab / folder / "1_first" / "samples.parquet")
-        cells = [new_code_cell(f"mean = {mean}")]
-        nbformat.write(new_notebook(cells=cells), lab / folder / "1_first.ipynb")
         return lab / folder
 
     a, b = run("a", 0.5, 0.4, 1.0), run("b", 0.9, 0.8, 3.0)
-    report.compare(a, b, notebooks=True)
+    report.compare(a, b)
     printed = " ".join(capfd.readouterr().out.split())
     assert "parameters and states: 1 differ A B 1_first mean 0.5 0.9" in printed
     assert (
@@ -333,7 +350,6 @@ def test_two_runs_are_compared_by_parameters_scores_and_text(lab, executed, capf
     assert "settings of samples: 1 differ A B" in printed
     assert "1_first samples base guidance 1.0 3.0" in printed
     assert "guidance</th>" in report.page(report.manifest("tiny", a, report.read_status(a)), a)
-    assert "- mean = 0.5" in printed and "+ mean = 0.9" in printed
     report.compare(a, a)
     assert "scores: 0 differ" in capfd.readouterr().out
     with pytest.raises(ValueError, match="notebooks is no run: it has no status.json"):

@@ -1,5 +1,6 @@
 """The trajectory player, the playground and the monitor, operated as a user would, and headless."""
 
+import base64
 import json
 import re
 import threading
@@ -7,6 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import ipywidgets as ipw
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -92,6 +95,25 @@ def test_the_player_shows_each_step_and_samples_again(policy, test_prompts):
     assert "step 3 of 4" in player.shown.value and player.guard.box.value == ""
     player.kind.value, player.noise.value = "cps", 1.2
     assert "noise level of CPS lies in [0, 1]" in player.guard.box.value
+
+
+@pytest.mark.fast
+def test_the_player_and_the_playground_sample_an_adapter_with_its_own_guidance(monkeypatch):
+    policy, used = SmallPolicy(2, expert=torch.ones(2, 2)), set()
+    velocity = policy.velocity
+
+    def record(x, sigma, text, guidance=1.0, adapter=None):
+        used.add((adapter, guidance))
+        return velocity(x, sigma, text, guidance, adapter)
+
+    monkeypatch.setattr(policy, "velocity", record)
+    models, own = {"base": None, "expert": "expert"}, {"expert": 1.0}
+    for model in models:
+        record_trajectory(policy, PROMPT, 0, Sampler(2, "sde", guidance=3.0), models, model, own)
+        assert used == {(None, 3.0), ("expert", 1.0)}
+        used.clear()
+    try_prompt(policy, PROMPT, {}, models, Sampler(2, guidance=3.0), 0, own)
+    assert used == {(None, 3.0), ("expert", 1.0)}
 
 
 # --- the playground
@@ -227,12 +249,18 @@ def test_callbacks_of_several_threads_run_one_at_a_time_and_do_not_trigger_each_
 
 @pytest.mark.parametrize("kernel", [True, False])
 def test_the_widget_is_displayed_only_where_a_kernel_drives_it(monkeypatch, kernel):
-    shown, viewer = [], common.Viewer()
-    viewer.box, viewer.still = "the widget", lambda: ["a figure", "a table"]
+    shown, viewer, figure = [], common.Viewer(), plt.figure()
+    viewer.box, viewer.still = ipw.HTML(), lambda: [figure, "a table"]
     monkeypatch.setattr(common, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
-    monkeypatch.setattr(common, "display", shown.append)
+    monkeypatch.setattr(common, "display", lambda item, raw=False: shown.append(item))
     viewer._ipython_display_()
-    assert shown == (["the widget"] if kernel else ["a figure", "a table"])
+    assert not plt.fignum_exists(figure.number)
+    if not kernel:
+        assert shown == [figure, "a table"]
+        return
+    [bundle] = shown  # with a still image for where there are no widgets
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
 
 
 def test_the_style_takes_all_colours_from_jupyterlabs_theme():

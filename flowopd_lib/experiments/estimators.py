@@ -30,6 +30,7 @@ from pydantic import Field
 
 from ..config import Count
 from ..files import progress
+from ..lab.recipe import guidance_of
 from ..lab.workspace import Workspace
 from ..losses import LOSSES, OPD, Shard, sample_teachers
 from ..losses.opd import mirrored
@@ -73,12 +74,11 @@ def estimator_gradients(
 
 
 def compare_estimators(
-    gradients: Mapping[str, torch.Tensor], averaged: Mapping[str, torch.Tensor] | None = None
+    gradients: Mapping[str, torch.Tensor], averaged: Mapping[str, torch.Tensor]
 ) -> pd.DataFrame:
     """A row per estimator from its gradients (batches, P), `pathwise` among them: estimator, mean
     along pathwise, se, noise, noise se, n batches. `averaged`: gradients of the same means with
     less noise, for the means."""
-    averaged = gradients if averaged is None else averaged
     reference, rows = averaged["pathwise"].double(), []
     squares = (reference @ reference.T).numpy()
     for name, g in gradients.items():
@@ -187,7 +187,7 @@ def steps_job(config: StepsJob, folder: Path, workspace: Workspace) -> None:
     train = TrainConfig(config.iterations, 1e-3, warmup=3, ema=0.0)
 
     def compute(partial: Path) -> pd.DataFrame:
-        seeds, guidance = range(seed, seed + len(prompts)), benchmark.guidance
+        seeds, guidance = range(seed, seed + len(prompts)), guidance_of(benchmark, config.adapters)
         latents = sample_teachers(policy, prompts, seeds, teachers, sampler, guidance=guidance)
         targets = torch.cat([policy.decode(part).cpu() for part in latents.split(64)])
 
@@ -204,9 +204,7 @@ def steps_job(config: StepsJob, folder: Path, workspace: Workspace) -> None:
         with progress(len(table), "training at each step alone", shown) as advance:
             for k in table["step"].tolist():
                 name = f"step_{k}"
-                if name in policy.adapters:  # left by a run that was stopped
-                    policy.remove_adapter(name)
-                policy.copy_adapter(start, name)
+                workspace.load_adapter(name, start, config.adapters)
                 alone = objective(weighting="uniform_v", trained_steps=[k])
                 how = {"show_progress": False, "accelerator": workspace.accelerator}
                 fit(policy, alone, partial / name, train, name, **how)

@@ -33,6 +33,7 @@ from ..lab.workspace import Workspace
 from ..losses import Shard
 from ..policy import FlowPolicy
 from ..rewards import Reward, attribute
+from ..rewards.base import check_scores
 from ..rollout import NoiseStreams, Sampler
 from ..sde import per_row
 from ..stats import Domain, in_domain_scores, paired_differences
@@ -191,7 +192,9 @@ def reward_gradient(
             v = checkpoint(policy.velocity, *state, use_reentrant=False)
             mean, std = sampler.transition(x_t, v, sigma, sigma_next, index)
             x_t = mean + per_row(std, mean) * noise.draw() if std > 0 else mean
-        scores = reward.with_gradient(policy.decode(x_t), prompts)
+        images = policy.decode(x_t)
+        scores = reward.with_gradient(images, prompts)
+        check_scores(reward, scores, images, prompts)
         total += flat_gradient(scores.sum(), parameters)
     return total / (len(batch) * attribute(reward, "scale"))
 

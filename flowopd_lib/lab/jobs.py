@@ -32,7 +32,7 @@ from ..loading import decide
 from ..stats import model_scores
 from ..train import VALIDATION, StepInfo, check_folder, fit
 from . import cache
-from .recipe import Recipe, Source, build, rewards_in
+from .recipe import Recipe, Source, build, guidance_of, rewards_in
 from .workspace import Workspace
 
 VALIDATION_SEED = 1 << 20
@@ -240,7 +240,7 @@ def evaluate_job(config: EvaluateJob, folder: Path, workspace: Workspace) -> Non
         config.batch,
         images=folder / "images" if config.images else None,
         into=folder / config.file,
-        guidance=benchmark.guidance,
+        guidance=guidance_of(benchmark, config.adapters),
         show_progress=workspace.show_progress,
         shard=workspace.shard,
     )

@@ -21,8 +21,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from ..benchmarks import DEFAULT
 from ..config import Config, choose, read_yaml, validate
 from ..files import RUNS, write_whole
 from ..loading import choose_device, decide
+from ..rewards.remote import PATIENCE
 from ..train import StepInfo
 from .jobs import job_of, run_job
 from .workspace import Workspace
@@ -146,12 +148,10 @@ class LaunchedJob(Processes):
 
 class JobQueue:
     """Jobs one after another in the same processes, which load the model once. A job that fails
-    ends them, and the next one starts them anew. `report` gets the lines they print."""
+    ends them, and the next one starts them anew. What they print is printed here."""
 
-    def __init__(
-        self, launcher: str, notes: Path, report: Callable[[str], Any] = partial(print, flush=True)
-    ):
-        self.launcher, self.notes, self.report = launcher, notes, report
+    def __init__(self, launcher: str, notes: Path):
+        self.launcher, self.notes = launcher, notes
         self._processes: Processes | None = None
 
     def run(self, spec: Mapping[str, Any], folder: Path) -> None:
@@ -195,7 +195,7 @@ class JobQueue:
         lines = processes.lines()[self._reported :]
         self._reported += len(lines)
         for line in lines:
-            self.report(line)
+            print(line, flush=True)
 
 
 # ---- in the processes that were started
@@ -206,7 +206,9 @@ def make_accelerator(spec: Mapping[str, Any], folder: Path) -> Accelerator:
     train = spec.get("train")
     tracker = train.get("log_with") if isinstance(train, dict) else None
     on_cpu = choose_device().type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=folder)
+    wait = InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE))
+    options = {"log_with": tracker, "project_dir": folder, "kwargs_handlers": [wait]}
+    accelerator = Accelerator(cpu=on_cpu, **options)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed precision {accelerator.mixed_precision} is not supported; use no or bf16"

@@ -25,16 +25,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, create_model
 
-from ..benchmarks import DEFAULT, load_benchmark
-from ..config import Config, Count, Fraction, Index, NonNegative, Seed, choose, validate
-from ..files import RUNS, read_lines, write_table
+from ..benchmarks import DEFAULT, Benchmark, load_benchmark
+from ..config import (
+    Config,
+    Count,
+    Fraction,
+    Index,
+    NonNegative,
+    Seed,
+    choose,
+    load_plugin,
+    validate,
+)
+from ..files import ROOT, RUNS, read_lines, write_table
 from ..losses.grpo import find_loss
-from ..losses.opd import LOSSES
+from ..losses.opd import LOSSES, OPDConfig
 from ..merge import Method as MergeMethod
 from ..policy import FlowPolicy
 from ..sde import WEIGHTINGS
@@ -42,9 +52,12 @@ from ..stats import GOLD
 from ..train import METRICS
 from .jobs import job_of, run_job, validation_scores
 from .launch import JobQueue, LaunchedJob, load_launcher
+from .recipe import guidance_of
 from .workspace import Workspace
 
-STRICT = ConfigDict(extra="forbid", strict=True, validate_default=True, protected_namespaces=())
+STRICT = ConfigDict(
+    extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+)
 
 
 class Int:
@@ -62,13 +75,30 @@ class List:
 
 
 def _check_loss(name: str) -> str:
-    if ":" not in name:  # a user's own: file.py:name
-        find_loss(LOSSES, name)
+    find_loss(LOSSES, load_plugin(name) if ":" in name else name)
     return name
 
 
-def _check_weighting(name: str) -> str:
+def _check_weighting(name: str, info: ValidationInfo) -> str:
+    validate(OPDConfig, {"loss": info.data.get("loss", "pathwise"), "weighting": name})
     return name if ":" in name else choose("weighting", name, WEIGHTINGS)
+
+
+def _of_benchmark(names: Callable[[Benchmark], Iterable[str]]) -> AfterValidator:
+    """Names must be among those of the parameter `benchmark`, the notebook's first."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        known = names(load_benchmark(info.data.get("benchmark", DEFAULT)))
+        for name in [value] if isinstance(value, str) else value:
+            choose("such name", name, known)
+        return value
+
+    return AfterValidator(check)
+
+
+def _check_steps(number: int, info: ValidationInfo) -> int:
+    load_benchmark(info.data.get("benchmark", DEFAULT)).sampling.opd.trained_steps(number or None)
+    return number
 
 
 Flag, Folder, Number, String = bool, str, float, str
@@ -77,20 +107,31 @@ Steps = Int[1, 1000]  # denoising steps
 Loss = Annotated[str, AfterValidator(_check_loss)]  # of OPD, as in a recipe
 Weighting = Annotated[str, AfterValidator(_check_weighting)]
 Names = list[str]
-Counts = TaskCounts = dict[str, Count]  # positive integers by name, by task
+Students = list[Literal["sft", "base", "GRPO-Mix"]]  # trained besides the one of OPD
+Adapter = Annotated[str, _of_benchmark(lambda b: ("merged", *b.experts))]
+TrainedSteps = Annotated[int, Field(ge=0), AfterValidator(_check_steps)]  # of OPD; 0: all
+Counts = dict[str, Count]  # positive integers by name; by task, all or those with prompts
+TaskWeights = Annotated[Counts, _of_benchmark(lambda b: b.tasks)]
+TaskCounts = Annotated[Counts, _of_benchmark(lambda b: b.prompt_tasks)]
 
 # What an annotation may name, besides list[...] and dict[..., ...] of these.
-NAMES = """Count Counts Flag Folder Fraction Index Int List Loss MergeMethod Names NonNegative
-Number Rate Seed Steps String TaskCounts Weighting""".split()
+NAMES = """Adapter Count Counts Flag Folder Fraction Index Int List Loss MergeMethod Names
+NonNegative Number Rate Seed Steps String Students TaskCounts TaskWeights TrainedSteps
+Weighting""".split()
 TYPES = {name: globals()[name] for name in NAMES} | {"list": list, "dict": dict}
 
 
-def open_lab(names: Mapping[str, Any]) -> Lab:
+class NotForThisBenchmark(ValueError):
+    """A notebook needs what its benchmark does not have. A run leaves it out."""
+
+
+def open_lab(names: Mapping[str, Any], experts: int = 0) -> Lab:
     """For a notebook: `lab = open_lab(globals())`. The lab of the parameters `benchmark` and
     `launcher`, whose results go to `out_dir`, or to a temporary folder where that is empty. Sets
     the style of figures.
 
-    Raises ValueError for a value that its annotation does not allow.
+    Raises ValueError for a value that its annotation does not allow, and NotForThisBenchmark for a
+    benchmark with fewer `experts` than the notebook compares.
     """
     kinds = {n: kind for n, kind in names.get("__annotations__", {}).items() if n in names}
     values = {name: names[name] for name in kinds}
@@ -101,7 +142,13 @@ def open_lab(names: Mapping[str, Any]) -> Lab:
     from ..plots.style import use_style  # seaborn, which nothing before needs
 
     use_style()
-    return Lab(values.get("benchmark", DEFAULT), values.get("launcher", ""), out)
+    lab = Lab(values.get("benchmark", DEFAULT), values.get("launcher", ""), out)
+    if (n := len(lab.benchmark.experts)) < experts:
+        raise NotForThisBenchmark(
+            f"this notebook needs {experts} of a benchmark's experts, and {lab.benchmark.name} has "
+            f"{n or 'none'}: train them (notebook 03) and name them in its file"
+        )
+    return lab
 
 
 def read_parameters(notebook: str | Path) -> type[BaseModel]:
@@ -203,8 +250,8 @@ class Lab:
     def spec_of(self, job: str, **config: Any) -> dict[str, Any]:
         """A job's specification, with where the adapters that it names come from. Raises ValueError
         for one that is none."""
-        plain = {k: _plain(v) for k, v in config.items() if v is not None}
-        spec = {"job": job, **plain, "benchmark": self.benchmark.source}
+        given = {k: _plain(v) for k, v in config.items() if v is not None}
+        spec = {"job": job, **given, "benchmark": self.benchmark.source}
         if sources := self._sources(adapters_in(spec)):
             spec["adapters"] = sources | spec.get("adapters", {})
         job_of(spec)
@@ -323,11 +370,13 @@ class Lab:
         """The folder of an earlier run; by default papermill_runs/reference, None where that is not
         there or of another benchmark. Raises FileNotFoundError or ValueError for a `run_dir` that
         has no results of `notebook`, or those of another benchmark."""
-        run = Path(run_dir or RUNS / "reference").resolve()
+        run = ROOT / (run_dir or RUNS / "reference")
         status = run / "status.json"
         if not (run / notebook).is_dir():
             if run_dir:
-                raise FileNotFoundError(f"{run} has no results of {notebook}")
+                raise FileNotFoundError(
+                    f"{run} has no results of {notebook}; `make demo` writes papermill_runs/demo"
+                )
             return None
         entry = json.loads(status.read_text()).get(notebook, {}) if status.is_file() else {}
         path = Path(entry.get("parameters", {}).get("benchmark", DEFAULT))
@@ -337,6 +386,11 @@ class Lab:
         if run_dir:
             raise ValueError(f"{run} is a run of the benchmark {benchmark}, not of this one")
         return None
+
+    @property
+    def guidance(self) -> dict[str, float]:
+        """By adapter: what the benchmark says of its experts, for widgets that sample them."""
+        return guidance_of(self.benchmark, self.sources)
 
     def load(self, names: Sequence[str]) -> FlowPolicy:
         """The model in this process with these adapters."""
@@ -378,7 +432,7 @@ def adapters_in(spec: Mapping[str, Any]) -> list[str | None]:
 def _plain(value: Any) -> Any:
     """Configs as plain mappings."""
     if isinstance(value, Config):
-        return value.model_dump(exclude_none=True)
+        return value.model_dump(exclude_unset=True)
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return value

@@ -20,7 +20,7 @@ from pydantic import Discriminator, Tag, model_validator
 
 from ..benchmarks import DEFAULT, Benchmark
 from ..config import Config, Count, Positive, Seed, choose, validate
-from ..data import Prompt, Schedule, ScheduleConfig
+from ..data import Schedule, ScheduleConfig
 from ..losses import GRPO, OPD, SFT, GRPOConfig, Objective, OPDConfig, SFTConfig, sample_teachers
 from ..merge import MergeConfig
 from ..rollout import Sampler
@@ -32,7 +32,6 @@ SFT_SEED = (1 << 41) + (1 << 32)  # of the samples that a supervised start learn
 class NewAdapter(Config):
     rank: Count
     alpha: Positive | None = None  # None: twice the rank
-    targets: tuple[str, ...] | None = None
     seed: Seed | None = None
 
 
@@ -90,6 +89,23 @@ def rewards_in(weights: Mapping[str, Any]) -> set[str]:
     return {name for group in groups for name in group}
 
 
+def made_from(name: str, sources: Mapping[str, Any]) -> str | NewAdapter | MergeConfig:
+    """What an adapter is made from, where `sources` may name each other: an expert, a folder or a
+    hub id by its name, a new adapter or a merge."""
+    source, others = name, dict(sources)
+    while isinstance(source, str) and source in others:
+        source = others.pop(source)
+    source = validate(Source, source, f"the adapter {name}")
+    return source.load if isinstance(source, LoadAdapter) else source
+
+
+def guidance_of(benchmark: Benchmark, sources: Mapping[str, Any]) -> dict[str, float]:
+    """By adapter: what the benchmark says of an expert, under any name that `sources` give it."""
+    known = benchmark.guidance
+    ends = {name: made_from(name, sources) for name in (*known, *sources)}
+    return {name: known[e] for name, e in ends.items() if isinstance(e, str) and e in known}
+
+
 def build_objective(recipe: Recipe, benchmark: Benchmark, device: str = "") -> GRPO | OPD | None:
     """The objective of a recipe, without loading the model; None for sft, which samples first.
     Raises ValueError for names that the benchmark does not have."""
@@ -102,8 +118,13 @@ def build_objective(recipe: Recipe, benchmark: Benchmark, device: str = "") -> G
     tasks = list(config.tasks or every or benchmark.prompt_tasks)
     for task in (*tasks, *config.task_weights):
         choose("task (schedule)", task, benchmark.tasks)
+    prompts = {task: benchmark.prompts(task, "train") for task in tasks}
+    tags = {p.tag for of_task in prompts.values() for p in of_task}
+    for tag in config.tag_weights:
+        choose("tag (schedule.tag_weights)", tag, sorted(tags))
+    repeats = config.tag_weights.get  # as in Flow-GRPO's training set for GenEval; 1 by default
     schedule = Schedule(
-        {t: _repeat(benchmark.prompts(t, "train"), config.tag_weights) for t in tasks},
+        {t: [p for p in of_t for _ in range(repeats(p.tag, 1))] for t, of_t in prompts.items()},
         config.prompts_per_batch,
         config.images_per_prompt,
         config.task_weights or None,
@@ -114,15 +135,13 @@ def build_objective(recipe: Recipe, benchmark: Benchmark, device: str = "") -> G
         teachers = opd.teachers or {t: e for t, e in benchmark.teachers.items() if t in tasks}
         used = {*teachers.values()} | ({opd.anchor} if opd.mar else set())
         # an expert's is the benchmark's; the base and other adapters are guided as the student
-        guidance = {name: benchmark.guidance.get(name, sampler.guidance) for name in used}
+        known = guidance_of(benchmark, recipe.adapters)
+        guidance = {name: known.get(name, sampler.guidance) for name in used}
         guidance = {name: g for name, g in guidance.items() if g != 1.0} | dict(opd.guidance)
         config = opd.model_copy(update={"teachers": teachers, "guidance": guidance})
         return OPD(schedule, config, sampler)
     weights = recipe.grpo.reward_weights or benchmark.reward_weights(tasks=tasks)
     names = rewards_in(weights)
-    for name in names & {*benchmark.reward_configs}:
-        if benchmark.reward_is(name, "held_out"):
-            raise ValueError(f"{name} is a held-out reward: nothing may be trained on it")
     config = recipe.grpo.model_copy(update={"reward_weights": weights})
     return GRPO(schedule, benchmark.rewards_named(names, device), config, sampler)
 
@@ -147,32 +166,22 @@ def build(recipe: Recipe, workspace, name: str = "student") -> tuple[Objective, 
         student = student.model_copy(update={"seed": recipe.seed})
     workspace.load_adapters({*used, *recipe.adapters} - {name}, recipe.adapters)
     workspace.load_adapter(name, student, recipe.adapters)
-    objective = objective or _sft(recipe.sft, workspace, recipe.seed)
+    objective = objective or _sft(recipe, workspace)
     objective.check(workspace.policy, name)
     return objective, recipe.train
 
 
-def _sft(config: SFTConfig, workspace, seed: int) -> SFT:
+def _sft(recipe: Recipe, workspace) -> SFT:
     """On samples of each prompt's own teacher."""
-    benchmark = workspace.benchmark
+    benchmark, config = workspace.benchmark, recipe.sft
     tasks = list(config.tasks or benchmark.distilled_tasks or benchmark.prompt_tasks)
     each = -(-config.samples // len(tasks))
     prompts = [p for task in tasks for p in benchmark.prompts(task, "train")[:each]]
     sampler = benchmark.sampler(config.steps) if config.steps else benchmark.sampling.evaluation
     seeds = [SFT_SEED + i for i in range(len(prompts))]
-    how = {"guidance": benchmark.guidance, "shard": workspace.shard}
+    how = {"guidance": guidance_of(benchmark, recipe.adapters), "shard": workspace.shard}
     latents = sample_teachers(workspace.policy, prompts, seeds, benchmark.teachers, sampler, **how)
-    return SFT(latents.to(torch.float32), prompts, config, seed)
-
-
-def _repeat(prompts: list[Prompt], tag_weights: Mapping[str, int]) -> list[Prompt]:
-    """Every prompt as often as its tag says (once by default), as in Flow-GRPO's training set for
-    GenEval."""
-    tags = {p.tag for p in prompts}
-    if tags - {p.task for p in prompts}:
-        for tag in tag_weights:
-            choose("tag (schedule.tag_weights)", tag, sorted(tags))
-    return [p for p in prompts for _ in range(tag_weights.get(p.tag, 1))]
+    return SFT(latents.to(torch.float32), prompts, config, recipe.seed)
 
 
 def grpo_mix(

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..benchmarks import Benchmark, load_benchmark
-from ..config import validate
 from ..loading import resolve
 from ..losses import Shard
 from ..merge import MergeConfig, merge
 from ..policy import FlowPolicy
 from ..train import StepInfo, shard_of
-from .recipe import LoadAdapter, NewAdapter, Source
+from .recipe import NewAdapter, made_from
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,28 +60,21 @@ class Workspace:
     def load_adapter(self, name: str, source: Any = None, sources: Mapping[str, Any] = {}) -> None:
         """Give the policy this adapter, made from `source` (None: the benchmark's expert of that
         name), in place of one of the same name. `sources`: of other adapters that it names."""
-        source = validate(Source, name if source is None else source, f"the adapter {name}")
-        sources = {k: v for k, v in sources.items() if k != name}
-        if isinstance(source, str) and source in sources:
-            others = {k: v for k, v in sources.items() if k != source}
-            return self.load_adapter(name, sources[source], others)
+        others = {k: v for k, v in sources.items() if k != name}
+        source = made_from(name, others if source is None else {**others, name: source})
         if isinstance(source, MergeConfig):
-            self.load_adapters(source.adapters, sources)
+            self.load_adapters(source.adapters, others)
         if name in self.policy.adapters:
             self.policy.remove_adapter(name)
         if isinstance(source, MergeConfig):
             how = source.model_dump(exclude={"merge", "adapters"})
             merge(self.policy, source.adapters, name, source.merge, **how)
         elif isinstance(source, NewAdapter):
-            targets = source.targets or self.benchmark.targets
-            alpha = source.alpha or 2 * source.rank
-            self.policy.add_adapter(name, source.rank, alpha, targets, source.seed or 0)
+            rank, alpha = source.rank, source.alpha or 2 * source.rank
+            self.policy.add_adapter(name, rank, alpha, self.benchmark.targets, source.seed or 0)
         else:
-            path = source.load if isinstance(source, LoadAdapter) else source
-            experts = self.benchmark.experts
-            self.policy.load_adapter(
-                name, self.benchmark.adapter(path) if path in experts else path
-            )
+            expert = source in self.benchmark.experts
+            self.policy.load_adapter(name, self.benchmark.adapter(source) if expert else source)
 
     def load_adapters(self, names: Iterable[str], sources: Mapping[str, Any] = {}) -> None:
         for name in names:

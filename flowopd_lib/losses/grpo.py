@@ -16,8 +16,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import model_validator
 
-from ..config import Config, Count, NonNegative, Plugin, Positive, choose
+from ..config import Config, Count, NonNegative, Plugin, Positive, choose, refuse_unused
 from ..data import Batch, Prompt, Schedule, Shard
 from ..policy import FlowPolicy
 from ..rewards import Reward, attribute, score_images
@@ -138,6 +139,12 @@ class GRPOConfig(Config):
     trained_steps: Count | list[int] | None = None
     micro_batch_size: Count = 64
     loss: Plugin = "clipped"
+
+    @model_validator(mode="after")
+    def _effects(self):
+        if not self.beta:
+            refuse_unused(self, reference="with beta 0")
+        return self
 
 
 @dataclass

@@ -29,8 +29,9 @@ from itertools import islice
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 
-from ..config import Config, Count, NonNegative, Plugin, Positive, choose
+from ..config import Config, Count, NonNegative, Plugin, Positive, choose, refuse_unused
 from ..data import Prompt, Schedule, Shard, slices
 from ..policy import FlowPolicy
 from ..rollout import Sampler, initial_noise, trajectory, visited_states
@@ -116,13 +117,16 @@ class OPDConfig(Config):
 
     `loss`: one of LOSSES, several joined by `+`, or a function of an `OPDBatch`. `weighting`: of
     the steps, one of `sde.WEIGHTINGS`, or a function. `mar` weighs Manifold Anchor Regularization
-    towards `anchor` (an adapter; None is the base) on all prompts. `guidance`: a teacher's or the
+    towards `anchor` (an adapter; None is the base) on all prompts: relative to the distillation
+    loss, of the same weighting, whatever estimates its gradient. `guidance`: a teacher's or the
     anchor's own scale, by adapter.
 
     `trained_steps`: None all with noise, a list exactly those, a number that many of the N, drawn
     at random and weighed N/k, so that the loss is an unbiased estimate of that of all: for every
-    trajectory anew (`draw="trajectory"`) where the loss needs no actions, or for every iteration. A
-    trajectory ends at the last of them. `micro_batch_size`: states in one forward.
+    trajectory anew (`draw="trajectory"`, the default where the loss needs no actions), or for every
+    iteration. A
+    trajectory ends at the last of them. `micro_batch_size`: states in one forward; as_coded
+    pairs these with each other, and depends on how many they are.
     """
 
     teachers: dict[str, str | None] = {}
@@ -132,10 +136,24 @@ class OPDConfig(Config):
     anchor: str | None = None
     guidance: dict[str | None, NonNegative] = {}
     trained_steps: Count | list[int] | None = None
-    draw: Literal["trajectory", "iteration"] = "trajectory"
+    draw: Literal["trajectory", "iteration"] | None = None
     updates: Count = 1
     clip: Positive = 1e-4
     micro_batch_size: Count = 64
+
+    @model_validator(mode="after")
+    def _effects(self):
+        if not isinstance(self.trained_steps, int):
+            refuse_unused(self, draw="unless trained_steps is a number")
+        if self.loss == "pathwise":
+            refuse_unused(self, clip="with the loss pathwise, which takes no ratios")
+        elif isinstance(self.loss, str) and self.draw == "trajectory":
+            raise ValueError("draw: trajectory is for pathwise; the others need iteration")
+        if "log_ratio" in str(self.loss).split("+") and self.weighting != "kl":
+            raise ValueError("log_ratio estimates the KL, so weighting must be kl, or left out")
+        if not self.mar:
+            refuse_unused(self, anchor="with mar 0")
+        return self
 
 
 @dataclass
@@ -186,7 +204,9 @@ class OPD:
         return (teachers | ({self.config.anchor} if self.config.mar else set())) - {None}
 
     def identity(self) -> dict:
-        config = dict(self.config) | {"micro_batch_size": None}
+        paired = "as_coded" in str(self.config.loss).split("+")
+        size = self.config.micro_batch_size if paired else None
+        config = dict(self.config) | {"micro_batch_size": size}
         return {**config, "schedule": self.schedule, "sampler": self.sampler}
 
     @torch.no_grad()
@@ -220,7 +240,7 @@ class OPD:
         for update, rows, n in pieces:
             prompts, seeds = batch.prompts[rows], batch.seeds[rows]
             wanted = [steps] * len(seeds)
-            if isinstance(which, int) and config.draw == "trajectory" and not self.uses_actions:
+            if isinstance(which, int) and config.draw != "iteration" and not self.uses_actions:
                 # by the sample's own seed, so that it does not depend on the processes
                 wanted = [random.Random(f"steps/{seed}").sample(noisy, which) for seed in seeds]
             states, forwards = self._states(policy, adapter, prompts, seeds, wanted)

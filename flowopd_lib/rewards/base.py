@@ -68,11 +68,15 @@ def score_images(reward: Reward | Callable, images: torch.Tensor, prompts: Seque
     """Scores (B,) float32 of images (B, 3, H, W) in [0, 1] for B prompts: what every caller uses.
 
     `reward` may be a plain function `f(images, prompts)`, and may return a tensor or a list. Raises
-    ValueError unless there is one finite score per image, inside the reward's range up to a
-    thousandth of its width.
+    ValueError as `check_scores` does.
     """
+    return check_scores(reward, as_reward(reward)(images, prompts), images, prompts)
+
+
+def check_scores(reward: Reward | Callable, scores, images, prompts: Sequence) -> np.ndarray:
+    """What `reward` returned for these images, as (B,) float32. Raises ValueError unless it is one
+    finite score per image, inside the reward's range up to a thousandth of its width."""
     reward = as_reward(reward)
-    scores = reward(images, prompts)
     if isinstance(scores, torch.Tensor):
         scores = scores.detach().float().cpu()
     scores = np.asarray(scores, np.float32)

@@ -38,9 +38,10 @@ class OCR:
 
     With `region` (left, top, right, bottom in pixels) that part of the images is enlarged and
     recognised as one line. Without, text is detected and recognised on the whole image, and the
-    text of all its lines joined. `size`: the only (height, width) of images that is accepted.
-    `recogniser`: another model of PaddleOCR's, an ONNX file or one inside an installed package
-    (`PACKAGE/PATH`).
+    text of all its lines joined; a single "I", "l" or "O" is then read as another character and
+    scores 0, however clean, so prompts should quote two letters or more. `size`: the only (height,
+    width) of images that is accepted. `recogniser`: another model of PaddleOCR's, an ONNX file
+    or one inside an installed package (`PACKAGE/PATH`).
     """
 
     name, range = "OCR", (0.0, 1.0)

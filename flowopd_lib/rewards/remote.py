@@ -31,6 +31,8 @@ from ..data import Prompt
 from .base import as_uint8, batches
 from .server import TOKEN, DetectedObject, Health, Item, ScoreRequest, ScoreResponse
 
+# seconds that the processes of a run wait for one whose reward is slow or tried again
+PATIENCE = 6 * 3600
 PAUSE = 0.5  # seconds before the second try; each further pause is twice as long
 # "Score: 4.5", not "Score: 1-5"
 SCORE = r"(?i)score[\s*_]*:[\s*_]*(-?\d+(?:\.\d+)?)(?![\d.]*\d|\s*(?:-|–|to)\s*\d)"
@@ -59,6 +61,12 @@ class Endpoint:
     def __init__(self, url: str, name: str, timeout: float, retries: int):
         if httpx.URL(url).scheme not in ("http", "https"):
             raise ValueError(f"{name} needs a url like http://127.0.0.1:8100, not {url}")
+        longest = timeout * (retries + 1) + PAUSE * (2.0 ** min(retries, 99) - 1)
+        if longest > PATIENCE:  # another process would end the run first, and not say why
+            raise ValueError(
+                f"{name}: {retries} retries of {timeout:g} s may take longer than the "
+                f"{PATIENCE // 3600} hours that processes wait; lower its timeout or retries"
+            )
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
         self.where = f"{name} at {self.url}"
 

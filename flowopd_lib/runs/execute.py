@@ -20,6 +20,7 @@ from jupyter_client.kernelspec import NoSuchKernel
 from papermill.exceptions import PapermillExecutionError
 
 from ..files import MARK, ROOT, write_whole
+from ..lab.notebook import NotForThisBenchmark
 from ..loading import VARIABLE, decide, dtype_name
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -58,6 +59,8 @@ def execute(name: str, parameters: Mapping[str, Any], folder: Path, log: Callabl
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except PapermillExecutionError as error:
+        if error.ename == NotForThisBenchmark.__name__:
+            raise NotForThisBenchmark(error.evalue) from error
         raise RuntimeError(
             f"{name} failed in cell {error.exec_count}:\n\n{error.source}\n\n{error.ename}: "
             f"{error.evalue}\n(executed up to there: {target})"
@@ -72,8 +75,6 @@ def execute(name: str, parameters: Mapping[str, Any], folder: Path, log: Callabl
 def cleaned(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
     """An executed notebook without widget states, progress lines and paths of this machine."""
     notebook.metadata.pop("widgets", None)
-    for key in ("input_path", "output_path"):
-        notebook.metadata.get("papermill", {}).pop(key, None)
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":

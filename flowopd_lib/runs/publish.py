@@ -1,13 +1,12 @@
 """A finished run made small enough to commit, and a page of its results.
 
-What stays: the executed notebooks, tables, figures (of 256 colours) and the thumbnails of each
-model's first training; adapters are for `python -m flowopd_lib cache`. The page has the question,
+What stays: the executed notebooks, tables, figures and the thumbnails of each model's first
+training; adapters are for `python -m flowopd_lib cache`. The page has the question,
 the figures and the conclusion of every notebook, as they came out of the run: no number is typed.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import os
@@ -18,14 +17,13 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-from PIL import Image
 
 from ..files import write_whole
 from .report import duration, machine_text, read_status
 from .runner import load_profile
 
 LIMIT = 30_000_000  # bytes
-TABLES = (".json", ".jsonl", ".csv", ".yaml")
+KEPT = (".ipynb", ".png", ".json", ".jsonl", ".csv", ".yaml")
 
 
 def publish(run: Path, out: Path, page: Path) -> int:
@@ -92,13 +90,9 @@ def _small(path: Path, name: Path, kept: set[Path]) -> bytes | None:
     parts = name.parts
     if {"earlier", "adapter"} & {*parts} or any(part.startswith(".") for part in parts):
         return None
-    if path.suffix == ".ipynb":
-        return _small_notebook(path)
     if path.suffix == ".parquet":
         return _small_table(path, kept)
-    if path.suffix == ".png":
-        return _few_colours(path.read_bytes())
-    return path.read_bytes() if path in kept or path.suffix in TABLES else None
+    return path.read_bytes() if path in kept or path.suffix in KEPT else None
 
 
 def _small_table(path: Path, kept: set[Path]) -> bytes:
@@ -108,23 +102,6 @@ def _small_table(path: Path, kept: set[Path]) -> bytes:
         table["image"] = table["image"].where(there)
     table.to_parquet(file)
     return file.getvalue()
-
-
-def _few_colours(png: bytes) -> bytes:
-    """A figure with a palette, where that is smaller."""
-    file, image = io.BytesIO(), Image.open(io.BytesIO(png)).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
-    return min(file.getvalue(), png, key=len)
-
-
-def _small_notebook(path: Path) -> bytes:
-    notebook = nbformat.read(path, 4)
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            if png := output.get("data", {}).get("image/png"):
-                small = _few_colours(base64.b64decode(png))
-                output.data["image/png"] = base64.b64encode(small).decode()
-    return (nbformat.writes(notebook) + "\n").encode()
 
 
 def results_page(run: Path, page: Path) -> str:

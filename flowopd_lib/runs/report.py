@@ -17,7 +17,6 @@ import nbformat
 import pandas as pd
 import torch
 from nbconvert import HTMLExporter
-from nbdime import nbdiffapp
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 from ..config import read_yaml, validate
@@ -135,9 +134,8 @@ def sampling_settings(run: Path, notebooks: Sequence[str]) -> pd.DataFrame:
 # ---- two runs compared
 
 
-def compare(a: Path, b: Path, notebooks: bool = False) -> None:
-    """Print what differs between two runs; with `notebooks` also how the text of their notebooks
-    does. Raises ValueError if a folder is no run."""
+def compare(a: Path, b: Path) -> None:
+    """Print what differs between two runs. Raises ValueError if a folder is no run."""
     runs = (a, b)
     for folder in runs:
         if not (status := read_status(folder)):
@@ -152,9 +150,6 @@ def compare(a: Path, b: Path, notebooks: bool = False) -> None:
         print(f"\n{what}: {len(table)} differ")
         if len(table):
             print(table.to_string(na_rep="", float_format="{:.4g}".format))
-    for name in common if notebooks else ():
-        print(f"\n{name}")
-        nbdiffapp.main(["--sources", *(str(folder / f"{name}.ipynb") for folder in runs)])
 
 
 def parameter_differences(runs: Sequence[Path], notebooks: Sequence[str]) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from ..config import choose, read_yaml, validate
 from ..files import ROOT, RUNS, locked, set_aside, write_json, write_whole
 from ..fingerprint import describe, file_hash, sha256_of_json
 from ..lab.cache import with_files
-from ..lab.notebook import read_parameters
+from ..lab.notebook import NotForThisBenchmark, read_parameters
 from . import report
 from .execute import NOTEBOOKS, execute, kernel_environment, scrub, stop_kernels
 from .report import Status, read_status
@@ -91,8 +91,15 @@ def choose_notebooks(
         values = validate(model, every[notebook] | own, f"{notebook}.ipynb").model_dump()
         if values.pop("out_dir", ""):
             raise ValueError(f"{notebook}: out_dir is set by the run, in its own --folder")
-        chosen[notebook] = values
+        chosen[notebook] = {name: _absolute(value) for name, value in values.items()}
     return chosen
+
+
+def _absolute(value: Any) -> Any:
+    """A file, or `file.py:name`, as seen from the user's folder: notebooks run in their own."""
+    file, colon, name = value.partition(":") if isinstance(value, str) else ("", "", "")
+    is_file = Path(file).suffix in (".py", ".yaml", ".yml")
+    return f"{Path(file).resolve()}{colon}{name}" if is_file else value
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
@@ -111,7 +118,8 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 def check_needs(chosen: Mapping[str, dict], status: Status, folder: Path) -> None:
     """Raises ValueError if a notebook needs one that neither comes before it nor is done in
     `folder`. With a `run_dir` it reads another run."""
-    done = {n for n, s in status.items() if s["state"] == "done" and (folder / n).is_dir()}
+    ended = {n for n, s in status.items() if s["state"] in ("done", "left out")}
+    done = {n for n in ended if (folder / n).is_dir()}
     done -= set(chosen)
     for notebook, parameters in chosen.items():
         missing = [n for n in needs_of(notebook) if n not in done]
@@ -227,6 +235,10 @@ class _Run:
         start = time.monotonic()
         try:
             execute(notebook, self.chosen[notebook], self.folder, log)
+        except NotForThisBenchmark as error:
+            self.update(notebook, state="left out", error=str(error))
+            self.log(f"{self.label[notebook]} left out: {error}")
+            return
         except Exception as error:
             self.stopping, state = True, "interrupted" if self.interrupted else "failed"
             message = scrub(str(error), self.folder) or type(error).__name__
@@ -264,7 +276,7 @@ class _Run:
         the benchmark, and the fingerprints of what it needs."""
         parameters, cells = self.chosen[notebook], nbformat.read(notebook_path(notebook), 4).cells
         other, benchmark = parameters.get("run_dir"), parameters.get("benchmark")
-        status = read_status(NOTEBOOKS / other) if other else self.status
+        status = read_status(ROOT / other) if other else self.status
         parts = {
             "cells": [(cell.cell_type, cell.source) for cell in cells],
             "parameters": parameters,

@@ -4,6 +4,7 @@ errors."""
 from __future__ import annotations
 
 import base64
+import io
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -49,20 +50,28 @@ class Guard:
 
 
 class Viewer:
-    """A widget in `box`, shown as the last line of a cell. Headless, or without a kernel that could
-    drive it, the figures and tables of `still` are displayed instead."""
+    """A widget in `box`, shown as the last line of a cell, with the first figure of `still` for
+    pages that show no widgets, such as GitHub's. Headless, or without a kernel that could drive it,
+    the figures and tables of `still` are displayed instead."""
 
     def __init__(self):
         self.guard, self.headless = Guard(), bool(os.environ.get("FLOWOPD_HEADLESS"))
 
     def _ipython_display_(self) -> None:
         if not self.headless and getattr(get_ipython(), "kernel", None):
-            display(self.box)
+            self._display_box()
             return
         for item in self.still():
             display(item)
             if isinstance(item, Figure):
                 plt.close(item)
+
+    def _display_box(self) -> None:
+        file, figure = io.BytesIO(), self.still()[0]
+        figure.savefig(file, format="png")
+        plt.close(figure)
+        image = {"image/png": base64.b64encode(file.getvalue()).decode()}
+        display(self.box._repr_mimebundle_() | image, raw=True)
 
     def control(self, kind: type, label="", on_change=None, width="270px", **options) -> ipw.Widget:
         """An input of a class of ipywidgets, with a label of fixed width; its changes call

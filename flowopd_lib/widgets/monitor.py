@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ipywidgets as ipw
 import pandas as pd
+from IPython.display import display
 from matplotlib.figure import Figure
 
 from ..files import read_lines
@@ -78,6 +79,9 @@ class TrainingMonitor(Viewer):
         if probes := load_validation_samples(self.training.folder, 5):
             shown.append(plot_contact_sheet(*probes))
         return shown
+
+    def _display_box(self) -> None:
+        display(self.box)  # a still image would wait for the end
 
     def _plot(self, metrics: pd.DataFrame) -> Figure:
         return plot_training_curves({self.title: metrics}, self.columns, self._progress(metrics))

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
+from types import MappingProxyType
 
 import ipywidgets as ipw
 import matplotlib
@@ -24,15 +25,26 @@ from ..rewards import Reward
 from ..rollout import Sampler, sample, trajectory
 from .common import Adapters, Viewer, badges_html, image_html, note_html, tile_html
 
+
+def _guided(sampler: Sampler, adapter: str | None, guidance: Mapping[str, float]) -> Sampler:
+    return replace(sampler, guidance=guidance.get(adapter, sampler.guidance))
+
+
 # --- the trajectory player
 
 
 @torch.no_grad()
 def record_trajectory(
-    policy: FlowPolicy, prompt: Prompt, seed: int, sampler: Sampler, models: Adapters, model: str
+    policy: FlowPolicy,
+    prompt: Prompt,
+    seed: int,
+    sampler: Sampler,
+    models: Adapters,
+    model: str,
+    guidance: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:
     """Sample a trajectory of `model` in K steps and evaluate the others of `models`, as teachers,
-    at every state it visits.
+    at every state it visits. `guidance`: of an adapter, where it is not the sampler's.
 
     Returns images, (K, 3, H, W) in [0, 1] by what they show: the predicted clean latent and the
     noisy latent, decoded, and for each teacher the difference of its velocity (root mean square
@@ -42,14 +54,15 @@ def record_trajectory(
     level.
     """
     teachers = [name for name in models if name != model]
-    text, guidance = policy.encode([prompt.text]), sampler.guidance
+    text, own = policy.encode([prompt.text]), _guided(sampler, models[model], guidance)
     steps, rows, differences = [], [], {name: [] for name in teachers}
-    for step in trajectory(policy, [prompt], [seed], sampler, models[model]):
+    for step in trajectory(policy, [prompt], [seed], own, models[model]):
         weight, row = np.nan, {"sigma": step.sigma}
         if step.sigma_next > 0 and sampler.noise_level > 0:
             weight = float(sampler.step_weights(step.sigma, step.sigma_next, "kl"))
         for name in teachers:
-            v_teacher = policy.velocity(step.x_t, step.sigma, text, guidance, models[name])
+            scale = guidance.get(models[name], sampler.guidance)
+            v_teacher = policy.velocity(step.x_t, step.sigma, text, scale, models[name])
             difference = step.v - v_teacher
             row[name] = weight * difference.square().sum().item()
             differences[name].append(difference[0].square().mean(0).sqrt().cpu().numpy())
@@ -69,7 +82,8 @@ def record_trajectory(
 
 class TrajectoryPlayer(Viewer):
     """`models` maps names to adapters (None: the base); `model` ("": the last one) samples, and the
-    others are evaluated at every state it visits.
+    others are evaluated at every state it visits. `guidance`: of an adapter, where it is not the
+    sampler's.
 
     `prompts` are offered for choice, the first sampled at once. Headless: eight steps as a figure,
     and the KL as a table.
@@ -83,8 +97,10 @@ class TrajectoryPlayer(Viewer):
         seed: int = 0,
         sampler: Sampler = Sampler(20, "sde"),
         model: str = "",
+        guidance: Mapping[str, float] = MappingProxyType({}),
     ):
         super().__init__()
+        self.guidance = dict(guidance)
         self.policy, self.models, self.model = policy, dict(models), model or list(models)[-1]
         self._record(prompts[0], seed, sampler)
         if not self.headless:
@@ -93,8 +109,8 @@ class TrajectoryPlayer(Viewer):
 
     def _record(self, prompt: Prompt, seed: int, sampler: Sampler) -> None:
         self.sampled = prompt, seed, sampler
-        recorded = record_trajectory(self.policy, *self.sampled, self.models, self.model)
-        self.images, self.steps = recorded
+        how = self.models, self.model, self.guidance
+        self.images, self.steps = record_trajectory(self.policy, *self.sampled, *how)
         self.title = f"{self.model}, seed {seed}, {sampler.kind.upper()}: {prompt.text}"
 
     def still(self) -> list:
@@ -178,12 +194,15 @@ def try_prompt(
     models: Adapters,
     sampler: Sampler,
     seed: int = 0,
+    guidance: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[torch.Tensor, pd.DataFrame]:
     """Sample the prompt with the same noise under every model: the images (M, 3, H, W), and a table
     with a row per model: model, prompt, the scores of the rewards that apply, and `findings`, what
-    OCR read and GenEval's detector found."""
-    adapters, prompts = models.values(), [prompt] * len(models)
-    images = torch.cat([sample(policy, [prompt], [seed], sampler, name) for name in adapters])
+    OCR read and GenEval's detector found. `guidance`: of an adapter, where it is not the
+    sampler's."""
+    own = [(_guided(sampler, name, guidance), name) for name in models.values()]
+    images = torch.cat([sample(policy, [prompt], [seed], *how) for how in own])
+    prompts = [prompt] * len(models)
     table = score(images, prompts, rewards).dropna(axis=1, how="all")
     findings = [[] for _ in prompts]
     ocr = next((reward for reward in rewards.values() if hasattr(reward, "read")), None)
@@ -217,8 +236,10 @@ class Playground(Viewer):
         known: Sequence[Prompt] = (),
         seed: int = 0,
         sampler: Sampler = Sampler(20),
+        guidance: Mapping[str, float] = MappingProxyType({}),
     ):
         super().__init__()
+        self.guidance = dict(guidance)
         self.policy, self.models, self.rewards = policy, dict(models), dict(rewards)
         self.known, self.sampler = list(known), sampler
         self._try(text, seed)
@@ -233,8 +254,8 @@ class Playground(Viewer):
             self._show()
 
     def _try(self, text: str, seed: int) -> None:
-        prompt, sampler = parse_prompt(text, self.known), self.sampler
-        tried = try_prompt(self.policy, prompt, self.rewards, self.models, sampler, seed)
+        prompt, how = parse_prompt(text, self.known), (self.sampler, seed, self.guidance)
+        tried = try_prompt(self.policy, prompt, self.rewards, self.models, *how)
         self.prompt, (self.images, self.table) = prompt, tried
         self.title = f"{prompt.text} (seed {seed})"
 

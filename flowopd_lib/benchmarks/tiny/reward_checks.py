@@ -12,15 +12,18 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy import stats
 
 from ...data import Prompt
+from ...rewards import score_images
 from ...stats import GOLD, kernel_distance, mean_interval
 from .data import preference_pair, to_tensor
 from .scenes import DEGRADATIONS, EXTRA_CENTRES, LEVELS, Item, Scene, degrade, draw, lay_out, render
 from .specs import PROMPT_COUNTS, PROMPT_TASKS, mutate, sample_specs
 
 SURPLUS_RADIUS = 8.0
+PATCH = 8  # pixels
 
 
 def to_images(images) -> torch.Tensor:
@@ -38,12 +41,27 @@ def with_surplus(scene: Scene) -> Scene:
     raise RuntimeError(f"no room for a surplus object in {scene}")
 
 
+def known_answers(n: int, seed: int = 0) -> tuple[list[Prompt], torch.Tensor, torch.Tensor]:
+    """GenEval prompts of the test split, a correct image of each, and one with a mistake."""
+    specs, rng = sample_specs("geneval", "test", n, seed), random.Random(f"wrong/{seed}")
+    right = to_images(render(s, seed) for s in specs)
+    return [s.prompt for s in specs], right, to_images(render(mutate(s, rng), seed) for s in specs)
+
+
+def shuffle_patches(images: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """The patches of every image, in an order of its own."""
+    generator, patches = torch.Generator().manual_seed(seed), F.unfold(images, PATCH, stride=PATCH)
+    order = torch.rand(len(images), 1, patches.shape[2], generator=generator).argsort(-1)
+    return F.fold(patches.take_along_dim(order, 2), images.shape[2:], PATCH, stride=PATCH)
+
+
 def check_rewards(
     rewards: Mapping, n: int = 300, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Two tables. The first has a row per test: reward, test, value, low, high (95 %), n, aim (NaN:
     none). The second has DeQA's score of every degraded image: kind, level, score. Gold rewards
-    that are given are tested as the rewards are.
+    that are given are tested as the rewards are. What no reward was trained to tell from images
+    (shuffled patches, a checkerboard) has no aim: it shows where the rewards cannot be trusted.
 
     Prompts are of the test split; the images are rendered, so what is correct is known.
     """
@@ -57,20 +75,21 @@ def check_rewards(
     def with_gold(name: str) -> list[str]:
         return [r for r in (name, name + GOLD) if r in rewards]
 
-    specs, rng = sample_specs("geneval", "test", n, seed), random.Random(f"wrong/{seed}")
-    prompts = [s.prompt for s in specs]
-    right = to_images(render(s, seed) for s in specs)
-    wrong = to_images(render(mutate(s, rng), seed) for s in specs)
+    def score(name: str, images: torch.Tensor) -> np.ndarray:
+        return score_images(rewards[name], images, prompts)
+
+    prompts, right, wrong = known_answers(n, seed)
+    specs = sample_specs("geneval", "test", n, seed)
     surplus = to_images(draw(with_surplus(lay_out(s, seed))) for s in specs)
     for name in with_gold("GenEval"):
-        add(name, "accepts correct renders", rewards[name](right, prompts) > 0.5, 0.98)
-        rejected = rewards[name](wrong, prompts) < 0.5
+        add(name, "accepts correct renders", score(name, right) > 0.5, 0.98)
+        rejected = score(name, wrong) < 0.5
         add(name, "rejects renders of a wrong caption", rejected, 0.95)
         # GenEval's own rule allows them but where it counts: nothing to aim at
         aim = 0.95 if name.endswith(GOLD) else math.nan
-        add(name, "rejects a surplus object", rewards[name](surplus, prompts) < 0.5, aim)
-    if score := rewards.get("GenEvalScore"):
-        lower = score(surplus, prompts) < score(right, prompts)
+        add(name, "rejects a surplus object", score(name, surplus) < 0.5, aim)
+    if "GenEvalScore" in rewards:
+        lower = score("GenEvalScore", surplus) < score("GenEvalScore", right)
         add("GenEvalScore", "is lower with a surplus object", lower, 0.95)
 
     specs = sample_specs("ocr", "test", n, seed)
@@ -85,8 +104,7 @@ def check_rewards(
     prompts = [Prompt(t, "pickscore") for t in texts]
     best = f"orders preference pairs (knowing the hidden preference: {np.mean(likely):.0%})"
     for name in with_gold("PickScore"):
-        score = rewards[name]
-        ordered = score(to_images(better), prompts) > score(to_images(worse), prompts)
+        ordered = score(name, to_images(better)) > score(name, to_images(worse))
         add(name, best, ordered, 0.85)
 
     specs = [s for task in PROMPT_TASKS for s in sample_specs(task, "test", -(-n // 3), seed)]
@@ -99,7 +117,7 @@ def check_rewards(
     details = pd.DataFrame(grades, columns=["level", "kind"])
     levels, prompts = details["level"].to_numpy(), [s.prompt for s in specs[:n]]
     for name in with_gold("DeQA"):
-        scores = rewards[name](images, prompts)
+        scores = score(name, images)
         if name == "DeQA":
             details["score"] = scores
         draws = np.random.default_rng(seed).integers(n, size=(1000, n))
@@ -107,6 +125,14 @@ def check_rewards(
         low, high = np.percentile(correlations, (2.5, 97.5))
         interval = stats.spearmanr(levels, scores).statistic, low, high
         add(name, "rank correlation with the true level", scores, 0.9, interval)
+
+    clean, board = to_images(render(s, seed) for s in specs[:n]), np.indices(images.shape[2:])
+    board = torch.from_numpy(board // PATCH).sum(0) % 2 * torch.ones_like(clean)
+    for name in with_gold("PickScore"):
+        higher = score(name, clean) > score(name, shuffle_patches(clean, seed))
+        add(name, "prefers an image to its patches in random order", higher)
+    for name in with_gold("DeQA"):
+        add(name, "prefers an image to a checkerboard", score(name, clean) > score(name, board))
     return pd.DataFrame(rows), details
 
 
