@@ -10,9 +10,10 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from flowopd_lib import load_benchmark
 from flowopd_lib.benchmarks.benchmark import SHIPPED
-from flowopd_lib.config import validate
-from flowopd_lib.files import RUNS
+from flowopd_lib.config import read_yaml, validate
+from flowopd_lib.files import RUNS, write_json
 from flowopd_lib.lab.notebook import TYPES, open_lab, read_parameters
 from flowopd_lib.runs.execute import NOTEBOOKS
 from flowopd_lib.runs.runner import choose_notebooks, load_profile, parse_overrides, run_profile
@@ -191,6 +192,18 @@ def test_the_smoke_profile_runs_every_notebook(tmp_path):
     of_step = [values.split(", ") for values in printed(tmp_path / "05_opd.ipynb", "teachers: ")]
     left = [float(kl[-1]) / float(kl[0]) for kl in of_step]
     assert len(left) == 4 and sum(left) / 4 < 0.9
+
+
+def test_the_notebooks_of_a_benchmark_without_experts_run_or_are_left_out(tmp_path):
+    config = {**read_yaml(SHIPPED / "tiny" / "benchmark.yaml"), "experts": {}, "anchor": None}
+    config["folder"] = str(load_benchmark().folder)
+    files = {"none.yaml": config, "profile.yaml": {"05_opd": {}, "09_gallery": {"steps": 2}}}
+    for name, content in files.items():
+        write_json(tmp_path / name, content)
+    benchmark, profile = {"benchmark": str(tmp_path / "none.yaml")}, str(tmp_path / "profile.yaml")
+    run_profile(profile, "", benchmark, tmp_path / "run", log=lambda line: None)
+    states = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert [entry["state"] for entry in states.values()] == ["left out", "done"]
 
 
 def printed(path, after):

@@ -314,11 +314,12 @@ class SampleGallery(Viewer):
             name: control(ipw.Dropdown, name, update, options=options, value=getattr(query, name))
             for name, options in choices.items()
         }
+        c["descending"].description = "order"
         prompts = {"options": [*rows["prompt"].unique()], "placeholder": "words of a prompt"}
         c["search"] = control(ipw.Combobox, "search", update, value=query.search, **prompts)
         columns = {"options": samples.models, "value": self.models}
         self.columns = control(ipw.SelectMultiple, "models", update, **columns)
-        self.only_pinned = control(ipw.Checkbox, "pinned only", update, "180px")
+        self.only_pinned = control(ipw.Checkbox, "pinned only", update, "270px")
         self.turn = control(ipw.BoundedIntText, "page", self._show_page, "150px", min=1, value=1)
         self.count, self.status, self.zoom = ipw.HTML(), ipw.HTML(), ipw.HTML()
         # made once: a page is written into them
