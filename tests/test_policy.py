@@ -214,3 +214,20 @@ def test_resolutions_that_the_model_cannot_have_are_refused(benchmark):
         FlowPolicy(benchmark.base, resolution=60)
     with pytest.raises(FileNotFoundError, match="is neither a diffusers pipeline folder"):
         FlowPolicy(benchmark.folder)
+
+
+def test_the_hash_of_the_base_has_all_that_changes_a_velocity_or_an_image(benchmark):
+    policy, hashes = benchmark.policy(device="cpu"), []
+    changes = (
+        lambda: None,
+        lambda: policy.pipeline.scheduler.register_to_config(shift=5.0),
+        lambda: policy.vae.register_to_config(scaling_factor=0.5),
+        lambda: setattr(policy, "latent_shape", (*policy.latent_shape[:2], 4)),
+        lambda: setattr(policy, "max_sequence_length", 3),
+        lambda: policy.pipeline.text_encoder.get_input_embeddings().weight.add_(1.0),
+    )
+    for change in changes:
+        change()
+        policy.__dict__.pop("base_hash", None)
+        hashes.append(policy.base_hash)
+    assert len({*hashes}) == len(changes)
