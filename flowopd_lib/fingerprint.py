@@ -43,7 +43,7 @@ def _update(digest, node: Any) -> None:
         digest.update(f"{node.dtype} {tuple(node.shape)} ".encode())
         digest.update(memoryview(node.reshape(-1).view(torch.uint8).numpy()))
     elif isinstance(node, np.ndarray):
-        _update(digest, torch.from_numpy(np.ascontiguousarray(node)))
+        _update(digest, torch.from_numpy(np.array(node, order="C")))
     elif isinstance(node, Mapping):
         for key, value in node.items():
             digest.update(f"{key!r}: ".encode())

@@ -224,7 +224,7 @@ def train(
     objective.check(policy, adapter)
     with locked(folder, f"a training of {adapter}") if main else contextlib.nullcontext():
         about = check_folder(policy, objective, folder, config, adapter)
-        if main:
+        if main and accelerator.log_with:
             start_trackers(accelerator, folder, about)
         try:
             yield from _updates(policy, objective, folder, config, adapter, accelerator, about)
