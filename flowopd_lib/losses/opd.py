@@ -124,9 +124,8 @@ class OPDConfig(Config):
     `trained_steps`: None all with noise, a list exactly those, a number that many of the N, drawn
     at random and weighed N/k, so that the loss is an unbiased estimate of that of all: for every
     trajectory anew (`draw="trajectory"`, the default where the loss needs no actions), or for every
-    iteration. A
-    trajectory ends at the last of them. `micro_batch_size`: states in one forward; as_coded
-    pairs these with each other, and depends on how many they are.
+    iteration. A trajectory ends at the last of them. `micro_batch_size`: states in one forward;
+    as_coded pairs these with each other, and depends on how many they are.
     """
 
     teachers: dict[str, str | None] = {}

@@ -1,8 +1,8 @@
 """A finished run made small enough to commit, and a page of its results.
 
 What stays: the executed notebooks, tables, figures and the thumbnails of each model's first
-training; adapters are for `python -m flowopd_lib cache`. The page has the question,
-the figures and the conclusion of every notebook, as they came out of the run: no number is typed.
+training; adapters are for `python -m flowopd_lib cache`. The page has the question, the figures and
+the conclusion of every notebook, as they came out of the run: no number is typed.
 """
 
 from __future__ import annotations
